@@ -1,0 +1,164 @@
+//! What can be wrong with the files the tool is given.
+//!
+//! Every message is one line that says what was found, what was expected and what to do;
+//! [`FileError`] puts the name of the file in front of it. The functions that work on bytes
+//! return [`Error`]; only the functions that open files know names.
+
+use std::path::{Path, PathBuf};
+
+/// A problem with the content of an input, in one line.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The bytes are no ELF file the tool can use.
+    #[error(
+        "not a usable ELF file ({reason}); expected a static x86-64 executable, build it with `cargo xtask build`"
+    )]
+    NotAnElf {
+        /// What the parser or the check said.
+        reason: String,
+    },
+    /// A segment lies outside the region the image may use.
+    #[error(
+        "segment {start:#x}..{end:#x} lies outside {region_start:#x}..{region_end:#x}; check the linker script"
+    )]
+    SegmentOutsideRegion {
+        /// First address of the segment.
+        start: u64,
+        /// Address behind the segment.
+        end: u64,
+        /// First address allowed.
+        region_start: u64,
+        /// Address behind the last one allowed.
+        region_end: u64,
+    },
+    /// Two segments want the same page.
+    #[error(
+        "two segments share the page at {page:#x}; expected page-aligned segments, check the linker script"
+    )]
+    SegmentsOverlap {
+        /// The page both segments cover.
+        page: u64,
+    },
+    /// A segment may be written and executed.
+    #[error(
+        "segment {start:#x}..{end:#x} is both writable and executable; expected W^X, check the linker script"
+    )]
+    WritableCode {
+        /// First address of the segment.
+        start: u64,
+        /// Address behind the segment.
+        end: u64,
+    },
+    /// The entry point is not in an executable segment.
+    #[error("entry point {entry:#x} is not in an executable segment; check the linker script")]
+    EntryNotExecutable {
+        /// The entry point of the ELF header.
+        entry: u64,
+    },
+    /// The ELF and what is placed behind it do not fit in the region.
+    #[error(
+        "needs {needed} bytes of a region of {available}; make the program smaller or the region larger"
+    )]
+    RegionTooSmall {
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes there are.
+        available: u64,
+    },
+    /// A flat image has an impossible size.
+    #[error(
+        "flat image of {size} bytes; expected a multiple of 4096 between 4 KiB and 16 MiB, change --size"
+    )]
+    FlatSize {
+        /// The size asked for.
+        size: u64,
+    },
+    /// The firmware file has an impossible size.
+    #[error(
+        "firmware of {size} bytes; expected a multiple of 4096 up to 16 MiB, use OVMF.fd of ovmf-generic"
+    )]
+    FirmwareSize {
+        /// Size of the file.
+        size: u64,
+    },
+    /// The firmware has no table of GUIDs where OVMF has it.
+    #[error(
+        "not an OVMF image ({reason}); expected the table footer 32 bytes before the end, use OVMF.fd of ovmf-generic 2026.08 or newer"
+    )]
+    NotOvmf {
+        /// What the parser said.
+        reason: String,
+    },
+    /// The firmware does not say what SNP needs.
+    #[error(
+        "no {missing} in the firmware's table; expected an OVMF built for SEV-SNP with SVSM support, use OVMF.fd of ovmf-generic 2026.08 or newer"
+    )]
+    NoSevMetadata {
+        /// The block that is missing.
+        missing: &'static str,
+    },
+    /// The metadata of the firmware cannot be used.
+    #[error("SEV metadata is not usable ({reason}); use OVMF.fd of ovmf-generic 2026.08 or newer")]
+    BadSevMetadata {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The position of the C-bit is impossible.
+    #[error("C-bit {c_bit}; expected 32 to 51, change --c-bit (51 for EPYC, 47 for the machine)")]
+    CBit {
+        /// The position asked for.
+        c_bit: u32,
+    },
+    /// The bytes are no IGVM file.
+    #[error("not a usable IGVM file ({reason}); build one with `igvm-build build`")]
+    NotIgvm {
+        /// What the parser said.
+        reason: String,
+    },
+    /// The file has no directives for SEV-SNP.
+    #[error("IGVM file without an SEV-SNP platform; build one with `igvm-build build`")]
+    NoSnpPlatform,
+}
+
+/// An [`Error`] or an input/output error, with the file it is about.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FileError {
+    /// The file could not be read.
+    #[error("{}: cannot be read ({source}); expected {expected}", .file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// What it should have been and how to get it.
+        expected: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file could not be written.
+    #[error("{}: cannot be written ({source}); check the directory given with --out", .file.display())]
+    Write {
+        /// The file.
+        file: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The content of the file is wrong.
+    #[error("{}: {source}", .file.display())]
+    Content {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        source: Error,
+    },
+}
+
+impl FileError {
+    /// Names the file an [`Error`] is about; made for `map_err`.
+    pub fn content(file: &Path) -> impl FnOnce(Error) -> Self + '_ {
+        move |source| Self::Content {
+            file: file.to_owned(),
+            source,
+        }
+    }
+}
