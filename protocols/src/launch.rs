@@ -1,0 +1,229 @@
+//! The launch parameters: what the image builder tells the paravisor.
+//!
+//! One page, written by `igvm-build`, measured with the image and handed to the paravisor's
+//! entry point in RDI. Because it is measured the paravisor may trust it as far as it trusts
+//! its own code; it still checks [`LaunchParams::MAGIC`] and the version, so that a wrong
+//! image ends with a reason instead of a wild access.
+//!
+//! All addresses are guest-physical bytes without C-bit; 0 means "none" where that is said.
+
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+pub use crate::ovmf::SectionKind;
+
+/// Where the paravisor's region begins (Turnstile, docs/protocol-notes.md). The ELF is linked
+/// at this address and mapped one to one.
+pub const REGION_GPA: u64 = 0x0800_0000;
+/// Size of the paravisor's region in bytes.
+pub const REGION_SIZE: u64 = 4 << 20;
+/// Bytes of the parameter area that receives the host's memory map.
+pub const MEMORY_MAP_SIZE: u64 = 16 << 10;
+/// Offset of the number of virtual processors (u32) in the general parameter area.
+pub const GENERAL_VP_COUNT_OFFSET: usize = 0;
+
+open_enum! {
+    /// When memory is accepted.
+    pub struct AcceptPolicy(u32) {
+        /// On request only.
+        LAZY = 0,
+        /// All of it before the guest starts.
+        EAGER = 1,
+        /// In the background, ahead of the guest.
+        AHEAD = 2,
+    }
+}
+
+open_enum! {
+    /// A deliberate fault of the paravisor's platform layer, to prove that the machine and
+    /// the referee notice. Only test builds of the paravisor obey it.
+    pub struct Fault(u32) {
+        /// Behave.
+        NONE = 0,
+        /// Grant a page without having zeroed it.
+        SKIP_SCRUB = 1,
+        /// Record a page as accepted without having granted it.
+        SKIP_GRANT = 2,
+        /// Execute the validating instruction twice on one page.
+        VALIDATE_TWICE = 3,
+        /// Report a wrong `next` index to the guest.
+        WRONG_NEXT = 4,
+        /// Rescind a page before its permissions are revoked.
+        WRONG_ORDER = 5,
+    }
+}
+
+/// One area the firmware wants prepared before it starts (from its SEV metadata).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Section {
+    /// First byte, page aligned.
+    pub gpa: u64,
+    /// Bytes, a multiple of 4 KiB.
+    pub size: u64,
+    /// What belongs there.
+    pub kind: SectionKind,
+    /// Zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Section>() == 24);
+
+/// The launch parameter page.
+#[derive(Clone, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct LaunchParams {
+    /// [`LaunchParams::MAGIC`].
+    pub magic: [u8; 8],
+    /// [`LaunchParams::VERSION`].
+    pub version: u32,
+    /// Position of the C-bit the page tables were built with; the paravisor compares it with
+    /// CPUID.
+    pub c_bit: u32,
+    /// First byte of the paravisor's region.
+    pub region_gpa: u64,
+    /// Bytes of the region.
+    pub region_size: u64,
+    /// First byte behind the last launched page of the region; from here on the paravisor has
+    /// to validate memory itself.
+    pub image_end: u64,
+    /// Root of the page tables VMPL0 starts on.
+    pub page_table_root: u64,
+    /// The SNP secrets page.
+    pub secrets_gpa: u64,
+    /// The SNP CPUID page.
+    pub cpuid_gpa: u64,
+    /// The host's memory map: entries of `igvm_map`, untrusted.
+    pub memory_map_gpa: u64,
+    /// Bytes of the area at `memory_map_gpa`.
+    pub memory_map_size: u64,
+    /// The general parameter page: number of virtual processors at offset 0, untrusted.
+    pub general_gpa: u64,
+    /// When memory is accepted.
+    pub accept_policy: AcceptPolicy,
+    /// A deliberate fault, [`Fault::NONE`] except in tests.
+    pub fault: Fault,
+    /// First byte of the firmware image, which ends at 4 GiB; 0 without firmware.
+    pub firmware_gpa: u64,
+    /// Bytes of the firmware image; 0 without firmware.
+    pub firmware_size: u64,
+    /// Where the boot processor starts in the firmware (linear address of the reset vector).
+    pub firmware_reset_eip: u32,
+    /// How many of `sections` are in use.
+    pub section_count: u32,
+    /// The firmware's area for IGVM parameters (its memory map); 0 if it has none.
+    pub igvm_parameter_gpa: u64,
+    /// The firmware's area for IGVM data HOBs; 0 if it has none.
+    pub igvm_hob_gpa: u64,
+    /// The firmware's areas, in the order of its metadata.
+    pub sections: [Section; LaunchParams::MAX_SECTIONS],
+    /// Zero.
+    pub reserved: [u8; 3192],
+}
+
+const _: () = {
+    use core::mem::offset_of;
+    assert!(size_of::<LaunchParams>() == 4096);
+    assert!(offset_of!(LaunchParams, region_gpa) == 0x10);
+    assert!(offset_of!(LaunchParams, secrets_gpa) == 0x30);
+    assert!(offset_of!(LaunchParams, accept_policy) == 0x58);
+    assert!(offset_of!(LaunchParams, firmware_gpa) == 0x60);
+    assert!(offset_of!(LaunchParams, igvm_parameter_gpa) == 0x78);
+    assert!(offset_of!(LaunchParams, sections) == 0x88);
+    assert!(offset_of!(LaunchParams, reserved) == 0x388);
+};
+
+impl LaunchParams {
+    /// First bytes of the page.
+    pub const MAGIC: [u8; 8] = *b"TSLAUNCH";
+    /// Version of the layout above.
+    pub const VERSION: u32 = 1;
+    /// Room for firmware areas.
+    pub const MAX_SECTIONS: usize = 32;
+
+    /// A page with magic and version set and everything else zero ("none").
+    #[must_use]
+    pub fn new() -> Self {
+        let mut params = Self::new_zeroed();
+        params.magic = Self::MAGIC;
+        params.version = Self::VERSION;
+        params
+    }
+
+    /// Whether magic, version and section count are those of this layout.
+    #[must_use]
+    pub fn is_understood(&self) -> bool {
+        self.magic == Self::MAGIC
+            && self.version == Self::VERSION
+            && self.section_count as usize <= Self::MAX_SECTIONS
+    }
+
+    /// The sections in use; never more than there are.
+    #[must_use]
+    pub fn sections(&self) -> &[Section] {
+        let count = (self.section_count as usize).min(Self::MAX_SECTIONS);
+        self.sections.get(..count).unwrap_or_default()
+    }
+
+    /// Adds a section; false if there is no room.
+    #[must_use]
+    pub fn push_section(&mut self, section: Section) -> bool {
+        match self.sections.get_mut(self.section_count as usize) {
+            Some(slot) => {
+                *slot = section;
+                self.section_count += 1;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+impl Default for LaunchParams {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECTION: Section = Section {
+        gpa: 0x80_0000,
+        size: 0x9000,
+        kind: SectionKind::SEC_MEM,
+        reserved: 0,
+    };
+
+    #[test]
+    fn a_page_survives_its_bytes() {
+        let mut params = LaunchParams::new();
+        params.c_bit = 47;
+        params.fault = Fault::SKIP_GRANT;
+        assert!(params.push_section(SECTION));
+        let read = LaunchParams::read_from_bytes(params.as_bytes()).unwrap();
+        assert_eq!(read, params);
+        assert!(read.is_understood());
+        assert_eq!(read.sections(), [SECTION]);
+    }
+
+    #[test]
+    fn sections_never_leave_the_page() {
+        let mut params = LaunchParams::new();
+        for _ in 0..LaunchParams::MAX_SECTIONS {
+            assert!(params.push_section(SECTION));
+        }
+        assert!(!params.push_section(SECTION));
+        params.section_count = u32::MAX;
+        assert_eq!(params.sections().len(), LaunchParams::MAX_SECTIONS);
+        assert!(!params.is_understood());
+    }
+
+    #[test]
+    fn other_pages_are_not_understood() {
+        assert!(!LaunchParams::new_zeroed().is_understood());
+        let mut params = LaunchParams::new();
+        params.version += 1;
+        assert!(!params.is_understood());
+    }
+}

@@ -1,0 +1,119 @@
+//! The oracle: questions a test guest may ask the emulated machine.
+//!
+//! Only answered when the machine's settings say `oracle=on`; without that the instruction
+//! raises #UD as on a platform without hypercalls. The instruction is a plain VMMCALL
+//! (0F 01 D9, no prefix) with RAX = [`CALL_BASE`] + call; arguments and results are named at
+//! each constant of [`Call`]. No real platform has this: it exists so that a test can prove
+//! that a refused request changed nothing.
+
+use bitflags::bitflags;
+
+/// RAX of call number 0.
+pub const CALL_BASE: u64 = 0x5453_0000;
+
+open_enum! {
+    /// Number of a call; RAX = [`CALL_BASE`] + number.
+    pub struct Call(u64) {
+        /// RCX = GPA. RAX = [`PageFlags`], RDX = permission masks, byte n for VMPL n.
+        PAGE = 1,
+        /// RCX = [`Counter`]. RAX = its value.
+        COUNTER = 2,
+        /// Runs the referee. RAX = number of disagreements.
+        REFEREE = 3,
+        /// RCX = GPA, RDX = [`HostAct`]. RAX = 0 done, 1 not possible.
+        HOST_ACT = 4,
+    }
+}
+
+impl Call {
+    /// The value of RAX that makes this call.
+    #[must_use]
+    pub const fn rax(self) -> u64 {
+        CALL_BASE + self.0
+    }
+
+    /// Which call a value of RAX makes; known calls only.
+    #[must_use]
+    pub const fn from_rax(rax: u64) -> Option<Self> {
+        match rax.checked_sub(CALL_BASE) {
+            Some(number) if Self(number).is_known() => Some(Self(number)),
+            _ => None,
+        }
+    }
+}
+
+bitflags! {
+    /// What the machine knows about a page (answer of [`Call::PAGE`]).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct PageFlags: u64 {
+        /// Assigned to the guest in the RMP.
+        const ASSIGNED = 1 << 0;
+        /// Validated.
+        const VALIDATED = 1 << 1;
+        /// The RMP entry covers 2 MiB.
+        const SIZE_2M = 1 << 2;
+        /// Marked as a VMSA.
+        const VMSA = 1 << 3;
+        /// Immutable.
+        const IMMUTABLE = 1 << 4;
+        /// The host's memory attribute says private.
+        const HOST_PRIVATE = 1 << 5;
+    }
+}
+
+open_enum! {
+    /// A counter of the machine; instructions are those executed at VMPL0.
+    pub struct Counter(u64) {
+        /// PVALIDATE of 4 KiB with the validate bit.
+        PVALIDATE_4K_VALIDATE = 0,
+        /// PVALIDATE of 2 MiB with the validate bit.
+        PVALIDATE_2M_VALIDATE = 1,
+        /// PVALIDATE of 4 KiB without the validate bit.
+        PVALIDATE_4K_RESCIND = 2,
+        /// PVALIDATE of 2 MiB without the validate bit.
+        PVALIDATE_2M_RESCIND = 3,
+        /// RMPADJUST of any size.
+        RMPADJUST = 4,
+        /// Changes between VMPLs on any virtual processor.
+        WORLD_SWITCHES = 5,
+        /// Validations of a page that was already validated.
+        DOUBLE_VALIDATION = 6,
+        /// Grants of a page that still held the scramble pattern.
+        UNSCRUBBED_GRANT = 7,
+        /// Rescinds of a page a lower VMPL still had permissions on.
+        LIVE_RESCIND = 8,
+        /// Conversions the host made because an access used the wrong alias.
+        IMPLICIT_CONVERSION = 9,
+    }
+}
+
+open_enum! {
+    /// Something the host does on request (argument of [`Call::HOST_ACT`]).
+    pub struct HostAct(u64) {
+        /// Backs the 2 MiB around the address by one large folio; needs it unassigned.
+        BACK_BY_2M = 0,
+        /// Takes the page away: unassigned in the RMP, still private to the host.
+        TAKE_AWAY = 1,
+        /// Converts the page to shared.
+        CONVERT_TO_SHARED = 2,
+    }
+}
+
+/// RAX of [`Call::HOST_ACT`] when it was done.
+pub const HOST_ACT_DONE: u64 = 0;
+/// RAX of [`Call::HOST_ACT`] when the page's state does not allow it.
+pub const HOST_ACT_NOT_POSSIBLE: u64 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_and_registers_match() {
+        assert_eq!(Call::PAGE.rax(), 0x5453_0001);
+        assert_eq!(Call::from_rax(0x5453_0004), Some(Call::HOST_ACT));
+        assert_eq!(Call::from_rax(0x5453_0000), None);
+        assert_eq!(Call::from_rax(0x5453_0005), None);
+        assert_eq!(Call::from_rax(3), None);
+    }
+}

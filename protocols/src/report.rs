@@ -1,0 +1,481 @@
+//! What the emulated machine says: one JSON object per line, told apart by the field `event`.
+//!
+//! The machine writes these lines to port 0xE9 while it runs; the last line of every run is
+//! an [`Event::Report`]. `xtask` and the end-to-end tests read them back with the same types.
+//! The format is described field by field in `docs/report.md`; readers ignore unknown fields,
+//! so fields may be added without a new version.
+
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use serde::{Deserialize, Serialize};
+
+use crate::addr::Vmpl;
+
+/// Version of the format, field `version` of [`Machine`].
+pub const FORMAT_VERSION: u32 = 1;
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// The machine has started.
+    Machine(Machine),
+    /// The image has been launched and measured.
+    Launch(Launch),
+    /// A stage of the boot has begun.
+    Stage(Stage),
+    /// Another 64 MiB have been validated.
+    Progress(Progress),
+    /// A remark.
+    Log(Log),
+    /// The machine refused something that real hardware or a strict host would refuse.
+    Refusal(Refusal),
+    /// The end of the run; always the last line.
+    Report(Box<Report>),
+}
+
+/// The machine as it was configured.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Machine {
+    /// [`FORMAT_VERSION`].
+    pub version: u32,
+    /// Bytes of RAM below 4 GiB, the machine's own included.
+    pub low_ram: u64,
+    /// Bytes of RAM from 4 GiB.
+    pub high_ram: u64,
+    /// Bytes the machine keeps for itself at the top of low RAM.
+    pub reserved: u64,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Settings as understood, defaults included.
+    pub settings: BTreeMap<String, String>,
+}
+
+/// The launched image.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Launch {
+    /// Launch digest, 96 hexadecimal digits, lower case.
+    pub digest: String,
+    /// Launched 4 KiB pages by type.
+    pub pages: LaunchPages,
+    /// Where the VMSA was launched.
+    pub vmsa_gpa: u64,
+}
+
+/// Launched 4 KiB pages by page type (SNP ABI, SNP_LAUNCH_UPDATE).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LaunchPages {
+    /// Normal pages.
+    pub normal: u64,
+    /// VMSA pages.
+    pub vmsa: u64,
+    /// Zero pages.
+    pub zero: u64,
+    /// Unmeasured pages.
+    pub unmeasured: u64,
+    /// Secrets pages.
+    pub secrets: u64,
+    /// CPUID pages.
+    pub cpuid: u64,
+}
+
+/// A stage of the boot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Which stage.
+    pub name: StageName,
+    /// Time stamp counter when it began.
+    pub tsc: u64,
+}
+
+/// The stages that the machine can see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StageName {
+    /// VMPL0 is entered for the first time.
+    Paravisor,
+    /// A lower VMPL is entered for the first time.
+    Firmware,
+}
+
+/// How much memory has been accepted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Progress {
+    /// Bytes validated by VMPL0 since the launch, minus those rescinded.
+    pub validated_bytes: u64,
+    /// Time stamp counter.
+    pub tsc: u64,
+}
+
+/// A remark.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Log {
+    /// For humans.
+    pub text: String,
+}
+
+/// Something that was refused.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Refusal {
+    /// For humans.
+    pub text: String,
+    /// The page in question, if one was.
+    pub gpa: Option<u64>,
+    /// Who asked.
+    pub vmpl: u8,
+    /// Where it asked from.
+    pub rip: u64,
+}
+
+/// The end of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// How the run ended.
+    pub outcome: Outcome,
+    /// The value a guest wrote to port 0xF4 ([`Outcome::GuestExit`]), else 0.
+    pub code: u64,
+    /// One line for humans.
+    pub reason: String,
+    /// Who ended the run, and why ([`Outcome::Terminated`]).
+    #[serde(default)]
+    pub termination: Option<Termination>,
+    /// Counters of VMPL 0 to 3.
+    #[serde(default)]
+    pub counters: [VmplCounters; Vmpl::COUNT],
+    /// Memory at the end, and what was done to it.
+    #[serde(default)]
+    pub memory: Memory,
+    /// The referee's verdict; none if no map was named in the settings.
+    #[serde(default)]
+    pub referee: Option<Referee>,
+    /// What the machine saw and no good run contains.
+    #[serde(default)]
+    pub violations: Violations,
+}
+
+impl Report {
+    /// A report that says how the run ended and nothing else yet.
+    #[must_use]
+    pub fn new(outcome: Outcome, reason: String) -> Self {
+        Self {
+            outcome,
+            code: 0,
+            reason,
+            termination: None,
+            counters: Default::default(),
+            memory: Memory::default(),
+            referee: None,
+            violations: Violations::default(),
+        }
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The guest switched the machine off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest wrote to port 0xF4.
+    GuestExit,
+    /// A termination request through the GHCB.
+    Terminated,
+    /// A processor halted with nothing left that could wake it.
+    Halted,
+    /// Triple fault.
+    Shutdown,
+    /// The machine refused to go on.
+    Refused,
+    /// The image could not be launched.
+    LaunchFailed,
+    /// The settings were not understood.
+    BadSettings,
+}
+
+impl Outcome {
+    /// The value the machine writes to QEMU's exit device.
+    #[must_use]
+    pub const fn device_value(self) -> u8 {
+        match self {
+            Self::PowerOff => 0x10,
+            Self::Reset => 0x11,
+            Self::GuestExit => 0x12,
+            Self::Terminated => 0x13,
+            Self::Halted => 0x14,
+            Self::Shutdown => 0x15,
+            Self::Refused => 0x16,
+            Self::LaunchFailed => 0x17,
+            Self::BadSettings => 0x18,
+        }
+    }
+
+    /// QEMU's exit status for this outcome. Never 0 or 1, which QEMU uses itself.
+    #[must_use]
+    pub const fn qemu_status(self) -> u8 {
+        self.device_value() << 1 | 1
+    }
+}
+
+/// A termination request, decoded.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Termination {
+    /// Reason set.
+    pub set: u8,
+    /// Reason code.
+    pub code: u8,
+    /// [`crate::terminate::explain`] of both.
+    pub text: String,
+    /// Who asked.
+    pub vmpl: u8,
+}
+
+/// What one VMPL did and caused, summed over all processors.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmplCounters {
+    /// How often the level was entered from another one.
+    pub world_switches: u64,
+    /// VMGEXITs by request (`msr:0x014`, `nae:0x80000010`, …).
+    pub vmgexits: BTreeMap<String, u64>,
+    /// Intercepts by exit (`cpuid`, `io`, `npf`, …).
+    pub exits: BTreeMap<String, u64>,
+    /// PVALIDATE by size, action and result.
+    pub pvalidate: PvalidateCounters,
+    /// RMPADJUST by size and result.
+    pub rmpadjust: RmpadjustCounters,
+    /// RMPQUERY, any result.
+    pub rmpquery: u64,
+    /// Nested page faults.
+    pub npf: u64,
+    /// #VC exceptions delivered.
+    pub vc_injected: u64,
+    /// Pages made private by page state change requests.
+    pub psc_private_pages: u64,
+    /// Pages made shared by page state change requests.
+    pub psc_shared_pages: u64,
+}
+
+/// PVALIDATE by size and action.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PvalidateCounters {
+    /// 4 KiB, validate.
+    pub validate_4k: PvalidateResults,
+    /// 2 MiB, validate.
+    pub validate_2m: PvalidateResults,
+    /// 4 KiB, rescind.
+    pub rescind_4k: PvalidateResults,
+    /// 2 MiB, rescind.
+    pub rescind_2m: PvalidateResults,
+}
+
+/// PVALIDATE by result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PvalidateResults {
+    /// EAX = 0, CF = 0.
+    pub ok: u64,
+    /// EAX = 0, CF = 1: nothing changed.
+    pub no_change: u64,
+    /// EAX = 6.
+    pub size_mismatch: u64,
+    /// EAX = 1.
+    pub fail_input: u64,
+}
+
+impl PvalidateResults {
+    /// How often the instruction was executed.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.ok + self.no_change + self.size_mismatch + self.fail_input
+    }
+}
+
+/// RMPADJUST by size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RmpadjustCounters {
+    /// 4 KiB.
+    pub size_4k: RmpadjustResults,
+    /// 2 MiB.
+    pub size_2m: RmpadjustResults,
+}
+
+/// RMPADJUST by result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RmpadjustResults {
+    /// EAX = 0.
+    pub ok: u64,
+    /// EAX = 1.
+    pub fail_input: u64,
+    /// EAX = 2.
+    pub fail_permission: u64,
+    /// EAX = 3.
+    pub fail_in_use: u64,
+    /// EAX = 6.
+    pub size_mismatch: u64,
+}
+
+impl RmpadjustResults {
+    /// How often the instruction was executed.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.ok + self.fail_input + self.fail_permission + self.fail_in_use + self.size_mismatch
+    }
+}
+
+/// Memory as the host sees it. Page counts are in units of 4 KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Memory {
+    /// Pages of guest memory.
+    pub guest_pages: u64,
+    /// Pages assigned to the guest at the end.
+    pub assigned_pages: u64,
+    /// Pages validated at the end.
+    pub validated_pages: u64,
+    /// Bytes validated by VMPL0 after the launch, minus those rescinded.
+    pub validated_bytes: u64,
+    /// Bytes overwritten by the scramble pattern.
+    pub scrambled_bytes: u64,
+    /// 2 MiB RMP entries that were split into 4 KiB entries.
+    pub psmashes: u64,
+}
+
+/// The referee's comparison of the machine's RMP with the paravisor's map.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Referee {
+    /// Pages compared.
+    pub checked: u64,
+    /// Pages on which RMP and map disagree.
+    pub disagreements: u64,
+    /// The first few of them.
+    pub first: Vec<Disagreement>,
+}
+
+/// One page on which RMP and map disagree.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Disagreement {
+    /// The page.
+    pub gpa: u64,
+    /// What the map says.
+    pub map: String,
+    /// What the RMP says.
+    pub rmp: String,
+}
+
+/// What the machine saw and no good run contains: all zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Violations {
+    /// PVALIDATE(1) at VMPL0 on a validated page.
+    pub double_validation: u64,
+    /// A lower VMPL was granted a page that still held the scramble pattern.
+    pub unscrubbed_grant: u64,
+    /// PVALIDATE(0) on a page a lower VMPL still had permissions on.
+    pub live_rescind: u64,
+    /// An access through the wrong alias made the host convert the page.
+    pub implicit_conversion: u64,
+    /// The host was asked to run a VMSA without EFER.SVME.
+    pub run_without_svme: u64,
+}
+
+impl Violations {
+    /// All of them together; 0 in a good run.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.double_validation
+            + self.unscrubbed_grant
+            + self.live_rescind
+            + self.implicit_conversion
+            + self.run_without_svme
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::string::ToString;
+
+    #[test]
+    fn a_line_names_its_event() {
+        let line = serde_json::to_string(&Event::Stage(Stage {
+            name: StageName::Paravisor,
+            tsc: 7,
+        }))
+        .unwrap();
+        assert_eq!(line, r#"{"event":"stage","name":"paravisor","tsc":7}"#);
+    }
+
+    #[test]
+    fn a_report_survives_its_line() {
+        let mut report = Report::new(Outcome::Terminated, "why".to_string());
+        report.termination = Some(Termination {
+            set: 5,
+            code: 8,
+            text: crate::terminate::explain(5, 8).to_string(),
+            vmpl: 0,
+        });
+        report.counters[1]
+            .vmgexits
+            .insert("nae:0x80000010".to_string(), u64::MAX);
+        report.counters[0].pvalidate.validate_2m.size_mismatch = 3;
+        report.referee = Some(Referee {
+            checked: 1 << 20,
+            ..Referee::default()
+        });
+        report.violations.live_rescind = 2;
+        let event = Event::Report(Box::new(report));
+        let line = serde_json::to_string(&event).unwrap();
+        assert!(!line.contains('\n'));
+        assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
+    }
+
+    #[test]
+    fn fields_that_are_missing_or_new_do_not_matter() {
+        let line = r#"{"event":"report","outcome":"power-off","code":0,"reason":"","later":[1]}"#;
+        let Event::Report(report) = serde_json::from_str(line).unwrap() else {
+            panic!()
+        };
+        assert_eq!(*report, Report::new(Outcome::PowerOff, String::new()));
+        assert_eq!(report.violations.total(), 0);
+    }
+
+    #[test]
+    fn exit_states_cannot_be_confused_with_those_of_qemu() {
+        let all = [
+            Outcome::PowerOff,
+            Outcome::Reset,
+            Outcome::GuestExit,
+            Outcome::Terminated,
+            Outcome::Halted,
+            Outcome::Shutdown,
+            Outcome::Refused,
+            Outcome::LaunchFailed,
+            Outcome::BadSettings,
+        ];
+        for (index, outcome) in all.iter().enumerate() {
+            assert!(outcome.qemu_status() > 1);
+            assert!(
+                all[..index]
+                    .iter()
+                    .all(|other| other.qemu_status() != outcome.qemu_status())
+            );
+        }
+    }
+}
