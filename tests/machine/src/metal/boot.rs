@@ -1,0 +1,196 @@
+//! From the reset vector to Rust.
+//!
+//! Owns the code in the ROM's last page: 16-bit at the reset vector, 32-bit to find the end of
+//! low memory, copy the image there and build the first page tables, 64-bit to enter
+//! [`super::start`]. Also the trampoline of the other CPUs.
+//!
+//! Invariants:
+//! * nothing of RAM is touched but the image's own 4 MiB below the end of low memory;
+//! * the page tables map the image at [`VBASE`], the first 512 GiB of physical memory at
+//!   [`super::memory::DIRECT_MAP`] and, until [`super::memory::init`] drops it, at 0.
+
+#![expect(unsafe_code, reason = "assembly of the reset path, and the statics it fills")]
+
+use core::arch::global_asm;
+
+/// Where the image is linked and mapped.
+pub const VBASE: u64 = 0xFFFF_FFFF_8000_0000;
+/// Bytes of RAM mapped at [`VBASE`]; the linker script asserts that the image fits.
+pub const IMAGE_SPAN: u64 = 4 << 20;
+
+/// CMOS index of the memory between 16 MiB and 4 GiB, in 64 KiB units (QEMU `pc_cmos_init`).
+const CMOS_LOW_64K: u32 = 0x34;
+
+/// Where the other CPUs start: a page of conventional memory, given back before the guest runs.
+pub const TRAMPOLINE: u64 = 0x8000;
+
+const BOOT_STACK: usize = 64 << 10;
+
+/// One page-table page, or one page of stack.
+#[repr(C, align(4096))]
+pub struct Page([u8; 4096]);
+
+impl Page {
+    /// A page of zeros.
+    pub const fn zeroed() -> Self {
+        Page([0; 4096])
+    }
+}
+
+/// Physical address of the root of the machine's page tables.
+pub fn root_table_physical() -> u64 {
+    super::cpu::cr3()
+}
+
+/// The root of the machine's own address space.
+#[unsafe(link_section = ".bss.boot_tables")]
+#[unsafe(no_mangle)]
+static mut BOOT_PML4: Page = Page::zeroed();
+/// The first 512 GiB by 1 GiB pages.
+#[unsafe(link_section = ".bss.boot_tables")]
+#[unsafe(no_mangle)]
+static mut BOOT_PDPT_DIRECT: Page = Page::zeroed();
+#[unsafe(link_section = ".bss.boot_tables")]
+#[unsafe(no_mangle)]
+static mut BOOT_PDPT_IMAGE: Page = Page::zeroed();
+#[unsafe(link_section = ".bss.boot_tables")]
+#[unsafe(no_mangle)]
+static mut BOOT_PD_IMAGE: Page = Page::zeroed();
+#[unsafe(link_section = ".bss.boot_tables")]
+#[unsafe(no_mangle)]
+static mut BOOT_STACK_PAGES: [Page; BOOT_STACK / 4096] = 
+    [const { Page::zeroed() }; BOOT_STACK / 4096];
+
+// Everything below runs from the ROM's last page, where offset 0 is 0xFFFF_F000 and the reset
+// vector is offset 0xFF0. Real-mode code sees the page at F000:F000.
+global_asm!(
+    r#"
+    .pushsection .reset, "ax", @progbits
+    .globl reset_start
+reset_start:
+    .code16
+reset16:
+    cli
+    cld
+    lgdtl %cs:(0xF000 + reset_gdtr - reset_start)
+    movl %cr0, %eax
+    andl $0x9FFFFFFF, %eax          # caches on (CD, NW off)
+    orl $1, %eax
+    movl %eax, %cr0
+    ljmpl $0x08, $reset32
+
+    .code32
+reset32:
+    movw $0x10, %ax
+    movw %ax, %ds
+    movw %ax, %es
+    movw %ax, %ss
+
+    # ebp = physical address of the image: the last 4 MiB of low memory, 2 MiB aligned.
+    movb ${cmos_high}, %al
+    outb %al, $0x70
+    inb $0x71, %al
+    movzbl %al, %ebx
+    shll $8, %ebx
+    movb ${cmos_low}, %al
+    outb %al, $0x70
+    inb $0x71, %al
+    movb %al, %bl
+    shll $16, %ebx
+    addl $0x01000000, %ebx
+    movl %ebx, %ebp
+    subl $__image_span, %ebp
+    andl $0xFFE00000, %ebp
+
+    movl $__rom_base, %esi
+    movl %ebp, %edi
+    movl $__load_size, %ecx
+    rep movsb
+    movl $__image_size, %ecx
+    subl $__load_size, %ecx
+    xorl %eax, %eax
+    rep stosb
+
+    # The direct map: 512 pages of 1 GiB, present, writable, global, no execute... but the
+    # same table also serves as the identity map of this code, so execute is allowed here and
+    # taken away when the identity map is dropped.
+    leal BOOT_PDPT_DIRECT - 0xFFFFFFFF80000000(%ebp), %edi
+    xorl %ecx, %ecx
+1:  movl %ecx, %eax
+    andl $3, %eax
+    shll $30, %eax
+    orl $0x83, %eax
+    movl %eax, (%edi, %ecx, 8)
+    movl %ecx, %eax
+    shrl $2, %eax
+    movl %eax, 4(%edi, %ecx, 8)
+    incl %ecx
+    cmpl $512, %ecx
+    jne 1b
+
+    leal BOOT_PD_IMAGE - 0xFFFFFFFF80000000(%ebp), %edi
+    leal 0x83(%ebp), %eax
+    movl %eax, (%edi)
+    addl $0x200000, %eax
+    movl %eax, 8(%edi)
+    leal BOOT_PDPT_IMAGE - 0xFFFFFFFF80000000(%ebp), %esi
+    leal 3(%edi), %eax
+    movl %eax, 510*8(%esi)
+    leal BOOT_PML4 - 0xFFFFFFFF80000000(%ebp), %edi
+    leal 3(%esi), %eax
+    movl %eax, 511*8(%edi)
+    leal BOOT_PDPT_DIRECT - 0xFFFFFFFF80000000(%ebp), %esi
+    leal 3(%esi), %eax
+    movl %eax, (%edi)
+    movl %eax, 256*8(%edi)
+
+    movl %edi, %cr3
+    movl $0x6A0, %eax               # PAE, PGE, OSFXSR, OSXMMEXCPT
+    movl %eax, %cr4
+    movl $0xC0000080, %ecx
+    rdmsr
+    orl $0x900, %eax                # LME, NXE
+    wrmsr
+    movl $0x80010033, %eax          # PG, WP, NE, ET, MP, PE
+    movl %eax, %cr0
+    ljmpl $0x18, $reset64
+
+    .code64
+reset64:
+    xorl %eax, %eax
+    movw %ax, %ds
+    movw %ax, %es
+    movw %ax, %ss
+    movw %ax, %fs
+    movw %ax, %gs
+    movabsq $(BOOT_STACK_PAGES + {stack}), %rsp
+    xorl %edi, %edi
+    movl %ebp, %edi                 # image
+    movl %ebx, %esi                 # end of low memory
+    movabsq ${start}, %rax
+    pushq $0                        # no return address; keeps the stack aligned as after a call
+    jmpq *%rax
+
+    .balign 8
+reset_gdt:
+    .quad 0
+    .quad 0x00CF9B000000FFFF        # 08: 32-bit code
+    .quad 0x00CF93000000FFFF        # 10: data
+    .quad 0x00AF9B000000FFFF        # 18: 64-bit code
+reset_gdtr:
+    .word 31
+    .long reset_gdt
+
+    .org 0xFF0
+    .code16
+    jmp reset16
+    .org 0x1000
+    .code64
+    .popsection
+    "#,
+    cmos_high = const CMOS_LOW_64K + 1,
+    cmos_low = const CMOS_LOW_64K,
+    stack = const BOOT_STACK,
+    start = sym super::start,
+    options(att_syntax),
+);

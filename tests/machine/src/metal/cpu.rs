@@ -1,0 +1,113 @@
+//! Thin wrappers over single instructions and the machine's own descriptor tables.
+//!
+//! Safe functions here have no effect on the machine's memory safety: port and MSR accesses
+//! go to devices and to registers that the machine itself does not depend on, except where a
+//! function says otherwise.
+
+#![expect(unsafe_code, reason = "single privileged instructions")]
+
+use core::arch::asm;
+
+use x86_64::instructions::port::Port;
+use x86_64::registers::model_specific::Msr;
+
+/// MSR numbers used by the machine (AMD APM volume 2, appendix A).
+pub mod msr {
+    /// x2APIC and APIC enable, and the BSP flag.
+    pub const APIC_BASE: u32 = 0x1B;
+    /// x2APIC interrupt command register.
+    pub const X2APIC_ICR: u32 = 0x830;
+    /// x2APIC spurious vector register: bit 8 enables the APIC.
+    pub const X2APIC_SVR: u32 = 0x80F;
+    /// Extended feature enables.
+    pub const EFER: u32 = 0xC000_0080;
+    /// Page attribute table.
+    pub const PAT: u32 = 0x277;
+    /// The value RDTSCP gives in ECX.
+    pub const TSC_AUX: u32 = 0xC000_0103;
+    /// Where VMRUN saves the host's state.
+    pub const VM_HSAVE_PA: u32 = 0xC001_0117;
+    /// The guest-hypervisor communication block register.
+    pub const GHCB: u32 = 0xC001_0130;
+    /// Active SEV features, read-only to the guest.
+    pub const SEV_STATUS: u32 = 0xC001_0131;
+    /// Software MSR: the guest's calling area (SVSM specification §4.2).
+    pub const SVSM_CAA: u32 = 0xC001_F000;
+}
+
+/// EFER bits.
+pub mod efer {
+    /// Long mode enable.
+    pub const LME: u64 = 1 << 8;
+    /// Long mode active.
+    pub const LMA: u64 = 1 << 10;
+    /// Secure virtual machine enable.
+    pub const SVME: u64 = 1 << 12;
+}
+
+/// Physical address of the root of the page tables in use.
+pub fn cr3() -> u64 {
+    x86_64::registers::control::Cr3::read().0.start_address().as_u64()
+}
+
+/// Reads the time stamp counter.
+pub fn tsc() -> u64 {
+    // SAFETY: RDTSC reads a counter and nothing else.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Reads a model-specific register.
+pub fn rdmsr(number: u32) -> u64 {
+    // SAFETY: reads only; TCG never faults on an unknown MSR (facts: RDMSR gives 0).
+    unsafe { Msr::new(number).read() }
+}
+
+/// Writes a model-specific register on behalf of a guest, or one named in [`msr`].
+///
+/// The caller keeps its hands off EFER, LSTAR and the like, which the machine's own code
+/// would notice; those live in the VMCB.
+pub fn wrmsr(number: u32, value: u64) {
+    // SAFETY: the registers the machine depends on (EFER, VM_HSAVE_PA) are written only by
+    // `svm::enable`; all others are the guest's.
+    unsafe { Msr::new(number).write(value) }
+}
+
+/// CPUID as the physical (QEMU) processor answers it.
+pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+    [r.eax, r.ebx, r.ecx, r.edx]
+}
+
+/// Reads a port; `size` is 1, 2 or 4 bytes.
+pub fn port_in(port: u16, size: u8) -> u32 {
+    // SAFETY: a port read affects devices only.
+    unsafe {
+        match size {
+            1 => u32::from(Port::<u8>::new(port).read()),
+            2 => u32::from(Port::<u16>::new(port).read()),
+            _ => Port::<u32>::new(port).read(),
+        }
+    }
+}
+
+/// Writes a port; `size` is 1, 2 or 4 bytes.
+#[expect(clippy::cast_possible_truncation, reason = "the size says how much is meant")]
+pub fn port_out(port: u16, size: u8, value: u32) {
+    // SAFETY: a port write affects devices only. A device told to DMA over the machine's own
+    // memory is the one exception: no IOMMU stands in between (facts: tcg-svm.md §9).
+    unsafe {
+        match size {
+            1 => Port::<u8>::new(port).write(value as u8),
+            2 => Port::<u16>::new(port).write(value as u16),
+            _ => Port::<u32>::new(port).write(value),
+        }
+    }
+}
+
+/// Stops this CPU for good.
+pub fn stop() -> ! {
+    loop {
+        // SAFETY: interrupts are off and nothing is left to do.
+        unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
+    }
+}

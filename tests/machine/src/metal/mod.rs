@@ -1,0 +1,26 @@
+//! Everything that touches the CPU.
+//!
+//! [`start`] is where the reset code arrives. From there: memory, heap, settings and image by
+//! fw_cfg, launch, and the run loop of each CPU until the run ends in [`finish`].
+
+mod boot;
+mod console;
+mod cpu;
+mod finish;
+mod heap;
+mod memory;
+
+/// The first Rust code, on the first CPU.
+pub extern "C" fn start(image: u64, low_end: u64) -> ! {
+    let layout = memory::init(image, low_end);
+    heap::init(layout.heap);
+    mask_pic();
+    console::log!("machine layout {layout:x?}");
+    finish::exit(1)
+}
+
+/// Masks both interrupt controllers: QEMU leaves them open, and vector 8 would be a double fault.
+fn mask_pic() {
+    cpu::port_out(0x21, 1, 0xFF);
+    cpu::port_out(0xA1, 1, 0xFF);
+}
