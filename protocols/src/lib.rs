@@ -44,10 +44,15 @@ const _: () = assert!(cfg!(target_endian = "little"));
 mod open_enum;
 
 pub mod addr;
+pub mod exit_code;
+pub mod ghcb;
 pub mod launch;
 pub mod map;
 pub mod oracle;
 pub mod ovmf;
 #[cfg(feature = "report")]
 pub mod report;
+pub mod snp;
+pub mod svsm;
 pub mod terminate;
+pub mod vmsa;
