@@ -1,0 +1,249 @@
+//! Accepting: validate, scrub, grant, record (I3).
+//!
+//! The steps are phases over the whole block, not a loop over its pages: the scrub can then be one
+//! fill of 2 MiB even when the platform holds small pages, and a failure in an early phase has
+//! nothing to take back from the guest.
+
+use crate::backend::{Backend, Operation, Trouble};
+use crate::block::{Block, PageSize};
+use crate::engine::{Done, Ended, Engine, Error, Held, OnNoChange};
+use crate::pages::{PageSet, PageState};
+use crate::sweep::{Grain, Stopped, sweep, sweep_on};
+
+/// What becomes of the pages.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum For {
+    /// Granted to the guest and recorded Accepted.
+    Guest,
+    /// Not granted; recorded as this state.
+    Paravisor(PageState),
+}
+
+impl<B: Backend> Engine<'_, B> {
+    /// Accepts `block` for the guest. Pages that were made ready ahead are granted without a
+    /// validating instruction: to the guest they are as new as the others.
+    ///
+    /// # Errors
+    /// [`Error::Owned`] if any page of the block is; else, with [`OnNoChange::Fail`],
+    /// [`Error::NoChange`] if any page is already accepted; and the others of [`Error`] except
+    /// [`Error::NotAccepted`].
+    pub fn accept(&self, block: Block, on_no_change: OnNoChange) -> Result<Done, Error> {
+        let glance = self.look(block)?;
+        // With `Ignore` one page decides nothing about the other 511.
+        let one_page_decides = on_no_change == OnNoChange::Fail || block.size() == PageSize::Size4K;
+        if one_page_decides && glance.is_accepted() {
+            glance.count_no_change();
+            return match on_no_change {
+                OnNoChange::Fail => Err(Error::NoChange),
+                OnNoChange::Ignore => Ok(Done::NOTHING),
+            };
+        }
+        let held = self.hold(block)?;
+        let ended = self.accept_held(&held, block, on_no_change);
+        self.end(held, ended)
+    }
+
+    /// Makes the Unaccepted pages of `block` ready before the guest asks for them: validated and
+    /// zero, state [`PageState::Ahead`]. Pages in another state are left alone.
+    ///
+    /// # Errors
+    /// Those of [`Engine::accept`], except [`Error::Owned`] and [`Error::NoChange`].
+    pub fn prepare(&self, block: Block) -> Result<Done, Error> {
+        self.keep(block, PageState::Ahead, |_| Ok(()))
+    }
+
+    /// Makes `block` the paravisor's own: validated and zero, state [`PageState::Owned`], no
+    /// permission for the guest.
+    ///
+    /// # Errors
+    /// Those of [`Engine::accept`]; [`Error::NoChange`] if any page is valid already.
+    pub fn acquire(&self, block: Block) -> Result<Done, Error> {
+        self.keep(block, PageState::Owned, |unaccepted| {
+            if unaccepted == PageSet::of(block) {
+                Ok(())
+            } else {
+                Err(Error::NoChange)
+            }
+        })
+    }
+
+    /// Validates and scrubs the Unaccepted pages of `block`, if `check` agrees to the set.
+    fn keep(
+        &self,
+        block: Block,
+        state: PageState,
+        check: impl FnOnce(PageSet) -> Result<(), Error>,
+    ) -> Result<Done, Error> {
+        let held = self.hold(block)?;
+        let states = held.states();
+        let fresh = PageSet::of(block)
+            .without(&states.ahead)
+            .without(&states.accepted)
+            .without(&states.owned);
+        let ended = match check(fresh) {
+            Ok(()) => self.bring_in(&held, &fresh, &PageSet::EMPTY, For::Paravisor(state)),
+            Err(error) => Ended::with(Err(error)),
+        };
+        self.end(held, ended)
+    }
+
+    /// The test under the lock, and the work.
+    fn accept_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
+        let asked = PageSet::of(block);
+        let states = held.states();
+        if !asked.and(&states.owned).is_empty() {
+            return Ended::with(Err(Error::Owned));
+        }
+        let accepted = asked.and(&states.accepted);
+        if on_no_change == OnNoChange::Fail && !accepted.is_empty() {
+            held.tally().no_change_slow.add(1);
+            return Ended::with(Err(Error::NoChange));
+        }
+        let ready = asked.and(&states.ahead);
+        let fresh = asked.without(&accepted).without(&ready);
+        if fresh.is_empty() && ready.is_empty() {
+            held.tally().no_change_slow.add(1);
+            return Ended::with(Ok(Done::NOTHING));
+        }
+        let ended = self.bring_in(held, &fresh, &ready, For::Guest);
+        if let Ok(done) = &ended.result {
+            match block.size() {
+                PageSize::Size4K => held.tally().accepted_4k.add(1),
+                PageSize::Size2M => held.tally().accepted_2m.add(1),
+            }
+            let page = PageSize::Size4K.bytes();
+            held.tally().accepted_bytes.add(done.changed_pages * page);
+            held.tally().claimed_bytes.add(ready.len() * page);
+        }
+        ended
+    }
+
+    /// The phases: `fresh` pages are validated and scrubbed; they and the `ready` ones are granted
+    /// if they are for the guest; then all are recorded.
+    fn bring_in(
+        &self,
+        held: &Held<'_>,
+        fresh: &PageSet,
+        ready: &PageSet,
+        destination: For,
+    ) -> Ended {
+        let (region, tally) = (held.region(), held.tally());
+        let mut grain = Grain::Large;
+
+        let validated = sweep(region, fresh, &mut grain, tally, |block| {
+            self.backend.validate(block)
+        });
+        if let Some(stopped) = validated.stopped {
+            self.take_back(held, &validated.done, &PageSet::EMPTY, grain);
+            let expelled = self.expel(held, stopped, grain);
+            let error = held.error(Operation::Validate, stopped);
+            return Ended {
+                result: Err(error),
+                flush_now: expelled,
+            };
+        }
+
+        // Memory is filled alike whatever page size the platform holds it in.
+        let scrubbed = sweep(region, fresh, &mut Grain::Large, tally, |block| {
+            self.backend.scrub(block)
+        });
+        if let Some(stopped) = scrubbed.stopped {
+            self.take_back(held, fresh, &PageSet::EMPTY, grain);
+            return Ended::with(Err(held.error(Operation::Scrub, stopped)));
+        }
+
+        let all = fresh.with(ready);
+        let state = match destination {
+            For::Paravisor(state) => state,
+            For::Guest => {
+                let granted = sweep(region, &all, &mut grain, tally, |block| {
+                    self.backend.grant(block)
+                });
+                if let Some(stopped) = granted.stopped {
+                    // A page that was ready and not yet granted stays ready.
+                    let ours = fresh.with(&granted.done);
+                    self.take_back(held, &ours, &granted.done, grain);
+                    return Ended {
+                        result: Err(held.error(Operation::Grant, stopped)),
+                        flush_now: !granted.done.is_empty(),
+                    };
+                }
+                PageState::Accepted
+            }
+        };
+        held.record(&all, state);
+        Ended::with(Ok(Done {
+            scrubbed_bytes: fresh.len() * PageSize::Size4K.bytes(),
+            changed_pages: all.len(),
+            flush: None,
+        }))
+    }
+
+    /// Undoes an accept that failed half-way: `valid` pages become Unaccepted again, `granted`
+    /// being those of them that the guest already has.
+    ///
+    /// Where the platform refuses even that, I9 asks for the truth: a page that stays granted is
+    /// Accepted (it was scrubbed before), a page that stays valid is Owned, so that nobody gets it
+    /// unscrubbed and nobody validates it again.
+    fn take_back(&self, held: &Held<'_>, valid: &PageSet, granted: &PageSet, grain: Grain) {
+        let (region, tally) = (held.region(), held.tally());
+        let not_valid = |trouble| trouble == Trouble::Contradiction;
+        let revoked = sweep_on(
+            region,
+            granted,
+            grain,
+            tally,
+            |block| self.backend.revoke(block),
+            not_valid,
+        );
+        let kept = granted.without(&revoked);
+        let leaving = valid.without(&kept);
+        let gone = sweep_on(
+            region,
+            &leaving,
+            grain,
+            tally,
+            |block| self.backend.rescind(block),
+            not_valid,
+        );
+        held.record(&kept, PageState::Accepted);
+        held.record(&gone, PageState::Unaccepted);
+        held.record(&leaving.without(&gone), PageState::Owned);
+    }
+
+    /// Puts out pages that turned out to be valid although the map says Unaccepted (I5).
+    ///
+    /// The attack: the host once let the guest validate page X at this address, later put Y there,
+    /// had the guest give "the page" back, which invalidated Y, and now presents X again: valid,
+    /// with the guest's old permissions and contents. To call that success would hand out stale
+    /// data; to leave it would let the guest reach memory that the map calls Unaccepted. So X loses
+    /// its permissions and its validity, and the map is true again.
+    ///
+    /// Returns whether a flush is needed.
+    fn expel(&self, held: &Held<'_>, stopped: Stopped, grain: Grain) -> bool {
+        if stopped.trouble != Trouble::Contradiction {
+            return false;
+        }
+        let (region, tally) = (held.region(), held.tally());
+        let not_valid = |trouble| trouble == Trouble::Contradiction;
+        // Failure to revoke makes no difference to what follows.
+        sweep_on(
+            region,
+            &stopped.at,
+            grain,
+            tally,
+            |b| self.backend.revoke(b),
+            not_valid,
+        );
+        let gone = sweep_on(
+            region,
+            &stopped.at,
+            grain,
+            tally,
+            |b| self.backend.rescind(b),
+            not_valid,
+        );
+        held.record(&stopped.at.without(&gone), PageState::Owned);
+        true
+    }
+}

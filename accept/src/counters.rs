@@ -1,0 +1,91 @@
+//! What happened, for reports. Counting decides nothing.
+
+use crate::sync::{AtomicU64, Ordering};
+
+/// One counter of a lock.
+#[derive(Default)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// Adds under the lock that the counter belongs to: no atomic read-modify-write is needed.
+    pub(crate) fn add(&self, n: u64) {
+        self.0.store(
+            self.0.load(Ordering::Relaxed).wrapping_add(n),
+            Ordering::Relaxed,
+        );
+    }
+
+    /// Adds without the lock. A counter is used with this or with [`Count::add`], never both.
+    pub(crate) fn add_unlocked(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])+ $name:ident,)+) => {
+        /// The counters of one lock.
+        #[derive(Default)]
+        pub(crate) struct Tally {
+            $(pub(crate) $name: Count,)+
+        }
+
+        impl Tally {
+            pub(crate) const fn new() -> Self {
+                Self { $($name: Count::new(),)+ }
+            }
+        }
+
+        /// The engine's counters at one moment. While others are at work the fields need not fit
+        /// together exactly.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Counters {
+            $($(#[$doc])+ pub $name: u64,)+
+        }
+
+        impl Counters {
+            /// Adds what one lock has counted.
+            pub(crate) fn absorb(&mut self, tally: &Tally) {
+                $(self.$name = self.$name.wrapping_add(tally.$name.get());)+
+            }
+        }
+    };
+}
+
+counters! {
+    /// Requests for a 4 KiB page that were accepted.
+    accepted_4k,
+    /// Requests for a 2 MiB block that were accepted.
+    accepted_2m,
+    /// Bytes that became the guest's.
+    accepted_bytes,
+    /// Of these, bytes that had been made ready before the guest asked.
+    claimed_bytes,
+    /// Requests for a 4 KiB page that were rescinded.
+    rescinded_4k,
+    /// Requests for a 2 MiB block that were rescinded.
+    rescinded_2m,
+    /// Bytes that ceased to be the guest's.
+    rescinded_bytes,
+    /// Large operations that the platform could only do in small pages.
+    splits,
+    /// "No change" answers given without a lock.
+    no_change_fast,
+    /// "No change" answers given under the lock.
+    no_change_slow,
+    /// Contradictions between map and hardware: the host lied.
+    host_lies,
+    /// Requests that failed in an instruction.
+    failures,
+    /// Locks that were taken only after a wait.
+    contended,
+    /// Waits given up.
+    busy,
+}

@@ -1,0 +1,288 @@
+//! The engine: the map, the locks and the backend brought together, and what its flows share.
+//!
+//! The flows are in `accepting`, `rescinding` and `owned`. Each has the same shape: find the
+//! region, take its lock, look at the states, act, record, release the lock, flush if something
+//! went wrong half-way.
+
+use crate::backend::{Backend, Operation, STATUS_SIZE_MISMATCH, Trouble};
+use crate::block::{Block, Frame, PageSize};
+use crate::counters::{Counters, Tally};
+use crate::lock::{Guard, RegionLocks};
+use crate::map::Map;
+use crate::pages::{PageSet, PageState, RegionWords, StateSets};
+use crate::sweep::Stopped;
+
+/// The acceptance engine of one VM. All methods take `&self` and may be called on all vCPUs at
+/// once, with interrupts off.
+pub struct Engine<'m, B> {
+    pub(crate) backend: B,
+    map: Map<'m>,
+    locks: RegionLocks<'m>,
+}
+
+/// What a request wants when it changes nothing for a page, because the page already is in the
+/// state asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnNoChange {
+    /// Refuse the whole block ([`Error::NoChange`]).
+    Fail,
+    /// Leave such pages alone and do the others.
+    Ignore,
+}
+
+/// A finished request.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a flush may be owed"]
+pub struct Done {
+    /// Bytes that were filled with zeros: the measure of the work done.
+    pub scrubbed_bytes: u64,
+    /// Pages that changed hands.
+    pub changed_pages: u64,
+    /// The flush that is owed before the guest is answered.
+    pub flush: Option<FlushOwed>,
+}
+
+impl Done {
+    pub(crate) const NOTHING: Self = Self {
+        scrubbed_bytes: 0,
+        changed_pages: 0,
+        flush: None,
+    };
+}
+
+/// A debt: pages were taken from the guest, and vCPUs may still hold translations of them. Several
+/// debts are paid by one [`Engine::flush`].
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "pay with Engine::flush before answering the guest"]
+pub struct FlushOwed(pub(crate) ());
+
+/// Why a request was not carried out. Unless the variant says otherwise, nothing has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// The guest's fault: the block is not, or not as a whole, in memory that has a state.
+    OutOfRange,
+    /// The guest's fault: a page of the block is not the guest's to give or take.
+    Owned,
+    /// The guest's fault: the page is not accepted, and must be for this use.
+    NotAccepted,
+    /// The guest's fault: a page of the block already is what it should become.
+    NoChange,
+    /// The host's fault: the hardware contradicts the map. Every page is recorded as what the
+    /// hardware says, nothing that the map did not know was granted, and the VM should stop.
+    HostLied,
+    /// Nobody's fault: another vCPU held the lock for too long. Ask again.
+    Busy,
+    /// An instruction failed. What it did to part of the block was undone, or is recorded.
+    Backend {
+        /// The step.
+        operation: Operation,
+        /// The platform's status (SNP: EAX).
+        status: u32,
+    },
+}
+
+/// How a flow under the lock ended.
+pub(crate) struct Ended {
+    pub(crate) result: Result<Done, Error>,
+    /// A failed flow took permissions from the guest, and its caller will not pay for it.
+    pub(crate) flush_now: bool,
+}
+
+impl Ended {
+    pub(crate) const fn with(result: Result<Done, Error>) -> Self {
+        Self {
+            result,
+            flush_now: false,
+        }
+    }
+}
+
+impl<'m, B: Backend> Engine<'m, B> {
+    /// An engine over `map`, with every page in the state that the map's memory says.
+    pub const fn new(backend: B, map: Map<'m>, locks: RegionLocks<'m>) -> Self {
+        Self {
+            backend,
+            map,
+            locks,
+        }
+    }
+
+    /// The map, for whoever publishes or enumerates it.
+    #[must_use]
+    pub const fn map(&self) -> Map<'m> {
+        self.map
+    }
+
+    /// The backend.
+    #[must_use]
+    pub const fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The state of a page at this moment, or `None` when it has none. Takes no lock: the answer
+    /// may be old before the caller reads it, except that only the holder of a [`Taken`] changes
+    /// that page.
+    ///
+    /// [`Taken`]: crate::Taken
+    #[must_use]
+    pub fn state(&self, frame: Frame) -> Option<PageState> {
+        Some(
+            self.map
+                .find(Block::page(frame))?
+                .state(frame.index_in_region()),
+        )
+    }
+
+    /// Pays for all that [`Done::flush`] has asked for so far.
+    pub fn flush(&self, owed: FlushOwed) {
+        let FlushOwed(()) = owed;
+        self.backend.flush();
+    }
+
+    /// The sum of all counters.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        for tally in self.locks.tallies() {
+            sum.absorb(tally);
+        }
+        sum
+    }
+
+    /// Records what the launch, or the paravisor itself before this engine existed, has made of
+    /// `pages` pages from `first`. No instruction is executed.
+    ///
+    /// For boot time: states are overwritten without a look at them.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless all pages lie in one range; [`Error::Busy`].
+    pub fn record_launch(&self, first: Frame, pages: u64, state: PageState) -> Result<(), Error> {
+        let mut busy = false;
+        let inside = self
+            .map
+            .for_each_piece(first, pages, |words, start, indices| {
+                match self.locks.lock(start) {
+                    Some(guard) => Held {
+                        words,
+                        region: start.region_start(),
+                        guard,
+                    }
+                    .record(&PageSet::span(indices.start, indices.end), state),
+                    None => busy = true,
+                }
+            });
+        match (inside, busy) {
+            (false, _) => Err(Error::OutOfRange),
+            (true, true) => Err(Error::Busy),
+            (true, false) => Ok(()),
+        }
+    }
+
+    /// The words and the counters of a block's region, without the lock.
+    pub(crate) fn look(&self, block: Block) -> Result<Glance<'m>, Error> {
+        let words = self.map.find(block).ok_or(Error::OutOfRange)?;
+        Ok(Glance {
+            words,
+            tally: self.locks.tally(block.first()),
+            block,
+        })
+    }
+
+    /// Locks a block's region.
+    pub(crate) fn hold(&self, block: Block) -> Result<Held<'m>, Error> {
+        let words = self.map.find(block).ok_or(Error::OutOfRange)?;
+        let guard = self.locks.lock(block.first()).ok_or(Error::Busy)?;
+        Ok(Held {
+            words,
+            region: block.first().region_start(),
+            guard,
+        })
+    }
+
+    /// Ends a flow: releases the lock first, then pays for what a failure has left behind. I12: no
+    /// lock is held across a flush.
+    pub(crate) fn end(&self, held: Held<'m>, ended: Ended) -> Result<Done, Error> {
+        drop(held);
+        if ended.flush_now {
+            self.backend.flush();
+        }
+        ended.result
+    }
+}
+
+/// A region seen without its lock.
+pub(crate) struct Glance<'m> {
+    words: &'m RegionWords,
+    tally: &'m Tally,
+    block: Block,
+}
+
+impl Glance<'_> {
+    /// The test before the lock: whether the whole block can be answered with "already accepted".
+    ///
+    /// Accepted is the only answer that can be given without the lock: it is written after all the
+    /// work is done and erased before any work of a rescind begins. Owned may be a page that is
+    /// just leaving, Unaccepted one that is just arriving; both are looked at again under the lock.
+    pub(crate) fn is_accepted(&self) -> bool {
+        match self.block.size() {
+            PageSize::Size4K => {
+                self.words.state(self.block.first().index_in_region()) == PageState::Accepted
+            }
+            PageSize::Size2M => self.words.looks_accepted(),
+        }
+    }
+
+    /// Counts an answer that the test has given.
+    pub(crate) fn count_no_change(&self) {
+        self.tally.no_change_fast.add_unlocked(1);
+    }
+}
+
+/// A region whose lock is held: the only way to change states (I1).
+pub(crate) struct Held<'m> {
+    words: &'m RegionWords,
+    region: Frame,
+    guard: Guard<'m>,
+}
+
+impl<'m> Held<'m> {
+    /// The first frame of the region.
+    pub(crate) const fn region(&self) -> Frame {
+        self.region
+    }
+
+    pub(crate) fn tally(&self) -> &'m Tally {
+        self.guard.tally()
+    }
+
+    /// The states of the pages, for sure.
+    pub(crate) fn states(&self) -> StateSets {
+        self.words.states()
+    }
+
+    /// The state of one page, for sure.
+    pub(crate) fn state(&self, frame: Frame) -> PageState {
+        self.words.state(frame.index_in_region())
+    }
+
+    pub(crate) fn record(&self, pages: &PageSet, state: PageState) {
+        self.words.record(pages, state);
+    }
+
+    /// Turns the reason why a sweep stopped into the caller's error, and counts it.
+    pub(crate) fn error(&self, operation: Operation, stopped: Stopped) -> Error {
+        match stopped.trouble {
+            Trouble::Contradiction => {
+                self.tally().host_lies.add(1);
+                Error::HostLied
+            }
+            Trouble::SizeMismatch => self.failure(operation, STATUS_SIZE_MISMATCH),
+            Trouble::Failed(status) => self.failure(operation, status),
+        }
+    }
+
+    fn failure(&self, operation: Operation, status: u32) -> Error {
+        self.tally().failures.add(1);
+        Error::Backend { operation, status }
+    }
+}

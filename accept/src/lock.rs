@@ -1,0 +1,217 @@
+//! The hashed region locks.
+//!
+//! Invariants:
+//! * A block lies in one 2 MiB region, and a region has one lock, so a flow holds exactly one lock
+//!   and deadlock is impossible.
+//! * Waiting is bounded. The holder may be a vCPU that the host has stopped running; the waiter
+//!   then answers "busy" and the guest decides what to do.
+//! * The counters of a lock are changed by whoever holds it; those of the lock-free answers are
+//!   the exception and say so.
+//!
+//! The caller has interrupts off while it is in the engine, so the holder is never interrupted by
+//! a waiter on the same vCPU.
+
+use crate::block::Frame;
+use crate::counters::Tally;
+use crate::sync::{AtomicBool, Ordering, spin_loop};
+
+/// One lock and the counters of the work done under it. Each has cache lines of its own.
+#[derive(Default)]
+#[repr(align(64))]
+pub struct RegionLock {
+    held: Held,
+    tally: Tally,
+}
+
+/// The lock word, kept off the counters' line: waiters read it in a loop.
+#[derive(Default)]
+#[repr(align(64))]
+struct Held(AtomicBool);
+
+impl RegionLock {
+    /// A lock that nobody holds.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            held: Held(AtomicBool::new(false)),
+            tally: Tally::new(),
+        }
+    }
+
+    /// Takes the lock if nobody holds it.
+    fn try_lock(&self) -> bool {
+        // The plain read first: a failed exchange would take the line from the holder.
+        !self.held.0.load(Ordering::Relaxed) && !self.held.0.swap(true, Ordering::Acquire)
+    }
+}
+
+/// The array of locks that all regions share.
+#[derive(Clone, Copy)]
+pub struct RegionLocks<'m> {
+    locks: &'m [RegionLock],
+    spin_limit: u32,
+}
+
+/// The number of locks given to [`RegionLocks::try_new`] is not a power of two of at least
+/// [`RegionLocks::MINIMUM`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadLockCount(pub usize);
+
+impl<'m> RegionLocks<'m> {
+    /// The fewest locks.
+    pub const MINIMUM: usize = 64;
+
+    /// How often a waiter looks at a held lock before it gives up. Several times what a 2 MiB
+    /// block costs when each of its pages is a trip to the host.
+    pub const SPIN_LIMIT: u32 = 1 << 20;
+
+    /// How many locks suit a VM of `vcpus`: a power of two, at least four per vCPU, so that two
+    /// vCPUs at work on different regions seldom meet.
+    #[must_use]
+    pub fn count_for(vcpus: usize) -> usize {
+        vcpus
+            .saturating_mul(4)
+            .max(Self::MINIMUM)
+            .checked_next_power_of_two()
+            .unwrap_or(1 << 20)
+    }
+
+    /// Uses `locks` as the array.
+    ///
+    /// # Errors
+    /// [`BadLockCount`] unless their number is a power of two, [`Self::MINIMUM`] or more.
+    pub fn try_new(locks: &'m [RegionLock]) -> Result<Self, BadLockCount> {
+        if locks.len() < Self::MINIMUM || !locks.len().is_power_of_two() {
+            return Err(BadLockCount(locks.len()));
+        }
+        Ok(Self {
+            locks,
+            spin_limit: Self::SPIN_LIMIT,
+        })
+    }
+
+    /// The same locks with another bound on waiting.
+    #[must_use]
+    pub const fn with_spin_limit(mut self, looks: u32) -> Self {
+        self.spin_limit = looks;
+        self
+    }
+
+    /// All locks, to sum up their counters.
+    pub(crate) fn tallies(&self) -> impl Iterator<Item = &'m Tally> + use<'m> {
+        self.locks.iter().map(|lock| &lock.tally)
+    }
+
+    /// The counters that belong to the region around `frame`.
+    pub(crate) fn tally(&self, frame: Frame) -> &'m Tally {
+        &self.lock_of(frame).tally
+    }
+
+    /// Locks the region around `frame`; `None` when the wait became too long.
+    pub(crate) fn lock(&self, frame: Frame) -> Option<Guard<'m>> {
+        let lock = self.lock_of(frame);
+        if lock.try_lock() {
+            return Some(Guard { lock });
+        }
+        for _ in 0..self.spin_limit {
+            spin_loop();
+            if lock.try_lock() {
+                lock.tally.contended.add(1);
+                return Some(Guard { lock });
+            }
+        }
+        lock.tally.busy.add_unlocked(1);
+        None
+    }
+
+    fn lock_of(&self, frame: Frame) -> &'m RegionLock {
+        &self.locks[index(frame.region_number(), self.locks.len())]
+    }
+}
+
+/// Chooses one of `count` (a power of two) locks for a region: the top bits of a product with
+/// 2^64 / golden ratio, which spreads neighbours as well as regions a large stride apart.
+const fn index(region_number: u64, count: usize) -> usize {
+    let hash = region_number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (hash >> (u64::BITS - count.trailing_zeros())) as usize
+}
+
+/// A held lock; dropping it releases the lock.
+#[must_use = "the region is only locked while the guard lives"]
+pub(crate) struct Guard<'m> {
+    lock: &'m RegionLock,
+}
+
+impl<'m> Guard<'m> {
+    /// The counters that this lock protects.
+    pub(crate) fn tally(&self) -> &'m Tally {
+        &self.lock.tally
+    }
+}
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.lock.held.0.store(false, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(gpa: u64) -> Frame {
+        Frame::containing(gpa)
+    }
+
+    #[test]
+    fn only_a_power_of_two_from_64_up_is_taken() {
+        let locks = [const { RegionLock::new() }; 130];
+        for (count, good) in [
+            (0, false),
+            (32, false),
+            (64, true),
+            (96, false),
+            (128, true),
+        ] {
+            assert_eq!(
+                RegionLocks::try_new(&locks[..count]).is_ok(),
+                good,
+                "{count}"
+            );
+        }
+        assert_eq!(RegionLocks::count_for(1), 64);
+        assert_eq!(RegionLocks::count_for(17), 128);
+    }
+
+    #[test]
+    fn i12_waiting_is_bounded_and_counted() {
+        let locks = [const { RegionLock::new() }; 64];
+        let locks = RegionLocks::try_new(&locks)
+            .expect("good")
+            .with_spin_limit(10);
+        let guard = locks.lock(frame(0x20_0000)).expect("free");
+        assert!(
+            locks.lock(frame(0x3f_f000)).is_none(),
+            "same region, same lock"
+        );
+        assert!(
+            locks.lock(frame(0x40_0000)).is_some(),
+            "a neighbour has another lock"
+        );
+        drop(guard);
+        assert!(locks.lock(frame(0x20_0000)).is_some());
+        assert_eq!(locks.tally(frame(0x20_0000)).busy.get(), 1);
+    }
+
+    #[test]
+    fn neighbours_and_strides_spread_over_the_locks() {
+        for stride in [1, 64, 512, 1 << 18] {
+            let mut used = [false; 64];
+            for n in 0..256 {
+                used[index(n * stride, 64)] = true;
+            }
+            let spread = used.iter().filter(|used| **used).count();
+            assert!(spread >= 48, "stride {stride}: {spread} of 64 locks");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Pages that the guest lends to the paravisor: VMSAs and calling areas.
+//!
+//! A lent page is Owned until it is given back, so that no request can rescind it meanwhile. The
+//! right to give it back is a value, [`Taken`], which only [`Engine::take`] and
+//! [`Engine::adopt`] make: the map does not know who owns an Owned page.
+
+use crate::backend::{Backend, Operation, Trouble};
+use crate::block::{Block, Frame, PageSize};
+use crate::engine::{Done, Ended, Engine, Error, Held};
+use crate::pages::{PageSet, PageState};
+use crate::sweep::{Grain, Stopped, Swept, sweep};
+
+/// What a page is lent for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The paravisor relies on its content: the guest loses all access, and every stale
+    /// translation is flushed before the paravisor may look at it.
+    Vmsa,
+    /// Guest and paravisor both write to it: the guest keeps its access.
+    CallingArea,
+}
+
+/// A page that the guest has lent, and the right to give it back.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a page that is not given back stays Owned for ever"]
+pub struct Taken {
+    frame: Frame,
+    role: Role,
+}
+
+impl Taken {
+    /// The page.
+    #[must_use]
+    pub const fn frame(&self) -> Frame {
+        self.frame
+    }
+
+    /// What it was lent for.
+    #[must_use]
+    pub const fn role(&self) -> Role {
+        self.role
+    }
+}
+
+/// A page that could not be given back; it is still Owned.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NotReturned {
+    /// The page, to try again when the error is [`Error::Busy`].
+    pub taken: Taken,
+    /// Why.
+    pub error: Error,
+}
+
+impl<B: Backend> Engine<'_, B> {
+    /// Takes an Accepted page from the guest for `role`.
+    ///
+    /// # Errors
+    /// [`Error::Owned`], [`Error::NotAccepted`], [`Error::OutOfRange`], [`Error::Busy`], and
+    /// [`Error::HostLied`] or [`Error::Backend`] when the guest's access could not be revoked.
+    pub fn take(&self, frame: Frame, role: Role) -> Result<Taken, Error> {
+        let block = Block::page(frame);
+        let held = self.hold(block)?;
+        let ended = match held.state(frame) {
+            PageState::Owned => Ended::with(Err(Error::Owned)),
+            PageState::Unaccepted | PageState::Ahead => Ended::with(Err(Error::NotAccepted)),
+            PageState::Accepted => self.take_held(&held, frame, role),
+        };
+        // The flush follows the unlock; the page is Owned by then, so nobody can get between.
+        let Done { .. } = self.end(held, ended)?;
+        Ok(Taken { frame, role })
+    }
+
+    fn take_held(&self, held: &Held<'_>, frame: Frame, role: Role) -> Ended {
+        let page = PageSet::single(frame.index_in_region());
+        held.record(&page, PageState::Owned);
+        if role == Role::CallingArea {
+            return Ended::with(Ok(Done::NOTHING));
+        }
+        match self.adjust(held, &page, |block| self.backend.revoke(block)) {
+            None => Ended {
+                result: Ok(Done::NOTHING),
+                flush_now: true,
+            },
+            Some(stopped) => {
+                held.record(
+                    &page,
+                    if stopped.trouble == Trouble::Contradiction {
+                        PageState::Unaccepted
+                    } else {
+                        PageState::Accepted
+                    },
+                );
+                Ended::with(Err(held.error(Operation::Revoke, stopped)))
+            }
+        }
+    }
+
+    /// The right to give back a page that was Owned from the launch on, and lent for `role`: the
+    /// first calling area, the guest's first VMSA.
+    ///
+    /// # Errors
+    /// [`Error::NotAccepted`] unless the page is Owned; [`Error::OutOfRange`].
+    pub fn adopt(&self, frame: Frame, role: Role) -> Result<Taken, Error> {
+        match self.state(frame) {
+            Some(PageState::Owned) => Ok(Taken { frame, role }),
+            Some(_) => Err(Error::NotAccepted),
+            None => Err(Error::OutOfRange),
+        }
+    }
+
+    /// Gives a page back to the guest, with its content.
+    ///
+    /// # Errors
+    /// [`NotReturned`] when the guest could not be granted access, or the lock could not be had;
+    /// the page is then still Owned.
+    pub fn give_back(&self, taken: Taken) -> Result<(), NotReturned> {
+        let held = match self.hold(Block::page(taken.frame)) {
+            Ok(held) => held,
+            Err(error) => return Err(NotReturned { taken, error }),
+        };
+        let page = PageSet::single(taken.frame.index_in_region());
+        if taken.role == Role::Vmsa
+            && let Some(stopped) = self.adjust(&held, &page, |block| self.backend.grant(block))
+        {
+            let error = held.error(Operation::Grant, stopped);
+            return Err(NotReturned { taken, error });
+        }
+        held.record(&page, PageState::Accepted);
+        Ok(())
+    }
+
+    /// One instruction on one small page.
+    fn adjust<F: Into<Trouble>>(
+        &self,
+        held: &Held<'_>,
+        page: &PageSet,
+        instruction: impl Fn(Block) -> Result<(), F>,
+    ) -> Option<Stopped> {
+        debug_assert_eq!(page.len(), PageSize::Size4K.pages());
+        let Swept { stopped, .. } = sweep(
+            held.region(),
+            page,
+            &mut Grain::Small,
+            held.tally(),
+            instruction,
+        );
+        stopped
+    }
+}

@@ -1,0 +1,158 @@
+//! Rescinding: record as leaving, revoke, invalidate, record (I3).
+//!
+//! A page on its way out is recorded Owned, which is what "nobody may touch it" is called in the
+//! map. It is so only under the region's lock: who asks for the page meanwhile sees Owned in the
+//! lock-free test, which decides nothing, and waits for the lock like everybody else.
+
+use crate::backend::{Backend, Operation, Trouble};
+use crate::block::{Block, PageSize};
+use crate::engine::{Done, Ended, Engine, Error, FlushOwed, Held, OnNoChange};
+use crate::pages::{PageSet, PageState};
+use crate::sweep::{Grain, sweep, sweep_on};
+
+/// The pages of one rescind, by what they were.
+struct Leaving {
+    /// The guest's.
+    accepted: PageSet,
+    /// Ready but unclaimed. To the guest these never were accepted, but the host is about to use
+    /// the address for something else, so they must not stay valid behind the guest's back.
+    ahead: PageSet,
+}
+
+impl Leaving {
+    fn all(&self) -> PageSet {
+        self.accepted.with(&self.ahead)
+    }
+}
+
+impl<B: Backend> Engine<'_, B> {
+    /// Takes `block` from the guest and makes it invalid, so that the host may have it.
+    ///
+    /// The answer owes a flush ([`Done::flush`]): vCPUs of the guest may still reach the page.
+    ///
+    /// # Errors
+    /// [`Error::Owned`] if any page of the block is; else, with [`OnNoChange::Fail`],
+    /// [`Error::NoChange`] if any page is not accepted; and the others of [`Error`] except
+    /// [`Error::NotAccepted`]. [`Error::HostLied`] means that a page had already lost its validity
+    /// although nobody asked: the host removed it, and an older page may be waiting to take its
+    /// place.
+    pub fn rescind(&self, block: Block, on_no_change: OnNoChange) -> Result<Done, Error> {
+        let held = self.hold(block)?;
+        let ended = self.rescind_held(&held, block, on_no_change);
+        self.end(held, ended)
+    }
+
+    fn rescind_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
+        let asked = PageSet::of(block);
+        let states = held.states();
+        if !asked.and(&states.owned).is_empty() {
+            return Ended::with(Err(Error::Owned));
+        }
+        let leaving = Leaving {
+            accepted: asked.and(&states.accepted),
+            ahead: asked.and(&states.ahead),
+        };
+        if on_no_change == OnNoChange::Fail && leaving.accepted != asked {
+            held.tally().no_change_slow.add(1);
+            return Ended::with(Err(Error::NoChange));
+        }
+        if leaving.all().is_empty() {
+            held.tally().no_change_slow.add(1);
+            return Ended::with(Ok(Done::NOTHING));
+        }
+        let ended = self.put_out(held, &leaving);
+        if ended.result.is_ok() {
+            match block.size() {
+                PageSize::Size4K => held.tally().rescinded_4k.add(1),
+                PageSize::Size2M => held.tally().rescinded_2m.add(1),
+            }
+            let bytes = leaving.accepted.len() * PageSize::Size4K.bytes();
+            held.tally().rescinded_bytes.add(bytes);
+        }
+        ended
+    }
+
+    fn put_out(&self, held: &Held<'_>, leaving: &Leaving) -> Ended {
+        let (region, tally) = (held.region(), held.tally());
+        let mut grain = Grain::Large;
+        held.record(&leaving.all(), PageState::Owned);
+
+        let revoked = sweep(region, &leaving.accepted, &mut grain, tally, |block| {
+            self.backend.revoke(block)
+        });
+        if let Some(stopped) = revoked.stopped {
+            // A page that the hardware calls invalid is out already; the rest goes back.
+            let lost = lost_pages(stopped.trouble, &stopped.at);
+            held.record(&lost, PageState::Unaccepted);
+            self.restore(held, leaving, &lost, &revoked.done, grain);
+            let error = held.error(Operation::Revoke, stopped);
+            return Ended {
+                result: Err(error),
+                flush_now: !lost.is_empty(),
+            };
+        }
+
+        let all = leaving.all();
+        let rescinded = sweep(region, &all, &mut grain, tally, |block| {
+            self.backend.rescind(block)
+        });
+        if let Some(stopped) = rescinded.stopped {
+            // What is invalid cannot be brought back: another page may be there by now, and its
+            // content would be lost anyway. It is recorded as it is; the rest goes back.
+            let lost = rescinded
+                .done
+                .with(&lost_pages(stopped.trouble, &stopped.at));
+            held.record(&lost, PageState::Unaccepted);
+            self.restore(
+                held,
+                leaving,
+                &lost,
+                &leaving.accepted.without(&lost),
+                grain,
+            );
+            let error = held.error(Operation::Rescind, stopped);
+            return Ended {
+                result: Err(error),
+                flush_now: true,
+            };
+        }
+
+        held.record(&all, PageState::Unaccepted);
+        Ended::with(Ok(Done {
+            scrubbed_bytes: 0,
+            changed_pages: all.len(),
+            flush: Some(FlushOwed(())),
+        }))
+    }
+
+    /// Undoes a rescind that failed half-way: the pages that are not `lost` become again what they
+    /// were, those of `revoked` after a new grant. A page that cannot be granted again stays Owned.
+    fn restore(
+        &self,
+        held: &Held<'_>,
+        leaving: &Leaving,
+        lost: &PageSet,
+        revoked: &PageSet,
+        grain: Grain,
+    ) {
+        let granted = sweep_on(
+            held.region(),
+            revoked,
+            grain,
+            held.tally(),
+            |block| self.backend.grant(block),
+            |_| false,
+        );
+        let untouched = leaving.accepted.without(revoked).without(lost);
+        held.record(&untouched.with(&granted), PageState::Accepted);
+        held.record(&leaving.ahead.without(lost), PageState::Ahead);
+    }
+}
+
+/// The pages that a failure shows to be invalid already.
+fn lost_pages(trouble: Trouble, at: &PageSet) -> PageSet {
+    match trouble {
+        Trouble::Contradiction => *at,
+        Trouble::SizeMismatch | Trouble::Failed(_) => PageSet::EMPTY,
+    }
+}
