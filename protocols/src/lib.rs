@@ -44,14 +44,20 @@ const _: () = assert!(cfg!(target_endian = "little"));
 mod open_enum;
 
 pub mod addr;
+pub mod cpuid_page;
+pub mod efi;
 pub mod exit_code;
 pub mod ghcb;
+pub mod guid;
+pub mod igvm_map;
 pub mod launch;
 pub mod map;
+pub mod measure;
 pub mod oracle;
 pub mod ovmf;
 #[cfg(feature = "report")]
 pub mod report;
+pub mod secrets;
 pub mod snp;
 pub mod svsm;
 pub mod terminate;

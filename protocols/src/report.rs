@@ -393,6 +393,8 @@ pub struct Violations {
     pub implicit_conversion: u64,
     /// The host was asked to run a VMSA without EFER.SVME.
     pub run_without_svme: u64,
+    /// A page state change to shared found the page still validated.
+    pub unrescinded_share: u64,
 }
 
 impl Violations {
@@ -404,6 +406,7 @@ impl Violations {
             + self.live_rescind
             + self.implicit_conversion
             + self.run_without_svme
+            + self.unrescinded_share
     }
 }
 
