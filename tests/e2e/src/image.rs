@@ -1,0 +1,110 @@
+//! Makes the images that are run here, and the ROMs that go with them.
+//!
+//! A thin layer over `igvm-build` that opens files: the image is written with its sidecar beside it,
+//! as the `igvm-build` command does.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use igvm_build::elf::Program;
+use igvm_build::error::FileError;
+use igvm_build::firmware::Firmware;
+use igvm_build::flat::elf_to_flat;
+use igvm_build::image::{self, Options};
+use igvm_build::sidecar::Sidecar;
+use protocols::launch::Fault;
+
+/// The emulated machine's C-bit: its nested tables have four levels, so 47 is the highest bit that
+/// can tell the two aliases apart.
+pub const MACHINE_C_BIT: u32 = 47;
+
+/// What an image is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe<'a> {
+    /// The program that starts at VMPL0, an ELF file.
+    pub paravisor: &'a Path,
+    /// What it starts at VMPL1, an OVMF image; none for a program that needs no guest.
+    pub firmware: Option<&'a Path>,
+    /// A deliberate fault, which only the test build of the paravisor heeds.
+    pub fault: Fault,
+}
+
+impl Recipe<'_> {
+    /// Builds the image in memory.
+    pub fn build(&self) -> Result<(image::Image, Sidecar)> {
+        let paravisor = read(self.paravisor, "the paravisor's ELF file")?;
+        let program = Program::parse(&paravisor).map_err(FileError::content(self.paravisor))?;
+        let firmware_bytes = match self.firmware {
+            Some(path) => Some((path, read(path, "an OVMF image")?)),
+            None => None,
+        };
+        let firmware = match &firmware_bytes {
+            Some((path, bytes)) => Some(Firmware::parse(bytes).map_err(FileError::content(path))?),
+            None => None,
+        };
+        let options = Options {
+            c_bit: MACHINE_C_BIT,
+            fault: self.fault,
+            ..Options::default()
+        };
+        let image = image::build(&program, firmware.as_ref(), &options)
+            .map_err(FileError::content(self.firmware.unwrap_or(self.paravisor)))?;
+        let name = self.firmware.and_then(Path::file_name);
+        let sidecar = Sidecar::new(
+            &image,
+            MACHINE_C_BIT,
+            name.map(|name| name.to_string_lossy().into()),
+        );
+        Ok((image, sidecar))
+    }
+
+    /// Builds the image and writes it to `out`, its sidecar to `out` with `.json` appended.
+    pub fn write(&self, out: &Path) -> Result<Sidecar> {
+        let (image, sidecar) = self.build()?;
+        write(out, &image.bytes)?;
+        write(
+            &sidecar_path(out),
+            serde_json::to_string_pretty(&sidecar)?.as_bytes(),
+        )?;
+        Ok(sidecar)
+    }
+}
+
+/// Where the description of an image lies.
+pub fn sidecar_path(image: &Path) -> PathBuf {
+    let mut name = image.as_os_str().to_owned();
+    name.push(".json");
+    PathBuf::from(name)
+}
+
+/// The description of an image that was built before.
+pub fn sidecar(image: &Path) -> Result<Sidecar> {
+    let path = sidecar_path(image);
+    serde_json::from_slice(&read(&path, "the description of an image")?).with_context(|| {
+        format!(
+            "{}: not the description of an image; build it again",
+            path.display()
+        )
+    })
+}
+
+/// Lays the ELF file out as a ROM of `size` bytes that ends at 4 GiB.
+pub fn write_flat(elf: &Path, size: u64, out: &Path) -> Result<()> {
+    let bytes = read(elf, "an ELF file")?;
+    let flat = elf_to_flat(&bytes, size).map_err(FileError::content(elf))?;
+    write(out, &flat)
+}
+
+fn read(path: &Path, expected: &'static str) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| {
+        format!(
+            "{}: expected {expected}, which cannot be read",
+            path.display()
+        )
+    })
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    fs::write(path, bytes).with_context(|| format!("{}: cannot be written", path.display()))
+}

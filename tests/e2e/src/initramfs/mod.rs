@@ -1,0 +1,59 @@
+//! The guest's userspace: one static busybox and an init script.
+//!
+//! Built afresh for every run, because the command of `--exec` is a file in it: so it needs no
+//! quoting on its way through the kernel command line.
+
+mod cpio;
+
+use cpio::Archive;
+
+/// What init prints on the console when userspace is reached.
+pub const USERSPACE_MARKER: &str = "turnstile: userspace reached";
+/// What follows the output of `--exec` on the second serial port: NUL, this, the exit status, LF.
+pub const EXIT_TRAILER: &str = "turnstile-exit:";
+
+const INIT: &str = include_str!("init.sh");
+
+/// An initramfs with `busybox` (the program's bytes) that runs `exec`, or gives a shell.
+pub fn build(busybox: &[u8], exec: Option<&str>) -> Vec<u8> {
+    let init = INIT
+        .replace("@MARKER@", USERSPACE_MARKER)
+        .replace("@TRAILER@", EXIT_TRAILER);
+    let mut archive = Archive::default();
+    for dir in ["bin", "dev", "proc", "sys", "tmp", "root", "turnstile"] {
+        archive.directory(dir);
+    }
+    archive.file("bin/busybox", 0o755, busybox);
+    archive.file("init", 0o755, init.as_bytes());
+    if let Some(command) = exec {
+        archive.file("turnstile/exec", 0o644, format!("{command}\n").as_bytes());
+    }
+    archive.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::build;
+
+    fn contains(haystack: &[u8], needle: &str) -> bool {
+        haystack
+            .windows(needle.len())
+            .any(|window| window == needle.as_bytes())
+    }
+
+    #[test]
+    fn the_command_is_a_file_and_needs_no_quoting() {
+        let command = "echo \"a b\" 'c'; cat /proc/meminfo";
+        let archive = build(b"BUSYBOX", Some(command));
+        assert!(contains(&archive, command));
+        assert!(contains(&archive, "turnstile/exec"));
+    }
+
+    #[test]
+    fn without_a_command_there_is_no_command_file() {
+        let archive = build(b"BUSYBOX", None);
+        assert!(!contains(&archive, "turnstile/exec\0"));
+        assert!(contains(&archive, super::USERSPACE_MARKER));
+        assert!(!contains(&archive, "@MARKER@") && !contains(&archive, "@TRAILER@"));
+    }
+}

@@ -1,0 +1,20 @@
+//! Starts the emulated machine in QEMU, and the end-to-end scenarios that do so.
+//!
+//! Owns everything between an image on disk and a verdict about a run:
+//!
+//! - [`vm`]: one run of the machine, also used by `xtask run`;
+//! - [`image`]: the images that are run;
+//! - [`initramfs`]: the guest's userspace;
+//! - [`scenario`]: what a scenario is given and what it returns;
+//! - [`scenarios`]: the scenarios, one module per intent.
+//!
+//! Nothing here builds or fetches: `xtask` does, and hands over [`scenario::Artefacts`]. The library
+//! writes only into the directory it is given for a run.
+
+#![forbid(unsafe_code)]
+
+pub mod image;
+pub mod initramfs;
+pub mod scenario;
+pub mod scenarios;
+pub mod vm;

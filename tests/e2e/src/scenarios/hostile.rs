@@ -1,0 +1,90 @@
+//! Does a lying host meet a termination with a reason?
+//!
+//! Each scenario lets the machine lie in one way. The paravisor must end the guest with the reason
+//! that names the lie, or live with it where the lie can do no harm. Which guest it is does not
+//! matter, so the small one is used.
+
+use protocols::launch::Fault;
+use protocols::report::Outcome;
+use protocols::terminate::{Reason, ReasonSet, TurnstileReason};
+
+use super::svsm_calls;
+use crate::scenario::{Findings, GUEST_LIMIT, Scenario};
+use crate::vm::Settings;
+
+/// The lie, by the name of the machine's setting, and the reason it must meet.
+const LIES: [(&str, TurnstileReason); 13] = [
+    ("map-overlap", TurnstileReason::MAP_OVERLAP),
+    ("map-wrap", TurnstileReason::MAP_WRAP),
+    ("map-many", TurnstileReason::MAP_TOO_MANY),
+    ("map-own-missing", TurnstileReason::MAP_OWN_MISSING),
+    ("map-unsorted", TurnstileReason::MAP_UNSORTED),
+    ("cpuid-count", TurnstileReason::CPUID_PAGE),
+    ("vp-count-zero", TurnstileReason::VP_COUNT),
+    ("vp-count-huge", TurnstileReason::VP_COUNT),
+    ("ghcb-version", TurnstileReason::GHCB_VERSION),
+    ("ghcb-features", TurnstileReason::GHCB_FEATURES),
+    ("ghcb-register", TurnstileReason::GHCB_REGISTER),
+    ("ghcb-psc", TurnstileReason::GHCB_PAGE_STATE),
+    ("ghcb-unknown", TurnstileReason::GHCB_REPLY),
+];
+
+/// Entering VMPL0 without a call pending: allowed to the host, so it must be survived.
+const EARLY_RETURN: &str = "early-return";
+
+pub fn scenarios() -> Vec<Scenario> {
+    let mut scenarios: Vec<Scenario> = LIES
+        .into_iter()
+        .map(|(lie, reason)| meets(lie, reason))
+        .collect();
+    scenarios.push(Scenario::new(
+        format!("hostile/{EARLY_RETURN}"),
+        |context| {
+            let hostile = Some(EARLY_RETURN.to_owned());
+            svsm_calls::go_through(
+                context,
+                Settings {
+                    hostile,
+                    oracle: true,
+                    ..Settings::default()
+                },
+            )
+        },
+    ));
+    scenarios
+}
+
+fn meets(lie: &'static str, expected: TurnstileReason) -> Scenario {
+    Scenario::new(format!("hostile/{lie}"), move |context| {
+        let artefacts = &context.artefacts;
+        let (image, sidecar) = context.image(
+            &artefacts.paravisor,
+            Some(&artefacts.svsm_cases),
+            Fault::NONE,
+        )?;
+        let settings = Settings {
+            hostile: Some(lie.to_owned()),
+            oracle: true,
+            ..Settings::default()
+        };
+        let finished = context
+            .machine(image, &sidecar, settings)
+            .run(GUEST_LIMIT, |_| {})?;
+        let mut findings = Findings::default();
+        findings.ended(&finished, Outcome::Terminated)?;
+        let termination = finished.report()?.termination.clone().unwrap_or_default();
+        findings.equal("by the paravisor", termination.vmpl, 0);
+        let found = Reason {
+            set: ReasonSet(termination.set),
+            code: termination.code,
+        };
+        let expected = Reason::turnstile(expected);
+        findings.check(
+            format!("with the reason {expected}"),
+            found == expected,
+            || found.to_string(),
+        );
+        findings.measured(&finished, &sidecar);
+        Ok(findings)
+    })
+}

@@ -1,0 +1,38 @@
+//! The scenarios, one module per intent.
+//!
+//! | module | question |
+//! |---|---|
+//! | [`isa`] | does the machine behave as the architecture says, without any paravisor? |
+//! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
+//! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
+//! | [`hostile`] | does a lying host meet a termination with a reason? |
+//! | [`faults`] | do the checks catch a paravisor that misbehaves? |
+//! | [`image`] | is the image reproducible and measured as told? |
+//! | [`tools`] | what do the tools say to bad input? |
+
+mod boot;
+mod cases;
+mod faults;
+mod hostile;
+mod image;
+mod isa;
+mod svsm_calls;
+mod tools;
+
+use crate::scenario::Scenario;
+
+/// All scenarios, in the order in which a failure says most.
+pub fn all() -> Vec<Scenario> {
+    [
+        tools::scenarios(),
+        image::scenarios(),
+        isa::scenarios(),
+        svsm_calls::scenarios(),
+        hostile::scenarios(),
+        faults::scenarios(),
+        boot::scenarios(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

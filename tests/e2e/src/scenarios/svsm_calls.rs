@@ -1,0 +1,50 @@
+//! Does the paravisor answer good and bad calls as it must?
+//!
+//! A bare-metal guest at VMPL1, packed as a firmware, goes through a table of SVSM calls. After each
+//! it asks the machine whether RMP and map still agree.
+
+use anyhow::Result;
+use protocols::launch::Fault;
+
+use super::cases;
+use crate::scenario::{Context, Findings, GUEST_LIMIT, Scenario};
+use crate::vm::{Backing, Settings, Vc};
+
+/// The table has at least so many cases.
+pub const LEAST_CASES: usize = 40;
+
+pub fn scenarios() -> Vec<Scenario> {
+    [(Backing::Small, Vc::Direct), (Backing::Large, Vc::Direct)]
+        .into_iter()
+        .map(|(backing, vc)| {
+            Scenario::new(format!("svsm_calls/{}", backing.name()), move |context| {
+                go_through(
+                    context,
+                    Settings {
+                        backing,
+                        vc,
+                        oracle: true,
+                        ..Settings::default()
+                    },
+                )
+            })
+        })
+        .collect()
+}
+
+/// The whole table under `settings`; a good run.
+pub fn go_through(context: &Context, settings: Settings) -> Result<Findings> {
+    let artefacts = &context.artefacts;
+    let (image, sidecar) = context.image(
+        &artefacts.paravisor,
+        Some(&artefacts.svsm_cases),
+        Fault::NONE,
+    )?;
+    let finished = context
+        .machine(image, &sidecar, settings)
+        .run(GUEST_LIMIT, |_| {})?;
+    let mut findings = Findings::default();
+    cases::judge(&mut findings, &finished, LEAST_CASES)?;
+    findings.good_run(&finished, &sidecar)?;
+    Ok(findings)
+}

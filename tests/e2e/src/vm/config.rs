@@ -1,0 +1,284 @@
+//! What a run is made of: QEMU's command line and the machine's settings file.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail};
+
+/// The granularity in which the emulated host backs private memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backing {
+    /// 4 KiB, as upstream KVM gives: every 2 MiB PVALIDATE mismatches.
+    #[default]
+    Small,
+    /// 2 MiB.
+    Large,
+}
+
+impl Backing {
+    /// Both, for scenarios that run on each.
+    pub const BOTH: [Backing; 2] = [Backing::Small, Backing::Large];
+
+    /// The value of the machine's setting.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Backing::Small => "4k",
+            Backing::Large => "2m",
+        }
+    }
+}
+
+impl FromStr for Backing {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Backing> {
+        match text {
+            "4k" => Ok(Backing::Small),
+            "2m" => Ok(Backing::Large),
+            _ => bail!("expected 4k or 2m"),
+        }
+    }
+}
+
+/// How much of what real hardware reflects into the guest the machine reflects too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Vc {
+    /// Only what must be: the guest's own CPUID, I/O and MSR accesses are served directly.
+    #[default]
+    Direct,
+    /// Everything, through the guest's #VC handler.
+    Strict,
+}
+
+impl Vc {
+    /// The value of the machine's setting.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Vc::Direct => "direct",
+            Vc::Strict => "strict",
+        }
+    }
+}
+
+impl FromStr for Vc {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Vc> {
+        match text {
+            "direct" => Ok(Vc::Direct),
+            "strict" => Ok(Vc::Strict),
+            _ => bail!("expected direct or strict"),
+        }
+    }
+}
+
+/// What the machine is told through fw_cfg (`opt/turnstile/settings`).
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Granularity of the host's backing.
+    pub backing: Backing,
+    /// Reflection of intercepts at VMPL1 and below.
+    pub vc: Vc,
+    /// GPA of the paravisor's map descriptor; makes the machine compare it with its RMP.
+    pub map_descriptor: Option<u64>,
+    /// Whether a test guest may ask the machine about its state.
+    pub oracle: bool,
+    /// Misbehaviour of the host.
+    pub hostile: Option<String>,
+}
+
+impl Settings {
+    /// The file's text: one `key=value` per line.
+    pub fn text(&self) -> String {
+        let mut text = format!("backing={}\nvc={}\n", self.backing.name(), self.vc.name());
+        // Writing to a String cannot fail.
+        if let Some(gpa) = self.map_descriptor {
+            let _ = writeln!(text, "referee={gpa:#x}");
+        }
+        if self.oracle {
+            text.push_str("oracle=on\n");
+        }
+        if let Some(hostile) = &self.hostile {
+            let _ = writeln!(text, "hostile={hostile}");
+        }
+        text
+    }
+}
+
+/// The guest's operating system, handed to the guest's firmware by QEMU's fw_cfg.
+#[derive(Clone, Debug)]
+pub struct Linux {
+    /// A bzImage.
+    pub kernel: PathBuf,
+    /// The initial root file system.
+    pub initrd: PathBuf,
+    /// The kernel command line.
+    pub append: String,
+}
+
+/// Where the guest's console goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Console {
+    /// Into a file of the run's directory only.
+    File,
+    /// To this process's terminal, and into the file as well. Ctrl-A X ends QEMU.
+    Terminal,
+}
+
+/// One run of the machine.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The QEMU program.
+    pub qemu: PathBuf,
+    /// The machine itself, QEMU's firmware.
+    pub rom: PathBuf,
+    /// The IGVM image to launch.
+    pub image: PathBuf,
+    /// The machine's settings.
+    pub settings: Settings,
+    /// Memory, as QEMU's `-m` takes it.
+    pub memory: String,
+    /// Number of virtual processors.
+    pub vcpus: u32,
+    /// The guest's operating system, if it is to have one.
+    pub linux: Option<Linux>,
+    /// Where the console goes.
+    pub console: Console,
+    /// Directory for the logs of this run; must exist.
+    pub dir: PathBuf,
+}
+
+/// The files a run leaves in its directory.
+#[derive(Clone, Debug)]
+pub struct Logs {
+    /// The machine's events, one JSON object per line.
+    pub machine: PathBuf,
+    /// The guest's console.
+    pub console: PathBuf,
+    /// The guest's second serial port.
+    pub second: PathBuf,
+    /// What QEMU itself says.
+    pub qemu: PathBuf,
+}
+
+impl Logs {
+    /// The names of the files in `dir`.
+    pub fn within(dir: &Path) -> Logs {
+        Logs {
+            machine: dir.join("machine.jsonl"),
+            console: dir.join("console.log"),
+            second: dir.join("com2.log"),
+            qemu: dir.join("qemu.log"),
+        }
+    }
+}
+
+impl Config {
+    /// QEMU's command line; also writes the settings file and empties the logs, so that nothing of
+    /// an earlier run in the same directory is taken for this one's.
+    pub(super) fn command(&self) -> Result<Command> {
+        let logs = Logs::within(&self.dir);
+        let settings = self.dir.join("settings.txt");
+        let create = |path: &Path, text: &str| {
+            std::fs::write(path, text)
+                .with_context(|| format!("{}: cannot be written", path.display()))
+        };
+        create(&settings, &self.settings.text())?;
+        for log in [&logs.machine, &logs.console, &logs.second, &logs.qemu] {
+            create(log, "")?;
+        }
+        let mut qemu = Command::new(&self.qemu);
+        qemu.args(["-accel", "tcg,thread=multi", "-machine", "q35,smm=off"])
+            .args(["-cpu", "EPYC-Milan,+svm,+x2apic,phys-bits=48"])
+            .args(["-m", &self.memory, "-smp", &self.vcpus.to_string()])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+            ])
+            .arg("-bios")
+            .arg(&self.rom)
+            .arg("-fw_cfg")
+            .arg(option("name=opt/turnstile/igvm,file=", &self.image))
+            .arg("-fw_cfg")
+            .arg(option("name=opt/turnstile/settings,file=", &settings));
+        qemu.arg("-chardev");
+        match self.console {
+            Console::File => {
+                qemu.arg(option("file,id=console,path=", &logs.console))
+                    .stdin(Stdio::null());
+            }
+            Console::Terminal => {
+                qemu.arg(option(
+                    "stdio,id=console,mux=on,signal=off,logfile=",
+                    &logs.console,
+                ))
+                .args(["-mon", "chardev=console,mode=readline"])
+                .stdin(Stdio::inherit());
+            }
+        }
+        qemu.args(["-serial", "chardev:console", "-chardev"])
+            .arg(option("file,id=second,path=", &logs.second))
+            .args(["-serial", "chardev:second", "-chardev"])
+            .arg(option("file,id=machine,path=", &logs.machine))
+            .args(["-device", "isa-debugcon,iobase=0xe9,chardev=machine"])
+            .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"]);
+        if let Some(linux) = &self.linux {
+            qemu.arg("-kernel")
+                .arg(&linux.kernel)
+                .arg("-initrd")
+                .arg(&linux.initrd);
+            qemu.args(["-append", &linux.append]);
+        }
+        let own_words = std::fs::File::options()
+            .append(true)
+            .open(&logs.qemu)
+            .with_context(|| format!("{}: cannot be written", logs.qemu.display()))?;
+        qemu.stderr(own_words);
+        if self.console == Console::File {
+            qemu.stdout(Stdio::null());
+        }
+        Ok(qemu)
+    }
+}
+
+/// A QEMU option that ends in a path. In such options a comma is written twice.
+fn option(head: &str, path: &Path) -> OsString {
+    let mut option = OsString::from(head);
+    let text = path.as_os_str().to_string_lossy();
+    option.push(text.replace(',', ",,"));
+    option
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{Settings, option};
+
+    #[test]
+    fn settings_name_only_what_differs_from_a_plain_run() {
+        assert_eq!(Settings::default().text(), "backing=4k\nvc=direct\n");
+        let settings = Settings {
+            map_descriptor: Some(0x810_0000),
+            oracle: true,
+            hostile: Some("map-wrap".into()),
+            ..Settings::default()
+        };
+        let text = settings.text();
+        assert!(
+            text.ends_with("referee=0x8100000\noracle=on\nhostile=map-wrap\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_comma_in_a_path_is_doubled() {
+        assert_eq!(option("file=", Path::new("/a,b")), "file=/a,,b");
+    }
+}

@@ -1,0 +1,69 @@
+//! The output of the guest's command on the second serial port, and its exit status behind it.
+
+use crate::initramfs::EXIT_TRAILER;
+
+/// Separates the command's output from the trailer: NUL, [`EXIT_TRAILER`], the status, LF.
+#[derive(Debug, Default)]
+pub struct ExecStream {
+    held: Vec<u8>,
+    status: Option<i32>,
+}
+
+impl ExecStream {
+    /// Takes the next bytes of the port and returns what certainly is output. Bytes that may be the
+    /// begin of the trailer are held until it is known.
+    pub fn push(&mut self, bytes: &[u8]) -> Vec<u8> {
+        self.held.extend_from_slice(bytes);
+        let mut output = Vec::new();
+        while let Some(nul) = self.held.iter().position(|&byte| byte == 0) {
+            output.extend(self.held.drain(..nul));
+            // `held` now begins with the NUL.
+            let tail = self.held.get(1..).unwrap_or_default();
+            let known = tail.len().min(EXIT_TRAILER.len());
+            if tail.get(..known) != EXIT_TRAILER.as_bytes().get(..known) {
+                output.extend(self.held.drain(..1));
+                continue;
+            }
+            let line_end = tail.iter().position(|&byte| byte == b'\n');
+            if let Some(digits) = line_end.and_then(|end| tail.get(EXIT_TRAILER.len()..end)) {
+                self.status = std::str::from_utf8(digits)
+                    .ok()
+                    .and_then(|text| text.trim().parse().ok());
+                self.held.clear();
+            }
+            return output;
+        }
+        output.append(&mut self.held);
+        output
+    }
+
+    /// The command's exit status, once the trailer has been seen.
+    pub fn status(&self) -> Option<i32> {
+        self.status
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{EXIT_TRAILER, ExecStream};
+
+    /// Whatever the cuts between the pieces, output and status come out the same.
+    #[test]
+    fn the_trailer_is_found_across_any_cut() {
+        let whole = [b"a\0b\n", format!("\0{EXIT_TRAILER}42\n").as_bytes()].concat();
+        for cut in 0..=whole.len() {
+            let mut stream = ExecStream::default();
+            let mut output = stream.push(&whole[..cut]);
+            output.extend(stream.push(&whole[cut..]));
+            assert_eq!(output, b"a\0b\n", "cut at {cut}");
+            assert_eq!(stream.status(), Some(42), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn without_a_trailer_there_is_no_status() {
+        let mut stream = ExecStream::default();
+        assert_eq!(stream.push(b"text"), b"text");
+        assert_eq!(stream.status(), None);
+    }
+}

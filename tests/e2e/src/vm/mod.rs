@@ -1,0 +1,271 @@
+//! One run of the emulated machine in QEMU, from start to report.
+//!
+//! Owns the QEMU process and the files it writes. [`Config`] says what to run; [`Running`] turns the
+//! growing logs into [`Happening`]s in the order they are seen; [`Finished`] holds what there is to
+//! assert. Used by `xtask run` and by every scenario, so both see the same machine.
+//!
+//! Invariant: a QEMU started here never outlives its [`Running`]; no other process is ever touched.
+
+mod config;
+mod exec;
+mod tail;
+
+use std::path::PathBuf;
+use std::process::Child;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use protocols::report::{Event, Launch, Report, StageName};
+
+pub use config::{Backing, Config, Console, Linux, Logs, Settings, Vc};
+use exec::ExecStream;
+use tail::{Lines, Tail};
+
+use crate::initramfs::USERSPACE_MARKER;
+
+/// How often the logs are looked at.
+const POLL: Duration = Duration::from_millis(25);
+
+/// The stages of a boot, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// The machine has started and launches the image.
+    Machine,
+    /// VMPL0 runs.
+    Paravisor,
+    /// The guest's firmware runs.
+    Firmware,
+    /// The guest's kernel (its EFI stub) has spoken.
+    Kernel,
+    /// The guest's init runs.
+    Userspace,
+}
+
+impl Stage {
+    /// For humans.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Stage::Machine => "machine",
+            Stage::Paravisor => "paravisor",
+            Stage::Firmware => "firmware",
+            Stage::Kernel => "kernel",
+            Stage::Userspace => "userspace",
+        }
+    }
+}
+
+/// Something that was seen while the machine runs.
+#[derive(Clone, Debug)]
+pub enum Happening {
+    /// A stage began, this long after QEMU was started.
+    Stage(Stage, Duration),
+    /// The machine said something; stages and the report come on their own as well.
+    Machine(Event),
+    /// A line of the guest's console.
+    Console(String),
+    /// A piece of the output of the guest's command.
+    Output(Vec<u8>),
+}
+
+/// A machine that runs.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    started: Instant,
+    machine: (Tail, Lines),
+    console: (Tail, Lines),
+    second: Tail,
+    exec: ExecStream,
+    seen: Finished,
+}
+
+/// What a run leaves behind.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// Where its logs are.
+    pub dir: PathBuf,
+    /// The machine's last word; none if it did not get that far.
+    pub report: Option<Report>,
+    /// What the machine said about the launch.
+    pub launch: Option<Launch>,
+    /// Everything the machine said.
+    pub events: Vec<Event>,
+    /// When each stage began.
+    pub stages: Vec<(Stage, Duration)>,
+    /// The guest's console.
+    pub console: String,
+    /// The second serial port without the trailer of the guest's command.
+    pub output: Vec<u8>,
+    /// Exit status of the guest's command, if it came to its end.
+    pub exec_status: Option<i32>,
+    /// From QEMU's start to its end.
+    pub wall: Duration,
+    /// Whether the run was ended because its time was up.
+    pub timed_out: bool,
+}
+
+impl Config {
+    /// Starts QEMU.
+    pub fn start(&self) -> Result<Running> {
+        for (file, what) in [
+            (&self.qemu, "the QEMU program"),
+            (&self.rom, "the machine's ROM"),
+            (&self.image, "an IGVM image"),
+        ]
+        .into_iter()
+        .chain(self.linux.iter().flat_map(|linux| {
+            [
+                (&linux.kernel, "a Linux kernel"),
+                (&linux.initrd, "an initial root file system"),
+            ]
+        })) {
+            if !file.is_file() {
+                bail!(
+                    "{}: expected {what}, there is no such file; check the path, or make what is \
+                     missing with: cargo xtask build",
+                    file.display()
+                );
+            }
+        }
+        let logs = Logs::within(&self.dir);
+        let child = self
+            .command()?
+            .spawn()
+            .with_context(|| format!("{}: cannot be started", self.qemu.display()))?;
+        Ok(Running {
+            child,
+            started: Instant::now(),
+            machine: (Tail::new(&logs.machine), Lines::default()),
+            console: (Tail::new(&logs.console), Lines::default()),
+            second: Tail::new(&logs.second),
+            exec: ExecStream::default(),
+            seen: Finished {
+                dir: self.dir.clone(),
+                report: None,
+                launch: None,
+                events: Vec::new(),
+                stages: Vec::new(),
+                console: String::new(),
+                output: Vec::new(),
+                exec_status: None,
+                wall: Duration::ZERO,
+                timed_out: false,
+            },
+        })
+    }
+
+    /// Runs the machine to its end, or until `limit` has passed, telling `watch` what happens.
+    pub fn run(&self, limit: Duration, mut watch: impl FnMut(&Happening)) -> Result<Finished> {
+        let mut running = self.start()?;
+        loop {
+            let ended = running.ended()?;
+            // Looked at once more after the end, so that the last words are not lost.
+            running.look(&mut watch);
+            if ended {
+                return Ok(running.finish());
+            }
+            if running.started.elapsed() > limit {
+                running.seen.timed_out = true;
+                return Ok(running.finish());
+            }
+            sleep(POLL);
+        }
+    }
+}
+
+impl Running {
+    fn ended(&mut self) -> Result<bool> {
+        Ok(self
+            .child
+            .try_wait()
+            .context("QEMU cannot be waited for")?
+            .is_some())
+    }
+
+    fn look(&mut self, watch: &mut impl FnMut(&Happening)) {
+        let (tail, lines) = &mut self.machine;
+        for line in lines.push(&tail.read()) {
+            // A line that is not an event is kept in the log only.
+            if let Ok(event) = serde_json::from_str::<Event>(&line) {
+                self.machine_said(event, watch);
+            }
+        }
+        let (tail, lines) = &mut self.console;
+        let bytes = tail.read();
+        self.seen.console.push_str(&String::from_utf8_lossy(&bytes));
+        for line in lines.push(&bytes) {
+            if line.contains("EFI stub: ") || line.contains("Linux version ") {
+                self.stage(Stage::Kernel, watch);
+            }
+            if line.contains(USERSPACE_MARKER) {
+                self.stage(Stage::Userspace, watch);
+            }
+            watch(&Happening::Console(line));
+        }
+        let output = self.exec.push(&self.second.read());
+        if !output.is_empty() {
+            self.seen.output.extend_from_slice(&output);
+            watch(&Happening::Output(output));
+        }
+    }
+
+    fn machine_said(&mut self, event: Event, watch: &mut impl FnMut(&Happening)) {
+        match &event {
+            Event::Machine(_) => self.stage(Stage::Machine, watch),
+            Event::Stage(stage) => match stage.name {
+                StageName::Paravisor => self.stage(Stage::Paravisor, watch),
+                StageName::Firmware => self.stage(Stage::Firmware, watch),
+            },
+            Event::Launch(launch) => self.seen.launch = Some(launch.clone()),
+            Event::Report(report) => self.seen.report = Some((**report).clone()),
+            Event::Progress(_) | Event::Log(_) | Event::Refusal(_) => {}
+        }
+        watch(&Happening::Machine(event.clone()));
+        self.seen.events.push(event);
+    }
+
+    fn stage(&mut self, stage: Stage, watch: &mut impl FnMut(&Happening)) {
+        if self.seen.stages.iter().all(|(seen, _)| *seen != stage) {
+            let at = self.started.elapsed();
+            self.seen.stages.push((stage, at));
+            watch(&Happening::Stage(stage, at));
+        }
+    }
+
+    fn finish(mut self) -> Finished {
+        self.seen.wall = self.started.elapsed();
+        self.seen.exec_status = self.exec.status();
+        self.seen.clone()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Only this child. If it has ended already both calls do nothing.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Finished {
+    /// The machine's report, or what can be said about its absence.
+    pub fn report(&self) -> Result<&Report> {
+        if let Some(report) = &self.report {
+            return Ok(report);
+        }
+        let own = std::fs::read_to_string(Logs::within(&self.dir).qemu).unwrap_or_default();
+        let why = if self.timed_out {
+            format!("the run was ended after {:.0} s", self.wall.as_secs_f64())
+        } else {
+            match own.lines().rfind(|line| !line.trim().is_empty()) {
+                Some(line) => format!("QEMU ended: {}", line.trim()),
+                None => "QEMU ended".to_owned(),
+            }
+        };
+        bail!(
+            "{why}, without a report of the machine; its logs are in {}",
+            self.dir.display()
+        )
+    }
+}

@@ -1,0 +1,174 @@
+//! Builds everything that runs below an operating system, and the images made of it.
+//!
+//! Owns the list of artefacts and their order: the bare-metal crates, each by its own cargo call so
+//! that no crate's features leak into another, then ROMs, then IGVM images. Everything ends up in
+//! [`Layout::artefacts`]; what is already up to date is not built again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use e2e::image::{Recipe, write_flat};
+use protocols::launch::Fault;
+
+use crate::command::{self, tail};
+use crate::layout::{Layout, write};
+use crate::progress;
+use crate::toolchain::{BARE_TARGET, BareTarget, Toolchain};
+
+/// Size of the machine's ROM in bytes, as its linker script has it.
+const MACHINE_ROM_SIZE: u64 = 1 << 20;
+/// Size of the VMPL1 test guest in bytes, as its linker script has it.
+const GUEST_ROM_SIZE: u64 = 256 << 10;
+
+/// A program for the bare-metal target.
+struct Program {
+    package: &'static str,
+    bin: &'static str,
+    features: &'static [&'static str],
+    /// Its name among the artefacts.
+    artefact: &'static str,
+}
+
+const PARAVISOR: Program = Program {
+    package: "svsm",
+    bin: "svsm",
+    features: &[],
+    artefact: "svsm.elf",
+};
+const MACHINE: Program = Program {
+    package: "machine",
+    bin: "machine",
+    features: &[],
+    artefact: "machine.elf",
+};
+const ISA_CASES: Program = Program {
+    package: "guest",
+    bin: "isa_cases",
+    features: &[],
+    artefact: "isa_cases.elf",
+};
+const SVSM_CASES: Program = Program {
+    package: "guest",
+    bin: "svsm_cases",
+    features: &[],
+    artefact: "svsm_cases.elf",
+};
+const FAULTY_PARAVISOR: Program = Program {
+    package: "svsm",
+    bin: "svsm",
+    features: &["faults"],
+    artefact: "svsm-faults.elf",
+};
+
+/// The packages that are built for the bare-metal target, for the lints of `xtask test`.
+pub const BARE_PACKAGES: [&str; 3] = ["svsm", "machine", "guest"];
+
+/// What a boot needs.
+#[derive(Clone, Debug)]
+pub struct ForRun {
+    /// The machine, QEMU's firmware.
+    pub rom: PathBuf,
+    /// The paravisor's ELF file.
+    pub paravisor: PathBuf,
+    /// Paravisor and firmware.
+    pub image: PathBuf,
+}
+
+/// Builds what a boot with `firmware` needs.
+pub fn for_run(layout: &Layout, target: BareTarget, firmware: &Path) -> Result<ForRun> {
+    let step = progress::step("build the paravisor and the machine");
+    let paravisor = compile(layout, target, &PARAVISOR, &step)?;
+    let machine = compile(layout, target, &MACHINE, &step)?;
+    step.done("");
+    let rom = layout.artefacts.join("machine.rom");
+    write_flat(&machine, MACHINE_ROM_SIZE, &rom)?;
+    let image = layout.artefacts.join("turnstile.igvm");
+    let step = progress::step("build the image");
+    let sidecar = Recipe {
+        paravisor: &paravisor,
+        firmware: Some(firmware),
+        fault: Fault::NONE,
+    }
+    .write(&image)?;
+    step.done(&format!("launch digest {}", sidecar.digest));
+    Ok(ForRun {
+        rom,
+        paravisor,
+        image,
+    })
+}
+
+/// What the scenarios need besides.
+#[derive(Clone, Debug)]
+pub struct ForTests {
+    /// The paravisor with deliberate faults, an ELF file.
+    pub faulty_paravisor: PathBuf,
+    /// The VMPL0 test program, an ELF file.
+    pub isa_cases: PathBuf,
+    /// The VMPL1 test guest, packed as a firmware.
+    pub svsm_cases: PathBuf,
+}
+
+/// Builds what only the scenarios need.
+pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
+    let step = progress::step("build the test guests");
+    let isa_cases = compile(layout, target, &ISA_CASES, &step)?;
+    let guest = compile(layout, target, &SVSM_CASES, &step)?;
+    step.done("");
+    let svsm_cases = layout.artefacts.join("svsm_cases.fd");
+    write_flat(&guest, GUEST_ROM_SIZE, &svsm_cases)?;
+    let step = progress::step("build the paravisor with deliberate faults");
+    let faulty_paravisor = compile(layout, target, &FAULTY_PARAVISOR, &step)?;
+    step.done("");
+    Ok(ForTests {
+        faulty_paravisor,
+        isa_cases,
+        svsm_cases,
+    })
+}
+
+/// The toolchain made ready for the bare-metal target.
+pub fn prepare(layout: &Layout) -> Result<BareTarget> {
+    Toolchain::find(layout)?.prepare(layout)
+}
+
+/// Compiles `program` and copies its ELF file to its place among the artefacts: the next build with
+/// other features overwrites cargo's own copy.
+fn compile(
+    layout: &Layout,
+    target: BareTarget,
+    program: &Program,
+    step: &progress::Step,
+) -> Result<PathBuf> {
+    let mut cargo = target.cargo(&layout.root, "build");
+    cargo.args(["--package", program.package, "--bin", program.bin]);
+    if !program.features.is_empty() {
+        cargo.args(["--features", &program.features.join(",")]);
+    }
+    let (ok, text) = command::watched(&mut cargo, step)?;
+    if !ok {
+        let log = layout.artefacts.join(format!("{}.log", program.artefact));
+        write(&log, &text)?;
+        bail!(
+            "{} does not build; its last words, the rest is in {}:\n{}",
+            program.package,
+            log.display(),
+            tail(&text, 20).trim_end()
+        );
+    }
+    let built = layout
+        .target
+        .join(BARE_TARGET)
+        .join("release")
+        .join(program.bin);
+    let place = layout.artefacts.join(program.artefact);
+    fs::copy(&built, &place).with_context(|| {
+        format!(
+            "{}: cannot be copied to {}",
+            built.display(),
+            place.display()
+        )
+    })?;
+    Ok(place)
+}

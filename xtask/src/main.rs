@@ -1,0 +1,94 @@
+//! The project's one command: build, run, test, and say what is missing.
+//!
+//! ```text
+//! cargo xtask run --mem 4G --exec 'dmesg; cat /proc/meminfo'
+//! cargo xtask test
+//! ```
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`fetch`] | packages taken from Debian: which, from where, checked how |
+//! | [`toolchain`] | the Rust target of the bare-metal crates |
+//! | [`qemu`] | finding or installing QEMU |
+//! | [`build`] | crates, ROMs, images |
+//! | [`run`] | a boot with its progress and the machine's report |
+//! | [`test`] | everything that decides whether the tree is good |
+//! | [`doctor`] | what is there and what is missing |
+//! | [`layout`], [`command`], [`progress`] | directories, other programs, what the user sees |
+//!
+//! Standard output carries results only, standard error everything else. An error is one line that
+//! names the file or program, what was expected and what to do.
+
+#![forbid(unsafe_code)]
+
+mod build;
+mod command;
+mod doctor;
+mod fetch;
+mod layout;
+mod progress;
+mod qemu;
+mod run;
+mod test;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use layout::Layout;
+
+/// Builds, runs and tests Turnstile.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Boot a Debian kernel in a confidential guest on the emulated machine
+    Run(run::Options),
+    /// Run all tests and end with one line of totals
+    Test(test::Options),
+    /// Build everything: paravisor, machine, test guests, images
+    Build,
+    /// Say what this machine lacks and how to get it
+    Doctor,
+}
+
+fn main() -> ExitCode {
+    match perform(Arguments::parse().task) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<ExitCode> {
+    let layout = Layout::find()?;
+    match task {
+        Task::Run(options) => run::run(&layout, &options),
+        Task::Test(options) => test::run(&layout, &options),
+        Task::Build => {
+            let target = build::prepare(&layout)?;
+            let firmware = fetch::OVMF.obtain(&layout)?;
+            build::for_run(&layout, target, &firmware)?;
+            build::for_tests(&layout, target)?;
+            println!("{}", layout.artefacts.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Doctor => {
+            let good = doctor::run(&layout)?;
+            Ok(if good {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! `xtask run`: one boot with its progress, and the machine's report at the end.
+//!
+//! With `--exec` the command's output is the only thing on standard output and its exit status is
+//! xtask's. Without it the guest's console is the terminal. A run that did not end by power-off
+//! exits with QEMU's status for its outcome ([`Outcome::qemu_status`]); one in which the referee or
+//! the machine found something wrong never exits with 0.
+
+mod table;
+
+use std::fs;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use e2e::vm::{Backing, Config, Console, Finished, Happening, Linux, Settings, Stage, Vc};
+use e2e::{image, initramfs};
+use protocols::report::{Event, Outcome, Report};
+
+use crate::layout::{Layout, create_dir, read, write};
+use crate::progress::{self, Step};
+use crate::{build, fetch, qemu};
+
+/// The kernel's console is the first serial port.
+const COMMAND_LINE: &str = "console=ttyS0";
+
+/// What `xtask run` can be told.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Memory of the machine, such as 4G or 2048M
+    #[arg(long, default_value = "4G", value_parser = memory_size)]
+    mem: String,
+    /// Number of virtual processors
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    vcpus: u32,
+    /// Granularity in which the host backs private memory: 4k or 2m
+    #[arg(long, default_value = "4k")]
+    backing: Backing,
+    /// What of the guest's own intercepts is reflected as #VC: direct (little) or strict (all)
+    #[arg(long, default_value = "direct")]
+    vc: Vc,
+    /// Kernel to boot instead of Debian's
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial root file system to use instead of the built one
+    #[arg(long, value_name = "FILE", conflicts_with = "exec")]
+    initrd: Option<PathBuf>,
+    /// Words to add to the kernel command line
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    append: String,
+    /// Firmware to use instead of Debian's OVMF
+    #[arg(long, value_name = "FILE")]
+    firmware: Option<PathBuf>,
+    /// Command to run in the guest instead of a shell; ends with its output and exit status
+    #[arg(long, value_name = "CMD")]
+    exec: Option<String>,
+    /// End the run after this many seconds; a run without --exec has no limit unless it is given
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Keep the logs of a run that ended well, too
+    #[arg(long)]
+    keep_logs: bool,
+    /// Directory for the logs; they are kept
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// How long a command in the guest may take unless `--timeout` says otherwise.
+const EXEC_LIMIT: Duration = Duration::from_secs(1800);
+
+/// Boots, and returns the exit status that the documentation above promises.
+pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
+    let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    if options.exec.is_none() && options.initrd.is_none() && !terminal {
+        bail!("the guest's shell needs a terminal; run a command with --exec CMD instead");
+    }
+    for (file, what) in [
+        (&options.kernel, "a kernel"),
+        (&options.initrd, "a root file system"),
+        (&options.firmware, "an OVMF image"),
+    ] {
+        if let Some(file) = file
+            && !file.is_file()
+        {
+            bail!(
+                "{}: expected {what}, there is no such file; check the path",
+                file.display()
+            );
+        }
+    }
+    let config = prepare(layout, options, terminal)?;
+    let limit = match (options.timeout, &options.exec) {
+        (Some(seconds), _) => Duration::from_secs(seconds),
+        (None, Some(_)) => EXEC_LIMIT,
+        (None, None) => Duration::MAX,
+    };
+    let mut display = Display::new(&config, options.exec.is_some());
+    let finished = config.run(limit, |happening| display.show(happening))?;
+    display.end();
+    let code = conclude(&finished, options.exec.is_some());
+    if options.out.is_none() && !options.keep_logs && matches!(code, Ok((_, true))) {
+        fs::remove_dir_all(&config.dir)
+            .with_context(|| format!("{}: cannot be removed", config.dir.display()))?;
+    } else {
+        eprintln!("  logs: {}", config.dir.display());
+    }
+    code.map(|(code, _)| code)
+}
+
+/// Obtains and builds everything and puts the run together.
+fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config> {
+    let given_or = |given: &Option<PathBuf>, wanted: &fetch::Wanted| match given {
+        Some(file) => Ok(file.clone()),
+        None => wanted.obtain(layout),
+    };
+    let qemu = qemu::obtain(layout)?;
+    let target = build::prepare(layout)?;
+    let firmware = given_or(&options.firmware, &fetch::OVMF)?;
+    let kernel = given_or(&options.kernel, &fetch::KERNEL)?;
+    let built = build::for_run(layout, target, &firmware)?;
+
+    let dir = match &options.out {
+        Some(dir) => dir.clone(),
+        None => layout
+            .artefacts
+            .join("runs")
+            .join(std::process::id().to_string()),
+    };
+    create_dir(&dir)?;
+    // The image is copied, so that a build during the run cannot change what the logs are about.
+    let own_image = dir.join("turnstile.igvm");
+    fs::copy(&built.image, &own_image).with_context(|| format!("{}", own_image.display()))?;
+    let initrd = match &options.initrd {
+        Some(file) => file.clone(),
+        None => {
+            let busybox = read(&fetch::BUSYBOX.obtain(layout)?)?;
+            let file = dir.join("initramfs.cpio");
+            write(&file, initramfs::build(&busybox, options.exec.as_deref()))?;
+            file
+        }
+    };
+    let append = format!("{COMMAND_LINE} {}", options.append);
+    Ok(Config {
+        qemu,
+        rom: built.rom,
+        settings: Settings {
+            backing: options.backing,
+            vc: options.vc,
+            map_descriptor: image::sidecar(&built.image)?.map_descriptor,
+            ..Settings::default()
+        },
+        image: own_image,
+        memory: options.mem.clone(),
+        vcpus: options.vcpus,
+        linux: Some(Linux {
+            kernel,
+            initrd,
+            append: append.trim().to_owned(),
+        }),
+        console: if terminal && options.exec.is_none() {
+            Console::Terminal
+        } else {
+            Console::File
+        },
+        dir,
+    })
+}
+
+/// What the user sees while the machine runs.
+struct Display {
+    /// A spinner; absent when the terminal belongs to the guest.
+    step: Option<Step>,
+    /// Console lines go to standard output: neither a command nor a terminal wants it.
+    print_console: bool,
+    stage: &'static str,
+    accepted: u64,
+}
+
+impl Display {
+    fn new(config: &Config, exec: bool) -> Display {
+        let size = format!(
+            "{} and {} backing",
+            config.memory,
+            config.settings.backing.name()
+        );
+        let title = format!("boot with {size}");
+        let interactive = config.console == Console::Terminal;
+        if interactive {
+            eprintln!("  {title}; Ctrl-A X leaves");
+        }
+        Display {
+            step: (!interactive).then(|| progress::step(title)),
+            print_console: !interactive && !exec,
+            stage: "QEMU",
+            accepted: 0,
+        }
+    }
+
+    fn show(&mut self, happening: &Happening) {
+        match happening {
+            Happening::Stage(stage, at) => {
+                self.stage = stage.name();
+                let line = format!(
+                    "  {:6.1} s  {:<10} {} MiB accepted",
+                    at.as_secs_f64(),
+                    self.stage,
+                    self.accepted >> 20
+                );
+                match &self.step {
+                    Some(step) => step.line(&line),
+                    None => eprintln!("{line}"),
+                }
+                if *stage == Stage::Userspace {
+                    self.stage = "in userspace";
+                }
+            }
+            Happening::Machine(Event::Progress(progress)) => {
+                self.accepted = progress.validated_bytes
+            }
+            Happening::Machine(Event::Log(log)) => self.remark(&log.text),
+            Happening::Machine(Event::Refusal(refusal)) => {
+                self.remark(&format!("refused: {}", refusal.text));
+            }
+            Happening::Machine(_) => {}
+            Happening::Console(line) => {
+                if self.print_console {
+                    println!("{line}");
+                }
+            }
+            Happening::Output(bytes) => {
+                let mut out = std::io::stdout().lock();
+                // A reader that went away (`| head`) is no reason to end the guest half-way.
+                let _ = out.write_all(bytes).and_then(|()| out.flush());
+            }
+        }
+        if let Some(step) = &self.step {
+            step.note(&format!(
+                "{}, {} MiB accepted",
+                self.stage,
+                self.accepted >> 20
+            ));
+        }
+    }
+
+    fn remark(&self, text: &str) {
+        match &self.step {
+            Some(step) => step.line(&format!("           machine: {text}")),
+            None => eprintln!("machine: {text}"),
+        }
+    }
+
+    fn end(self) {
+        if let Some(step) = self.step {
+            step.done("");
+        }
+    }
+}
+
+/// Prints the report; the exit status, and whether everything was as it should be.
+fn conclude(finished: &Finished, exec: bool) -> Result<(ExitCode, bool)> {
+    let report = match finished.report() {
+        Ok(report) => report,
+        Err(error) => {
+            print_tail(&finished.console);
+            return Err(error);
+        }
+    };
+    eprintln!(
+        "\nreport of the machine\n{}",
+        table::render(finished, report)
+    );
+    if report.outcome != Outcome::PowerOff {
+        print_tail(&finished.console);
+        eprintln!("xtask: {}", table::ending(report));
+        return Ok((ExitCode::from(report.outcome.qemu_status()), false));
+    }
+    if let Some(problem) = problem(report) {
+        bail!("{problem}");
+    }
+    match finished.exec_status {
+        _ if !exec => Ok((ExitCode::SUCCESS, true)),
+        Some(0) => Ok((ExitCode::SUCCESS, true)),
+        Some(status) => Ok((
+            ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)),
+            false,
+        )),
+        None => bail!("the guest was switched off before the command of --exec had ended"),
+    }
+}
+
+/// What is wrong with a run that ended by power-off.
+fn problem(report: &Report) -> Option<String> {
+    let disagreements = report
+        .referee
+        .as_ref()
+        .map_or(0, |referee| referee.disagreements);
+    if disagreements > 0 {
+        return Some(format!(
+            "the referee found {disagreements} disagreements of map and RMP"
+        ));
+    }
+    (report.violations.total() > 0).then(|| format!("the machine saw {:?}", report.violations))
+}
+
+fn print_tail(console: &str) {
+    eprintln!("last lines of the guest's console:");
+    eprint!("{}", crate::command::tail(console, 15));
+}
+
+/// Accepts what QEMU's `-m` takes as a size in M or G.
+fn memory_size(text: &str) -> Result<String, String> {
+    let expected = "expected a size such as 4G or 2048M, at least 1G";
+    let (digits, unit) = text
+        .split_at_checked(text.len().saturating_sub(1))
+        .ok_or(expected)?;
+    let number: u64 = digits.parse().map_err(|_| expected)?;
+    let mebibytes = match unit {
+        "G" | "g" => number.checked_mul(1024).ok_or(expected)?,
+        "M" | "m" => number,
+        _ => return Err(expected.to_owned()),
+    };
+    if mebibytes < 1024 {
+        Err(expected.to_owned())
+    } else {
+        Ok(format!("{mebibytes}M"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::memory_size;
+
+    #[test]
+    fn memory_sizes_have_a_unit_and_a_floor() {
+        assert_eq!(memory_size("4G").as_deref(), Ok("4096M"));
+        assert_eq!(memory_size("2048m").as_deref(), Ok("2048M"));
+        for bad in [
+            "",
+            "4",
+            "G",
+            "512M",
+            "4T",
+            "-4G",
+            "99999999999999999999G",
+            "é",
+        ] {
+            assert!(memory_size(bad).is_err(), "{bad}");
+        }
+    }
+}

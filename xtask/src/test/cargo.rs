@@ -1,0 +1,172 @@
+//! The checks that cargo does: formatting, lints, unit tests.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Result;
+use e2e::scenario::Check;
+
+use crate::build::BARE_PACKAGES;
+use crate::command::{self, tail};
+use crate::layout::{Layout, write};
+use crate::progress::Step;
+use crate::toolchain::{BareTarget, cargo};
+
+/// What cargo is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Job {
+    /// Is everything formatted?
+    Format,
+    /// Do the host builds pass the lints?
+    LintHost,
+    /// Do the bare-metal builds pass the lints?
+    LintBare,
+    /// Do the tests of the host crates pass?
+    TestHost,
+    /// Do the host tests of the bare-metal crates' libraries pass?
+    TestBare,
+}
+
+impl Job {
+    /// In the order in which they are done.
+    pub const ALL: [Job; 5] = [
+        Job::Format,
+        Job::LintHost,
+        Job::LintBare,
+        Job::TestHost,
+        Job::TestBare,
+    ];
+
+    /// The name for `--filter` and `--list`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Job::Format => "lint/format",
+            Job::LintHost => "lint/host",
+            Job::LintBare => "lint/bare",
+            Job::TestHost => "unit/host",
+            Job::TestBare => "unit/bare",
+        }
+    }
+
+    fn commands(self, layout: &Layout, target: BareTarget) -> Vec<Command> {
+        let host = |arguments: &[&str]| {
+            let mut cargo = cargo(&layout.root);
+            cargo.args(arguments);
+            cargo
+        };
+        let bare: Vec<&str> = BARE_PACKAGES
+            .iter()
+            .flat_map(|name| ["--package", name])
+            .collect();
+        match self {
+            Job::Format => vec![host(&["fmt", "--all", "--check"])],
+            Job::LintHost => {
+                vec![host(&[
+                    "clippy",
+                    "--workspace",
+                    "--all-targets",
+                    "--",
+                    "-D",
+                    "warnings",
+                ])]
+            }
+            Job::LintBare => {
+                let clippy = |arguments: &[&str]| {
+                    let mut cargo = target.cargo(&layout.root, "clippy");
+                    cargo.args(arguments).args(["--", "-D", "warnings"]);
+                    cargo
+                };
+                vec![
+                    clippy(&bare),
+                    clippy(&["--package", "svsm", "--features", "faults"]),
+                ]
+            }
+            Job::TestHost => vec![host(&["test", "--no-fail-fast"])],
+            Job::TestBare => {
+                let mut cargo = host(&["test", "--lib", "--no-fail-fast"]);
+                cargo.args(&bare);
+                vec![cargo]
+            }
+        }
+    }
+
+    /// Does the job; one check per unit test, or one for the whole of a lint. The output is kept in
+    /// `dir`, whose file is named in every failure.
+    pub fn perform(
+        self,
+        layout: &Layout,
+        target: BareTarget,
+        dir: &Path,
+        step: &Step,
+    ) -> Result<Vec<Check>> {
+        let log = dir.join("cargo.log");
+        let mut output = String::new();
+        let mut success = true;
+        for mut command in self.commands(layout, target) {
+            let (ok, text) = command::watched(&mut command, step)?;
+            success &= ok;
+            output.push_str(&text);
+        }
+        write(&log, &output)?;
+        let mut checks = match self {
+            Job::TestHost | Job::TestBare => unit_tests(&output),
+            Job::Format | Job::LintHost | Job::LintBare => Vec::new(),
+        };
+        let accounted = checks.iter().any(|check| check.failure.is_some());
+        // A build that failed has no test that failed; a lint has no tests at all.
+        if !success && !accounted || checks.is_empty() {
+            let failure = (!success).then(|| format!("its last words:\n{}", tail(&output, 12)));
+            checks.push(Check {
+                name: self.name().to_owned(),
+                failure,
+            });
+        }
+        Ok(checks)
+    }
+
+    /// Where the output of the job in `dir` lies.
+    pub fn log(dir: &Path) -> Option<PathBuf> {
+        let log = dir.join("cargo.log");
+        fs::exists(&log).is_ok_and(|exists| exists).then_some(log)
+    }
+}
+
+/// The verdicts of libtest's `test NAME ... ok` lines. Ignored tests are neither.
+fn unit_tests(output: &str) -> Vec<Check> {
+    output
+        .lines()
+        .filter_map(|line| {
+            let (name, verdict) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
+            let failure = match verdict {
+                "ok" => None,
+                "FAILED" => Some("the unit test failed".to_owned()),
+                _ => return None,
+            };
+            Some(Check {
+                name: name.to_owned(),
+                failure,
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unit_tests;
+
+    #[test]
+    fn unit_tests_are_counted_by_their_verdicts() {
+        let output = "running 4 tests\ntest a::b ... ok\ntest c - should panic ... ok\n\
+                      test d ... FAILED\ntest e ... ignored\n\
+                      test result: FAILED. 2 passed; 1 failed; 1 ignored\n";
+        let checks = unit_tests(output);
+        let failed: Vec<&str> = checks
+            .iter()
+            .filter(|c| c.failure.is_some())
+            .map(|c| c.name.as_str())
+            .collect();
+        assert_eq!(checks.len(), 3);
+        assert_eq!(failed, ["d"]);
+    }
+}

@@ -1,0 +1,240 @@
+//! `xtask test`: everything that decides whether the tree is good.
+//!
+//! Formatting and lints, unit tests, then the end-to-end scenarios in QEMU. Every unit test, every
+//! check of a scenario and every case of the bare-metal guests counts as one. The last line is the
+//! total, alone on standard output; each failure names the logs to look at.
+
+mod cargo;
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use e2e::scenario::{Artefacts, Check, Context, Scenario};
+use e2e::scenarios;
+use e2e::vm::Logs;
+
+use crate::command::tail;
+use crate::layout::{Layout, create_dir};
+use crate::progress;
+use crate::toolchain::BareTarget;
+use crate::{build, fetch, qemu};
+use cargo::Job;
+
+/// Machines that run at the same time: each is one busy thread of QEMU.
+const AT_ONCE: usize = 2;
+
+/// What `xtask test` can be told.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Run only what has this in its name (see --list); may be given several times
+    #[arg(long, value_name = "NAME")]
+    filter: Vec<String>,
+    /// List the names and stop
+    #[arg(long)]
+    list: bool,
+}
+
+/// Runs what was asked for and prints the total.
+pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
+    // Asked for before cargo may put a new file in its place.
+    let xtask = env::current_exe().context("the path of xtask is not known")?;
+    let wanted = |name: &str| {
+        options.filter.is_empty() || options.filter.iter().any(|part| name.contains(part))
+    };
+    let jobs: Vec<Job> = Job::ALL
+        .into_iter()
+        .filter(|job| wanted(job.name()))
+        .collect();
+    let scenarios: Vec<Scenario> = scenarios::all()
+        .into_iter()
+        .filter(|scenario| wanted(&scenario.name))
+        .collect();
+    if options.list {
+        jobs.iter().for_each(|job| println!("{}", job.name()));
+        scenarios
+            .iter()
+            .for_each(|scenario| println!("{}", scenario.name));
+        return Ok(ExitCode::SUCCESS);
+    }
+    if jobs.is_empty() && scenarios.is_empty() {
+        anyhow::bail!(
+            "nothing has {:?} in its name; see: cargo xtask test --list",
+            options.filter
+        );
+    }
+
+    let dir = layout.artefacts.join("tests");
+    let tally = Tally::default();
+    let target = build::prepare(layout)?;
+    for job in jobs {
+        let logs = fresh(&dir, job.name())?;
+        let step = progress::step(job.name());
+        let started = Instant::now();
+        let checks = job.perform(layout, target, &logs, &step)?;
+        drop(step);
+        tally.add(job.name(), &checks, started, &logs);
+    }
+    if !scenarios.is_empty() {
+        let artefacts = artefacts(layout, target, xtask)?;
+        all_scenarios(&scenarios, &artefacts, &dir, &tally)?;
+    }
+    let (passed, failed) = tally.totals();
+    println!("{passed} passed, {failed} failed");
+    Ok(if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Fetches and builds what the scenarios use.
+fn artefacts(layout: &Layout, target: BareTarget, xtask: PathBuf) -> Result<Artefacts> {
+    let qemu = qemu::obtain(layout)?;
+    let ovmf = fetch::OVMF.obtain(layout)?;
+    let kernel = fetch::KERNEL.obtain(layout)?;
+    let busybox = fetch::BUSYBOX.obtain(layout)?;
+    let run = build::for_run(layout, target, &ovmf)?;
+    let tests = build::for_tests(layout, target)?;
+    Ok(Artefacts {
+        qemu,
+        rom: run.rom,
+        paravisor: run.paravisor,
+        faulty_paravisor: tests.faulty_paravisor,
+        isa_cases: tests.isa_cases,
+        svsm_cases: tests.svsm_cases,
+        ovmf,
+        kernel,
+        busybox,
+        xtask,
+    })
+}
+
+/// Runs the scenarios, [`AT_ONCE`] at a time, each taking the next one that is not begun.
+fn all_scenarios(
+    scenarios: &[Scenario],
+    artefacts: &Artefacts,
+    dir: &Path,
+    tally: &Tally,
+) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<()> {
+        while let Some(scenario) = scenarios.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let logs = fresh(dir, &scenario.name)?;
+            let context = Context {
+                artefacts: artefacts.clone(),
+                dir: logs.clone(),
+            };
+            let started = Instant::now();
+            let checks = (scenario.run)(&context).map_or_else(
+                |error| {
+                    let failure = Some(format!("{error:#}"));
+                    vec![Check {
+                        name: "can be carried out".to_owned(),
+                        failure,
+                    }]
+                },
+                |findings| findings.checks,
+            );
+            tally.add(&scenario.name, &checks, started, &logs);
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| match worker.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+    })
+}
+
+/// An empty directory for the logs of `name`.
+fn fresh(dir: &Path, name: &str) -> Result<PathBuf> {
+    let dir = dir.join(name);
+    if dir.exists() {
+        fs::remove_dir_all(&dir)
+            .with_context(|| format!("{}: cannot be emptied", dir.display()))?;
+    }
+    create_dir(&dir)?;
+    Ok(dir)
+}
+
+/// What has passed and failed so far; prints as it counts.
+#[derive(Default)]
+struct Tally {
+    counted: Mutex<(usize, usize)>,
+}
+
+impl Tally {
+    fn add(&self, name: &str, checks: &[Check], started: Instant, logs: &Path) {
+        let failed: Vec<(&str, &str)> = checks
+            .iter()
+            .filter_map(|check| Some((check.name.as_str(), check.failure.as_deref()?)))
+            .collect();
+        let passed = checks.len() - failed.len();
+        // Held while printing, so that the lines of two scenarios do not mix.
+        let mut counted = self
+            .counted
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner());
+        counted.0 += passed;
+        counted.1 += failed.len();
+        let verdict = if failed.is_empty() { "ok  " } else { "FAIL" };
+        let seconds = started.elapsed().as_secs_f64();
+        eprintln!(
+            "  {verdict} {name:<28} {passed:>4} passed, {} failed ({seconds:.1} s)",
+            failed.len()
+        );
+        for (check, failure) in &failed {
+            eprintln!("       {check}: {failure}");
+        }
+        if !failed.is_empty() {
+            last_words(logs);
+        }
+    }
+
+    fn totals(&self) -> (usize, usize) {
+        *self
+            .counted
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner())
+    }
+}
+
+/// Where the logs are, and the end of those that say something.
+fn last_words(dir: &Path) {
+    eprintln!("       logs: {}", dir.display());
+    if Job::log(dir).is_some() {
+        return;
+    }
+    let logs = Logs::within(dir);
+    for (log, lines) in [
+        (&logs.console, 8),
+        (&logs.second, 4),
+        (&logs.machine, 4),
+        (&logs.qemu, 4),
+    ] {
+        let text = fs::read(log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        match text {
+            Ok(text) if !text.trim().is_empty() => {
+                let name = log.file_name().unwrap_or_default().to_string_lossy();
+                eprintln!("       the end of {name}:");
+                // The machine's report is one long line.
+                for line in tail(&text, lines).lines() {
+                    eprintln!("       {}", line.chars().take(400).collect::<String>());
+                }
+            }
+            _ => {}
+        }
+    }
+}
