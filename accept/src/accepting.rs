@@ -175,7 +175,6 @@ impl<B: Backend> Engine<'_, B> {
         Ended::with(Ok(Done {
             scrubbed_bytes: fresh.len() * PageSize::Size4K.bytes(),
             changed_pages: all.len(),
-            flush: None,
         }))
     }
 

@@ -30,24 +30,30 @@ pub enum OnNoChange {
     Ignore,
 }
 
-/// A finished request.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use = "a flush may be owed"]
+/// What a finished request has done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Done {
-    /// Bytes that were filled with zeros: the measure of the work done.
+    /// Bytes that were filled with zeros: the measure of the work.
     pub scrubbed_bytes: u64,
     /// Pages that changed hands.
     pub changed_pages: u64,
-    /// The flush that is owed before the guest is answered.
-    pub flush: Option<FlushOwed>,
 }
 
 impl Done {
     pub(crate) const NOTHING: Self = Self {
         scrubbed_bytes: 0,
         changed_pages: 0,
-        flush: None,
     };
+}
+
+/// What a finished rescind has done, and what it still owes.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a flush may be owed"]
+pub struct Rescinded {
+    /// Pages that left.
+    pub changed_pages: u64,
+    /// The flush that is owed before the guest is answered, if a page left.
+    pub flush: Option<FlushOwed>,
 }
 
 /// A debt: pages were taken from the guest, and vCPUs may still hold translations of them. Several
@@ -133,7 +139,7 @@ impl<'m, B: Backend> Engine<'m, B> {
         )
     }
 
-    /// Pays for all that [`Done::flush`] has asked for so far.
+    /// Pays every debt there is, this one included: one flush is enough for many rescinds.
     pub fn flush(&self, owed: FlushOwed) {
         let FlushOwed(()) = owed;
         self.backend.flush();

@@ -95,7 +95,7 @@ mod sync;
 pub use backend::{AdjustFault, Backend, Fault, Operation, ValidateFault};
 pub use block::{Block, Frame, Misaligned, PAGES_PER_REGION, PageSize};
 pub use counters::Counters;
-pub use engine::{Done, Engine, Error, FlushOwed, OnNoChange};
+pub use engine::{Done, Engine, Error, FlushOwed, OnNoChange, Rescinded};
 pub use lock::{BadLockCount, RegionLock, RegionLocks};
 pub use map::{BadMap, BadRange, Map, Range};
 pub use owned::{NotReturned, Role, Taken};

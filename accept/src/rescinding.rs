@@ -6,7 +6,7 @@
 
 use crate::backend::{Backend, Operation, Trouble};
 use crate::block::{Block, PageSize};
-use crate::engine::{Done, Ended, Engine, Error, FlushOwed, Held, OnNoChange};
+use crate::engine::{Done, Ended, Engine, Error, FlushOwed, Held, OnNoChange, Rescinded};
 use crate::pages::{PageSet, PageState};
 use crate::sweep::{Grain, sweep, sweep_on};
 
@@ -28,7 +28,7 @@ impl Leaving {
 impl<B: Backend> Engine<'_, B> {
     /// Takes `block` from the guest and makes it invalid, so that the host may have it.
     ///
-    /// The answer owes a flush ([`Done::flush`]): vCPUs of the guest may still reach the page.
+    /// The answer owes a flush ([`Rescinded::flush`]): vCPUs of the guest may still reach the page.
     ///
     /// # Errors
     /// [`Error::Owned`] if any page of the block is; else, with [`OnNoChange::Fail`],
@@ -36,10 +36,15 @@ impl<B: Backend> Engine<'_, B> {
     /// [`Error::NotAccepted`]. [`Error::HostLied`] means that a page had already lost its validity
     /// although nobody asked: the host removed it, and an older page may be waiting to take its
     /// place.
-    pub fn rescind(&self, block: Block, on_no_change: OnNoChange) -> Result<Done, Error> {
+    pub fn rescind(&self, block: Block, on_no_change: OnNoChange) -> Result<Rescinded, Error> {
         let held = self.hold(block)?;
         let ended = self.rescind_held(&held, block, on_no_change);
-        self.end(held, ended)
+        let Done { changed_pages, .. } = self.end(held, ended)?;
+        let flush = (changed_pages != 0).then_some(FlushOwed(()));
+        Ok(Rescinded {
+            changed_pages,
+            flush,
+        })
     }
 
     fn rescind_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
@@ -121,7 +126,6 @@ impl<B: Backend> Engine<'_, B> {
         Ended::with(Ok(Done {
             scrubbed_bytes: 0,
             changed_pages: all.len(),
-            flush: Some(FlushOwed(())),
         }))
     }
 
