@@ -25,9 +25,9 @@ open_enum! {
 /// One entry. The map ends at an entry with no pages or at the end of the area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct Entry {
+pub struct MemoryMapEntry {
     /// First 4 KiB frame.
-    pub start_page: u64,
+    pub page_start: u64,
     /// 4 KiB pages; 0 ends the map.
     pub page_count: u64,
     /// What it is.
@@ -40,18 +40,18 @@ pub struct Entry {
 
 const _: () = {
     use core::mem::offset_of;
-    assert!(size_of::<Entry>() == 24);
-    assert!(offset_of!(Entry, start_page) == 0);
-    assert!(offset_of!(Entry, page_count) == 8);
-    assert!(offset_of!(Entry, kind) == 16);
-    assert!(offset_of!(Entry, flags) == 18);
-    assert!(offset_of!(Entry, reserved) == 20);
+    assert!(size_of::<MemoryMapEntry>() == 24);
+    assert!(offset_of!(MemoryMapEntry, page_start) == 0);
+    assert!(offset_of!(MemoryMapEntry, page_count) == 8);
+    assert!(offset_of!(MemoryMapEntry, kind) == 16);
+    assert!(offset_of!(MemoryMapEntry, flags) == 18);
+    assert!(offset_of!(MemoryMapEntry, reserved) == 20);
 };
 
-impl Entry {
+impl MemoryMapEntry {
     /// The entry that ends a map.
     pub const END: Self = Self {
-        start_page: 0,
+        page_start: 0,
         page_count: 0,
         kind: EntryKind::MEMORY,
         flags: 0,
@@ -60,9 +60,9 @@ impl Entry {
 
     /// A stretch of `page_count` 4 KiB pages.
     #[must_use]
-    pub const fn new(start_page: u64, page_count: u64, kind: EntryKind) -> Self {
+    pub const fn new(page_start: u64, page_count: u64, kind: EntryKind) -> Self {
         Self {
-            start_page,
+            page_start,
             page_count,
             kind,
             flags: 0,
@@ -83,12 +83,12 @@ mod tests {
 
     #[test]
     fn an_entry_has_the_documented_bytes() {
-        let entry = Entry::new(0x10_0000, 0x200, EntryKind::PLATFORM_RESERVED);
+        let entry = MemoryMapEntry::new(0x10_0000, 0x200, EntryKind::PLATFORM_RESERVED);
         let bytes = entry.as_bytes();
         assert_eq!(bytes[..8], 0x10_0000u64.to_le_bytes());
         assert_eq!(bytes[8..16], 0x200u64.to_le_bytes());
         assert_eq!(bytes[16..], [1, 0, 0, 0, 0, 0, 0, 0]);
         assert!(!entry.is_end());
-        assert!(Entry::END.is_end());
+        assert!(MemoryMapEntry::END.is_end());
     }
 }

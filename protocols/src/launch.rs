@@ -92,7 +92,7 @@ pub struct LaunchParams {
     pub secrets_gpa: u64,
     /// The SNP CPUID page.
     pub cpuid_gpa: u64,
-    /// The host's memory map: entries of `igvm_map`, untrusted.
+    /// The host's memory map: entries of [`crate::igvm_map`], untrusted.
     pub memory_map_gpa: u64,
     /// Bytes of the area at `memory_map_gpa`.
     pub memory_map_size: u64,
@@ -106,7 +106,8 @@ pub struct LaunchParams {
     pub firmware_gpa: u64,
     /// Bytes of the firmware image; 0 without firmware.
     pub firmware_size: u64,
-    /// Where the boot processor starts in the firmware (linear address of the reset vector).
+    /// Where the boot processor starts in the firmware, a linear address:
+    /// [`crate::ovmf::RESET_VECTOR`] for every OVMF.
     pub firmware_reset_eip: u32,
     /// How many of `sections` are in use.
     pub section_count: u32,

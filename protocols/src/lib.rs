@@ -44,7 +44,7 @@ const _: () = assert!(cfg!(target_endian = "little"));
 mod open_enum;
 
 pub mod addr;
-pub mod cpuid_page;
+pub mod cpuid;
 pub mod efi;
 pub mod exit_code;
 pub mod ghcb;

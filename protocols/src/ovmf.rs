@@ -142,7 +142,7 @@ impl Area {
 #[repr(C)]
 pub struct IgvmParameterArea {
     /// The memory map.
-    pub memory_map: [igvm_map::Entry; IgvmParameterArea::MAX_ENTRIES],
+    pub memory_map: [igvm_map::MemoryMapEntry; IgvmParameterArea::MAX_ENTRIES],
     /// Number of processors, at most 0xFFFF; 0 if it is to be found out otherwise.
     pub vp_count: u32,
     /// Zero: ends a full map.

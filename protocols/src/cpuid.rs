@@ -14,7 +14,7 @@ pub const MAX_ENTRIES: usize = 64;
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
-pub struct Entry {
+pub struct CpuidEntry {
     /// EAX of the query: the leaf.
     pub eax_in: u32,
     /// ECX of the query: the subleaf, if the leaf has some.
@@ -42,31 +42,31 @@ pub struct CpuidPage {
     /// Entries in use, at most [`MAX_ENTRIES`].
     pub count: u32,
     /// Zero.
-    pub reserved_1: u32,
+    pub reserved0: u32,
     /// Zero.
-    pub reserved_2: u64,
+    pub reserved1: u64,
     /// The entries.
-    pub entries: [Entry; MAX_ENTRIES],
+    pub entries: [CpuidEntry; MAX_ENTRIES],
     /// Zero.
-    pub reserved_3: [u8; 1008],
+    pub reserved2: [u8; 1008],
 }
 
 const _: () = {
     use core::mem::offset_of;
-    assert!(size_of::<Entry>() == 48);
-    assert!(offset_of!(Entry, xcr0_in) == 8);
-    assert!(offset_of!(Entry, xss_in) == 16);
-    assert!(offset_of!(Entry, eax) == 24);
-    assert!(offset_of!(Entry, reserved) == 40);
+    assert!(size_of::<CpuidEntry>() == 48);
+    assert!(offset_of!(CpuidEntry, xcr0_in) == 8);
+    assert!(offset_of!(CpuidEntry, xss_in) == 16);
+    assert!(offset_of!(CpuidEntry, eax) == 24);
+    assert!(offset_of!(CpuidEntry, reserved) == 40);
     assert!(size_of::<CpuidPage>() == 4096);
     assert!(offset_of!(CpuidPage, entries) == 16);
-    assert!(offset_of!(CpuidPage, reserved_3) == 0xC10);
+    assert!(offset_of!(CpuidPage, reserved2) == 0xC10);
 };
 
 impl CpuidPage {
     /// A page with these entries; none if there are too many.
     #[must_use]
-    pub fn from_entries(entries: &[Entry]) -> Option<Self> {
+    pub fn from_entries(entries: &[CpuidEntry]) -> Option<Self> {
         let mut page = Self::new_zeroed();
         page.entries
             .get_mut(..entries.len())?
@@ -78,19 +78,19 @@ impl CpuidPage {
     /// Whether the count is possible and the reserved fields are zero.
     #[must_use]
     pub fn is_well_formed(&self) -> bool {
-        self.count as usize <= MAX_ENTRIES && self.reserved_1 == 0 && self.reserved_2 == 0
+        self.count as usize <= MAX_ENTRIES && self.reserved0 == 0 && self.reserved1 == 0
     }
 
     /// The entries in use; never more than there are.
     #[must_use]
-    pub fn entries(&self) -> &[Entry] {
+    pub fn entries(&self) -> &[CpuidEntry] {
         let count = (self.count as usize).min(MAX_ENTRIES);
         self.entries.get(..count).unwrap_or_default()
     }
 
     /// The first entry of a leaf and subleaf.
     #[must_use]
-    pub fn find(&self, leaf: u32, subleaf: u32) -> Option<&Entry> {
+    pub fn find(&self, leaf: u32, subleaf: u32) -> Option<&CpuidEntry> {
         self.entries()
             .iter()
             .find(|entry| entry.eax_in == leaf && entry.ecx_in == subleaf)
@@ -101,7 +101,7 @@ impl CpuidPage {
 mod tests {
     use super::*;
 
-    fn leaf(eax_in: u32, ecx_in: u32) -> Entry {
+    fn leaf(eax_in: u32, ecx_in: u32) -> CpuidEntry {
         Entry {
             eax_in,
             ecx_in,
