@@ -102,10 +102,10 @@ mod tests {
     use super::*;
 
     fn leaf(eax_in: u32, ecx_in: u32) -> CpuidEntry {
-        Entry {
+        CpuidEntry {
             eax_in,
             ecx_in,
-            ..Entry::default()
+            ..CpuidEntry::default()
         }
     }
 
