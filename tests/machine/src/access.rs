@@ -1,0 +1,243 @@
+//! What the platform says to one access of a guest: the checks of `snp-isa.md` §9 in order.
+//!
+//! A guest access has passed the guest's own page tables and stands before the nested ones.
+//! [`Platform::access`] is the host's page-fault handler and the RMP check in one: it makes the
+//! conversions and assignments the host would make, then answers whether the access may be
+//! mapped. [`Platform::peek`] and [`Platform::peek_region`] answer without doing anything, for
+//! filling tables ahead.
+//!
+//! A mapping that is handed out grants what the RMP grants, so it stays valid until the page
+//! is named by an invalidation.
+
+use alloc::format;
+use core::fmt;
+
+use crate::layout::Place;
+use crate::memory::PhysicalMemory;
+use crate::platform::Platform;
+use crate::rmp::{Entry, Permissions, Rmp};
+use crate::types::{Alias, Gpa, Kind, PageSize, Spa, Vmpl};
+
+/// A nested mapping the platform allows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mapping {
+    /// Where the page is.
+    pub spa: Spa,
+    /// Data writes are allowed.
+    pub write: bool,
+    /// Instruction fetches are allowed, at any CPL: nested tables cannot tell user from
+    /// supervisor, so a page needs both permissions.
+    pub execute: bool,
+}
+
+/// Why an access was denied: it is the host's to handle, and no host could make it succeed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Denial {
+    /// C=1 where there is no memory: not covered by the RMP.
+    NotCovered,
+    /// The RMP says that the page belongs to someone else, or was assigned for another GPA.
+    NotOwned,
+    /// The page is immutable: firmware has it.
+    Immutable,
+    /// The VMPL lacks a permission; the mask it has.
+    Permissions(u8),
+}
+
+impl fmt::Display for Denial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotCovered => f.write_str("private access where there is no memory"),
+            Self::NotOwned => f.write_str("RMP: not owned by this guest at this address"),
+            Self::Immutable => f.write_str("RMP: page is immutable"),
+            Self::Permissions(mask) => write!(f, "RMP: VMPL permissions are {mask:#x}"),
+        }
+    }
+}
+
+/// The platform's answer to an access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Map it and run on.
+    Map(Mapping),
+    /// #VC 0x404 at the accessing VMPL.
+    NotValidated,
+    /// A nested page fault that no host can resolve.
+    Denied(Denial),
+    /// C=0 where there is no memory: a device, mapped one to one.
+    Mmio(Spa),
+}
+
+/// What a whole 2 MiB block is like.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Region {
+    /// Every page may be mapped like the first; `spa` counts up. One large nested entry will do.
+    Uniform(Mapping),
+    /// Ask page by page.
+    Mixed,
+}
+
+/// The ownership checks on an RMP entry: covered, assigned, ASID, reverse map, mutable.
+pub(crate) fn owner_fault(entry: &Entry, gpa: Gpa) -> Option<Denial> {
+    let page = gpa.align_down(PageSize::Size4K);
+    if Rmp::is_guest_owned(entry, page) {
+        None
+    } else if entry.is_assigned() && entry.is_immutable() {
+        Some(Denial::Immutable)
+    } else {
+        Some(Denial::NotOwned)
+    }
+}
+
+/// Whether `has` allows an access of this kind. Write without read gives no data access
+/// (APM 15.36.7). A walk needs write, because TCG always walks with accessed/dirty updates.
+const fn allows(has: Permissions, kind: Kind) -> bool {
+    match kind {
+        Kind::Read => has.contains(Permissions::READ),
+        Kind::Write | Kind::Walk => can_write(has),
+        Kind::Execute => can_execute(has),
+    }
+}
+
+const fn can_write(has: Permissions) -> bool {
+    has.contains(Permissions::READ) && has.contains(Permissions::WRITE)
+}
+
+const fn can_execute(has: Permissions) -> bool {
+    has.contains(Permissions::EXECUTE_USER) && has.contains(Permissions::EXECUTE_SUPERVISOR)
+}
+
+const fn private_mapping(spa: Spa, has: Permissions) -> Mapping {
+    Mapping {
+        spa,
+        write: can_write(has),
+        execute: can_execute(has),
+    }
+}
+
+/// Shared memory is never executable: a fetch is private whatever the C-bit says.
+const fn shared_mapping(spa: Spa) -> Mapping {
+    Mapping {
+        spa,
+        write: true,
+        execute: false,
+    }
+}
+
+impl<P: PhysicalMemory> Platform<P> {
+    /// Decides an access of `vmpl` to the page of `gpa` in `alias`, doing what the host's
+    /// fault handler would do on the way.
+    ///
+    /// `alias` is what the C-bit said; with paging off it is private. Fetches and table walks
+    /// are taken as private whatever it is.
+    pub fn access(&mut self, vmpl: Vmpl, alias: Alias, gpa: Gpa, kind: Kind) -> Verdict {
+        let gpa = gpa.align_down(PageSize::Size4K);
+        let alias = kind.effective_alias(alias);
+        let Some(place) = self.host.layout().place(gpa) else {
+            return match alias {
+                Alias::Shared => Verdict::Mmio(Spa::new(gpa.get())),
+                Alias::Private => Verdict::Denied(Denial::NotCovered),
+            };
+        };
+        if self.host.attribute(&place) != alias {
+            self.convert_implicitly(vmpl, &place, gpa, alias, kind);
+        }
+        match alias {
+            Alias::Shared => Verdict::Map(shared_mapping(place.spa)),
+            Alias::Private => {
+                if let Err(error) = self.host.prepare(&self.memory, &place, gpa) {
+                    self.refuse(vmpl, Some(gpa), format!("host cannot assign: {error:?}"));
+                    return Verdict::Denied(Denial::NotOwned);
+                }
+                self.check_private(vmpl, &place, gpa, kind)
+            }
+        }
+    }
+
+    fn check_private(&self, vmpl: Vmpl, place: &Place, gpa: Gpa, kind: Kind) -> Verdict {
+        let entry = self.host.rmp().entry(place);
+        if let Some(denial) = owner_fault(&entry, gpa) {
+            return Verdict::Denied(denial);
+        }
+        if !entry.is_validated() {
+            return Verdict::NotValidated;
+        }
+        let has = entry.permissions(vmpl);
+        if !allows(has, kind) {
+            return Verdict::Denied(Denial::Permissions(has.mask()));
+        }
+        Verdict::Map(private_mapping(place.spa, has))
+    }
+
+    /// What KVM and QEMU do when a guest uses the other alias of a page than the attribute
+    /// says (KVM_EXIT_MEMORY_FAULT): convert, losing the contents. No good guest relies on it.
+    pub(crate) fn convert_implicitly(
+        &mut self,
+        vmpl: Vmpl,
+        place: &Place,
+        gpa: Gpa,
+        to: Alias,
+        kind: Kind,
+    ) {
+        self.counters.violations.implicit_conversion += 1;
+        // The first few are told; a guest that lost its way would flood the log.
+        if self.counters.violations.implicit_conversion <= 8 {
+            self.refuse(
+                vmpl,
+                Some(gpa),
+                format!("{kind:?} converts the page to {to:?}"),
+            );
+        }
+        if let Err(error) = self
+            .host
+            .convert(&self.memory, place, gpa, PageSize::Size4K, to)
+        {
+            self.refuse(vmpl, Some(gpa), format!("host cannot convert: {error:?}"));
+        }
+    }
+
+    /// The mapping that an access would be given, if it needs nothing done. For filling the
+    /// tables of `vmpl` around a fault; `alias` is the C-bit alone.
+    pub fn peek(&self, vmpl: Vmpl, alias: Alias, gpa: Gpa) -> Option<Mapping> {
+        let place = self.host.layout().place(gpa)?;
+        if self.host.attribute(&place) != alias {
+            return None;
+        }
+        match alias {
+            Alias::Shared => Some(shared_mapping(place.spa)),
+            Alias::Private => self.peek_private(vmpl, &place, gpa),
+        }
+    }
+
+    fn peek_private(&self, vmpl: Vmpl, place: &Place, gpa: Gpa) -> Option<Mapping> {
+        match self.check_private(vmpl, place, gpa, Kind::Read) {
+            Verdict::Map(mapping) => Some(mapping),
+            _ => None,
+        }
+    }
+
+    /// Whether the whole block of `gpa` can be mapped at once. The block's first page is
+    /// looked at first, so that a refusal is cheap.
+    pub fn peek_region(&self, vmpl: Vmpl, alias: Alias, gpa: Gpa) -> Region {
+        let base = gpa.align_down(PageSize::Size2M);
+        let Some(mapping) = self.peek(vmpl, alias, base) else {
+            return Region::Mixed;
+        };
+        let Some(place) = self.host.layout().place(base) else {
+            return Region::Mixed;
+        };
+        let rmp = self.host.rmp();
+        let uniform = match alias {
+            Alias::Shared => self.host.is_block(&place, Alias::Shared),
+            Alias::Private => {
+                place.block.is_some()
+                    && (rmp.entry(&place).size() == PageSize::Size2M
+                        || rmp.is_block_uniform(&place, base))
+            }
+        };
+        if uniform {
+            Region::Uniform(mapping)
+        } else {
+            Region::Mixed
+        }
+    }
+}

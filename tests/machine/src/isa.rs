@@ -1,0 +1,477 @@
+//! PVALIDATE, RMPADJUST and RMPQUERY: the tables of `snp-isa.md` §3–§5 in their order.
+//!
+//! An instruction goes through three hands. The CPU side catches the #UD, decodes the opcode
+//! and calls [`Request::decode`] (rows 1–3, which look at registers only). Then it walks the
+//! guest's page tables for [`Request::gva`] (row 4), and hands the GPA to
+//! [`Platform::execute`] (the rest). What hardware reports to the host as a nested page fault
+//! that the host can cure (page not assigned yet, 4 KiB request in a large entry) is cured
+//! inside, as KVM does, and the instruction completes.
+
+use alloc::format;
+use alloc::string::String;
+
+use crate::access::{Denial, owner_fault};
+use crate::layout::Place;
+use crate::memory::PhysicalMemory;
+use crate::platform::{Platform, Views};
+use crate::rmp::{Entry, Permissions};
+use crate::types::{Alias, Gpa, Kind, PageSize, Vmpl};
+
+/// Return codes in EAX (`snp-isa.md` §2).
+pub mod status {
+    /// Done; for PVALIDATE look at CF.
+    pub const SUCCESS: u32 = 0;
+    /// Misaligned operand or a reserved value.
+    pub const FAIL_INPUT: u32 = 1;
+    /// Not allowed at this VMPL.
+    pub const FAIL_PERMISSION: u32 = 2;
+    /// The page is a VMSA that runs.
+    pub const FAIL_IN_USE: u32 = 3;
+    /// The RMP entry is smaller than the request.
+    pub const FAIL_SIZE_MISMATCH: u32 = 6;
+}
+
+/// Which instruction, with its decoded operands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Operation {
+    /// PVALIDATE.
+    Pvalidate {
+        /// Page size asked for.
+        size: PageSize,
+        /// Validate, or rescind.
+        validate: bool,
+    },
+    /// RMPADJUST.
+    Rmpadjust {
+        /// Page size asked for.
+        size: PageSize,
+        /// Whose permissions.
+        target: Vmpl,
+        /// The new permissions.
+        permissions: Permissions,
+        /// The new VMSA bit.
+        vmsa: bool,
+    },
+    /// RMPQUERY.
+    Rmpquery {
+        /// Whose permissions.
+        target: Vmpl,
+    },
+}
+
+/// An instruction whose register operands are in order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Request {
+    /// The page, as a guest-virtual address to be walked; low 12 bits are clear.
+    pub gva: u64,
+    /// What to do.
+    pub operation: Operation,
+}
+
+/// Which of the three opcodes was met (`snp-isa.md` §1).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Opcode {
+    /// F2 0F 01 FF.
+    Pvalidate,
+    /// F3 0F 01 FE.
+    Rmpadjust,
+    /// F3 0F 01 FD.
+    Rmpquery,
+}
+
+/// The registers an instruction reads, and the mode it is executed in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Operands {
+    /// RAX: guest-virtual address.
+    pub rax: u64,
+    /// RCX: page size in bit 0.
+    pub rcx: u64,
+    /// RDX: validate bit, or target and permissions.
+    pub rdx: u64,
+    /// Current privilege level.
+    pub cpl: u8,
+    /// 64-bit code segment in long mode.
+    pub long_mode: bool,
+}
+
+/// What the instruction leaves in registers. `None` means unchanged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Completion {
+    /// EAX; OF, ZF, AF, PF and SF follow it, see [`Completion::flags`].
+    pub eax: u32,
+    /// CF; false where the documents leave it undefined.
+    pub carry: bool,
+    /// RCX, for RMPQUERY.
+    pub rcx: Option<u64>,
+    /// RDX, for RMPQUERY.
+    pub rdx: Option<u64>,
+}
+
+/// The outcome of an instruction.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Instruction {
+    /// It completed; step over it.
+    Complete(Completion),
+    /// #UD.
+    UndefinedOpcode,
+    /// #GP(0).
+    GeneralProtection,
+    /// #VC 0x404 with the GVA in CR2.
+    NotValidated,
+    /// A nested page fault that no host can resolve: the run ends.
+    Refused(Denial),
+}
+
+/// rFLAGS bits (APM volume 1, 3.1.4).
+mod flags {
+    pub const CF: u64 = 1 << 0;
+    pub const PF: u64 = 1 << 2;
+    pub const AF: u64 = 1 << 4;
+    pub const ZF: u64 = 1 << 6;
+    pub const SF: u64 = 1 << 7;
+    pub const OF: u64 = 1 << 11;
+}
+
+impl Completion {
+    const fn code(eax: u32) -> Self {
+        Self {
+            eax,
+            carry: false,
+            rcx: None,
+            rdx: None,
+        }
+    }
+
+    /// `rflags` as the instruction leaves them: ZF, SF and PF from the code as a compare with
+    /// zero would set them, OF and AF clear, CF as said.
+    pub const fn flags(&self, rflags: u64) -> u64 {
+        let cleared = flags::CF | flags::PF | flags::AF | flags::ZF | flags::SF | flags::OF;
+        let mut value = rflags & !cleared;
+        if self.carry {
+            value |= flags::CF;
+        }
+        if self.eax == 0 {
+            value |= flags::ZF;
+        }
+        if (self.eax as u8).count_ones() % 2 == 0 {
+            value |= flags::PF;
+        }
+        if self.eax >> 31 != 0 {
+            value |= flags::SF;
+        }
+        value
+    }
+}
+
+impl Request {
+    /// Rows 1 to 3 (RMPADJUST: to 4): mode, privilege, register operands. What fails here
+    /// never looks at memory. `vmpl` is the level that executes.
+    pub fn decode(opcode: Opcode, vmpl: Vmpl, operands: &Operands) -> Result<Self, Instruction> {
+        if !operands.long_mode {
+            return Err(Instruction::UndefinedOpcode);
+        }
+        let at_vmpl0 = vmpl == Vmpl::VMPL0;
+        if operands.cpl != 0 || (opcode == Opcode::Pvalidate && !at_vmpl0) {
+            return Err(Instruction::GeneralProtection);
+        }
+        let fail = |code| Err(Instruction::Complete(Completion::code(code)));
+        let gva = operands.rax & !0xFFF;
+        let size = if operands.rcx & 1 == 0 {
+            PageSize::Size4K
+        } else {
+            PageSize::Size2M
+        };
+        let misaligned = gva & (size.bytes() - 1) != 0;
+        let operation = match opcode {
+            Opcode::Pvalidate if misaligned => return fail(status::FAIL_INPUT),
+            // Bits above 0 of ECX and EDX are ignored: compilers leave garbage there.
+            Opcode::Pvalidate => Operation::Pvalidate {
+                size,
+                validate: operands.rdx & 1 != 0,
+            },
+            Opcode::Rmpadjust => {
+                let target = Vmpl::try_new(operands.rdx & 0xFF);
+                let permissions = Permissions::from_mask((operands.rdx >> 8) as u8);
+                let vmsa = operands.rdx >> 16 & 1 != 0;
+                let reserved = operands.rdx >> 17 != 0;
+                let (Some(target), Some(permissions), false, false) =
+                    (target, permissions, reserved, misaligned)
+                else {
+                    return fail(status::FAIL_INPUT);
+                };
+                // Stricter than known hardware: a large VMSA page has no use but the erratum.
+                if vmsa && size == PageSize::Size2M {
+                    return fail(status::FAIL_INPUT);
+                }
+                if !vmpl.is_more_privileged_than(target) {
+                    return fail(status::FAIL_PERMISSION);
+                }
+                Operation::Rmpadjust {
+                    size,
+                    target,
+                    permissions,
+                    vmsa,
+                }
+            }
+            Opcode::Rmpquery => {
+                let Some(target) = Vmpl::try_new(operands.rdx & 0xFF) else {
+                    return fail(status::FAIL_INPUT);
+                };
+                if target.is_more_privileged_than(vmpl) {
+                    return fail(status::FAIL_PERMISSION);
+                }
+                Operation::Rmpquery { target }
+            }
+        };
+        Ok(Self { gva, operation })
+    }
+}
+
+impl<P: PhysicalMemory> Platform<P> {
+    /// Counts an instruction that completed in [`Request::decode`].
+    pub fn count_early(&mut self, opcode: Opcode, vmpl: Vmpl, operands: &Operands, eax: u32) {
+        let size = if operands.rcx & 1 == 0 {
+            PageSize::Size4K
+        } else {
+            PageSize::Size2M
+        };
+        match opcode {
+            Opcode::Pvalidate => {
+                self.count_pvalidate(vmpl, size, operands.rdx & 1 != 0, eax, false);
+            }
+            Opcode::Rmpadjust => self.count_rmpadjust(vmpl, size, eax),
+            Opcode::Rmpquery => self.counters.vmpl(vmpl).rmpquery += 1,
+        }
+    }
+
+    /// Executes a decoded instruction of `vmpl` on `gpa`, to which the guest's own tables map
+    /// [`Request::gva`] in `alias`.
+    pub fn execute(
+        &mut self,
+        vmpl: Vmpl,
+        request: &Request,
+        alias: Alias,
+        gpa: Gpa,
+    ) -> Instruction {
+        let gpa = gpa.align_down(PageSize::Size4K);
+        match request.operation {
+            Operation::Pvalidate { size, validate } => {
+                let result = self.pvalidate(vmpl, alias, gpa, size, validate);
+                if let Instruction::Complete(done) = &result {
+                    self.count_pvalidate(vmpl, size, validate, done.eax, done.carry);
+                }
+                result
+            }
+            Operation::Rmpadjust {
+                size,
+                target,
+                permissions,
+                vmsa,
+            } => {
+                let result = self.rmpadjust(vmpl, alias, gpa, size, target, permissions, vmsa);
+                if let Instruction::Complete(done) = &result {
+                    self.count_rmpadjust(vmpl, size, done.eax);
+                }
+                result
+            }
+            Operation::Rmpquery { target } => {
+                self.counters.vmpl(vmpl).rmpquery += 1;
+                self.rmpquery(vmpl, alias, gpa, target)
+            }
+        }
+    }
+
+    /// The nested walk and the ownership checks that all three instructions share. Cures what
+    /// the host can cure; `Err` is final.
+    fn owned_entry(
+        &mut self,
+        vmpl: Vmpl,
+        alias: Alias,
+        gpa: Gpa,
+        size: Option<PageSize>,
+    ) -> Result<(Place, Entry), Instruction> {
+        let refused = |platform: &mut Self, denial: Denial, what: String| {
+            platform.refuse(vmpl, Some(gpa), what);
+            Err(Instruction::Refused(denial))
+        };
+        let Some(place) = self.host.layout().place(gpa) else {
+            let denial = Denial::NotCovered;
+            return refused(self, denial, format!("RMP instruction: {denial}"));
+        };
+        if alias == Alias::Shared {
+            let what = String::from("RMP instruction on a page mapped with C=0");
+            return refused(self, Denial::NotOwned, what);
+        }
+        if self.host.attribute(&place) == Alias::Shared {
+            self.convert_implicitly(vmpl, &place, gpa, Alias::Private, Kind::Read);
+        }
+        if let Err(error) = self.host.prepare(&self.memory, &place, gpa) {
+            return refused(
+                self,
+                Denial::NotOwned,
+                format!("host cannot assign: {error:?}"),
+            );
+        }
+        let entry = self.host.rmp().entry(&place);
+        if let Some(denial) = owner_fault(&entry, gpa) {
+            return refused(self, denial, format!("RMP instruction: {denial}"));
+        }
+        // A 4 KiB request in a large entry faults with SIZEM; the host splits and resumes.
+        if size == Some(PageSize::Size4K) && self.host.psmash(&place, gpa) {
+            let entry = self.host.rmp().entry(&place);
+            return Ok((place, entry));
+        }
+        Ok((place, entry))
+    }
+
+    fn pvalidate(
+        &mut self,
+        vmpl: Vmpl,
+        alias: Alias,
+        gpa: Gpa,
+        size: PageSize,
+        validate: bool,
+    ) -> Instruction {
+        let (place, entry) = match self.owned_entry(vmpl, alias, gpa, Some(size)) {
+            Ok(found) => found,
+            Err(refused) => return refused,
+        };
+        if is_smaller(&entry, gpa, size) {
+            return complete(status::FAIL_SIZE_MISMATCH);
+        }
+        if entry.is_validated() == validate {
+            if validate && vmpl == Vmpl::VMPL0 {
+                self.counters.violations.double_validation += 1;
+                self.refuse(
+                    vmpl,
+                    Some(gpa),
+                    String::from("PVALIDATE of a validated page (CF=1)"),
+                );
+            }
+            let done = Completion {
+                carry: true,
+                ..Completion::code(status::SUCCESS)
+            };
+            return Instruction::Complete(done);
+        }
+        if !validate && entry.has_lower_permissions() {
+            self.counters.violations.live_rescind += 1;
+            let what = String::from("rescind of a page that a lower VMPL may still use");
+            self.refuse(vmpl, Some(gpa), what);
+        }
+        self.host.rmp_mut().set_validated(&place, validate);
+        if !validate {
+            // Validating makes nothing stale: nobody had a mapping.
+            self.host.invalidate(gpa, size, Views::ALL);
+        }
+        self.book_validated(size.bytes(), validate);
+        complete(status::SUCCESS)
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the instruction has that many operands"
+    )]
+    fn rmpadjust(
+        &mut self,
+        vmpl: Vmpl,
+        alias: Alias,
+        gpa: Gpa,
+        size: PageSize,
+        target: Vmpl,
+        permissions: Permissions,
+        vmsa: bool,
+    ) -> Instruction {
+        let (place, entry) = match self.owned_entry(vmpl, alias, gpa, Some(size)) {
+            Ok(found) => found,
+            Err(refused) => return refused,
+        };
+        if !entry.is_validated() {
+            return Instruction::NotValidated;
+        }
+        if is_smaller(&entry, gpa, size) {
+            return complete(status::FAIL_SIZE_MISMATCH);
+        }
+        if !entry.permissions(vmpl).contains(permissions) {
+            return complete(status::FAIL_PERMISSION);
+        }
+        if entry.is_vmsa() && self.is_vmsa_in_use(gpa) {
+            return complete(status::FAIL_IN_USE);
+        }
+        if !permissions.is_none() {
+            let left = self.host.find_scrambled(&self.memory, &place, gpa, size);
+            if let Some(line) = left {
+                self.counters.violations.unscrubbed_grant += 1;
+                let what = format!("{target} is granted a page that was not scrubbed at {line:#x}");
+                self.refuse(vmpl, Some(gpa), what);
+            }
+        }
+        let had = entry.permissions(target);
+        self.host
+            .rmp_mut()
+            .set_permissions(&place, target, permissions);
+        if vmpl == Vmpl::VMPL0 {
+            self.host.rmp_mut().set_vmsa(&place, vmsa);
+        }
+        if !permissions.contains(had) {
+            self.host.invalidate(gpa, size, Views::of(target));
+        }
+        complete(status::SUCCESS)
+    }
+
+    fn rmpquery(&mut self, vmpl: Vmpl, alias: Alias, gpa: Gpa, target: Vmpl) -> Instruction {
+        let (_, entry) = match self.owned_entry(vmpl, alias, gpa, None) {
+            Ok(found) => found,
+            Err(refused) => return refused,
+        };
+        if !entry.is_validated() {
+            return Instruction::NotValidated;
+        }
+        let mask = u64::from(entry.permissions(target).mask()) << 8;
+        Instruction::Complete(Completion {
+            rcx: Some(u64::from(entry.size().encoding())),
+            rdx: Some(u64::from(target.number()) | mask | u64::from(entry.is_vmsa()) << 16),
+            ..Completion::code(status::SUCCESS)
+        })
+    }
+
+    fn count_pvalidate(&mut self, vmpl: Vmpl, size: PageSize, validate: bool, eax: u32, cf: bool) {
+        let counters = &mut self.counters.vmpl(vmpl).pvalidate;
+        let results = match (size, validate) {
+            (PageSize::Size4K, true) => &mut counters.validate_4k,
+            (PageSize::Size2M, true) => &mut counters.validate_2m,
+            (PageSize::Size4K, false) => &mut counters.rescind_4k,
+            (PageSize::Size2M, false) => &mut counters.rescind_2m,
+        };
+        match eax {
+            status::SUCCESS if cf => results.no_change += 1,
+            status::SUCCESS => results.ok += 1,
+            status::FAIL_SIZE_MISMATCH => results.size_mismatch += 1,
+            _ => results.fail_input += 1,
+        }
+    }
+
+    fn count_rmpadjust(&mut self, vmpl: Vmpl, size: PageSize, eax: u32) {
+        let counters = &mut self.counters.vmpl(vmpl).rmpadjust;
+        let results = match size {
+            PageSize::Size4K => &mut counters.size_4k,
+            PageSize::Size2M => &mut counters.size_2m,
+        };
+        match eax {
+            status::SUCCESS => results.ok += 1,
+            status::FAIL_PERMISSION => results.fail_permission += 1,
+            status::FAIL_IN_USE => results.fail_in_use += 1,
+            status::FAIL_SIZE_MISMATCH => results.size_mismatch += 1,
+            _ => results.fail_input += 1,
+        }
+    }
+}
+
+/// A 2 MiB request meets a 4 KiB entry, or a 2 MiB GVA that the guest maps to an unaligned GPA.
+fn is_smaller(entry: &Entry, gpa: Gpa, size: PageSize) -> bool {
+    entry.size() < size || !gpa.is_aligned(size)
+}
+
+const fn complete(eax: u32) -> Instruction {
+    Instruction::Complete(Completion::code(eax))
+}

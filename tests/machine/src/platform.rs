@@ -1,0 +1,292 @@
+//! [`Platform`]: all state of the emulated platform, and the queues between it and the CPU
+//! side.
+//!
+//! The methods are spread over the modules by subject: accesses in [`crate::access`],
+//! instructions in [`crate::isa`], worlds in [`crate::vcpu`], VMGEXIT in [`crate::ghcb`], the
+//! launch in [`crate::launch`], the judge in [`crate::referee`]. One `Platform` serves all
+//! vCPUs; the caller holds a lock around it and calls it for one exit at a time.
+//!
+//! After every call the caller
+//! 1. zaps in its nested page tables what [`Platform::take_invalidations`] names, before any
+//!    vCPU runs again on this CPU;
+//! 2. prints what [`Platform::take_events`] gives.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use protocols::report::{Event, Log, Memory, Outcome, Progress, Refusal, Report, Termination};
+
+use crate::counters::Counters;
+use crate::host_memory::HostMemory;
+use crate::layout::{Layout, LayoutError};
+use crate::memory::PhysicalMemory;
+use crate::rmp::Entry;
+use crate::settings::Settings;
+use crate::types::{Gpa, Spa, Vmpl};
+use crate::vcpu::Vcpu;
+
+/// A set of nested page tables, by VMPL.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Views(u8);
+
+impl Views {
+    /// Those of every VMPL.
+    pub const ALL: Self = Self(0xF);
+
+    /// Those of one VMPL.
+    pub const fn of(vmpl: Vmpl) -> Self {
+        Self(1 << vmpl.index())
+    }
+
+    /// Whether those of `vmpl` are among them.
+    pub const fn contains(self, vmpl: Vmpl) -> bool {
+        self.0 & (1 << vmpl.index()) != 0
+    }
+}
+
+/// Mappings that are stale: both aliases of `[gpa, gpa + bytes)` in the views named.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Invalidation {
+    /// First byte, aligned to the change (4 KiB or 2 MiB).
+    pub gpa: Gpa,
+    /// Length, a multiple of 4 KiB.
+    pub bytes: u64,
+    /// Whose tables.
+    pub views: Views,
+}
+
+/// Progress is told every time this much more has been validated.
+const PROGRESS_STEP: u64 = 64 << 20;
+
+/// The emulated platform over some physical memory.
+pub struct Platform<P> {
+    pub(crate) memory: P,
+    pub(crate) host: HostMemory,
+    pub(crate) settings: Settings,
+    pub(crate) counters: Counters,
+    pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) events: Vec<Event>,
+    pub(crate) clock: fn() -> u64,
+    /// Whether paravisor and firmware have been entered.
+    pub(crate) stages: [bool; 2],
+    pub(crate) ap_jump_table: u64,
+    progress: u64,
+}
+
+impl<P: PhysicalMemory> Platform<P> {
+    /// A platform without memory. `clock` reads the time stamp counter.
+    pub fn new(memory: P, settings: Settings, vcpus: u32, clock: fn() -> u64) -> Self {
+        let mut platform = Self {
+            memory,
+            host: HostMemory::new(settings.backing),
+            settings,
+            counters: Counters::default(),
+            vcpus: vec![Vcpu::default(); vcpus as usize],
+            events: Vec::new(),
+            clock,
+            stages: [false; 2],
+            ap_jump_table: 0,
+            progress: 0,
+        };
+        let reset = platform.sev_info();
+        for vcpu in &mut platform.vcpus {
+            for context in &mut vcpu.contexts {
+                context.ghcb_msr = reset;
+            }
+        }
+        platform
+    }
+
+    /// Adds RAM (GPA = SPA) that the guest may use.
+    pub fn add_ram(&mut self, gpa: Gpa, bytes: u64) -> Result<(), LayoutError> {
+        self.host.add_ram(gpa, bytes)
+    }
+
+    /// Adds pages where QEMU has no RAM, backed by machine memory at `spa`.
+    pub fn add_window(&mut self, gpa: Gpa, bytes: u64, spa: Spa) -> Result<(), LayoutError> {
+        self.host.add_window(gpa, bytes, spa)
+    }
+
+    /// The memory map.
+    pub const fn layout(&self) -> &Layout {
+        self.host.layout()
+    }
+
+    /// The bytes underneath.
+    pub const fn memory(&self) -> &P {
+        &self.memory
+    }
+
+    /// The settings of this run.
+    pub const fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The counters; the CPU side counts exits here.
+    pub const fn counters(&mut self) -> &mut Counters {
+        &mut self.counters
+    }
+
+    /// System address of a guest byte; `None` if there is no memory.
+    pub fn spa_of(&self, gpa: Gpa) -> Option<Spa> {
+        self.host.layout().spa_of(gpa)
+    }
+
+    /// Stale mappings since the last call. The caller zaps them before it runs any guest.
+    #[must_use = "stale mappings must be zapped"]
+    pub fn take_invalidations(&mut self) -> Vec<Invalidation> {
+        self.host.take_invalidations()
+    }
+
+    /// Lines for the log since the last call, oldest first.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        core::mem::take(&mut self.events)
+    }
+
+    /// Queues a remark.
+    pub fn log(&mut self, text: String) {
+        self.events.push(Event::Log(Log { text }));
+    }
+
+    /// Queues a refusal. The caller of the platform fills in RIP when it prints the line.
+    pub(crate) fn refuse(&mut self, vmpl: Vmpl, gpa: Option<Gpa>, text: String) {
+        let refusal = Refusal {
+            text,
+            gpa: gpa.map(Gpa::get),
+            vmpl: vmpl.number(),
+            rip: 0,
+        };
+        self.events.push(Event::Refusal(refusal));
+    }
+
+    /// Books validated (or rescinded) bytes and tells progress.
+    pub(crate) fn book_validated(&mut self, bytes: u64, validated: bool) {
+        let total = &mut self.counters.validated_bytes;
+        if validated {
+            *total += bytes;
+        } else {
+            // Launch pages count as validated by the AMD-SP: rescinding them takes nothing off.
+            *total = total.saturating_sub(bytes);
+        }
+        if *total >= self.progress + PROGRESS_STEP {
+            self.progress = *total / PROGRESS_STEP * PROGRESS_STEP;
+            let event = Progress {
+                validated_bytes: *total,
+                tsc: (self.clock)(),
+            };
+            self.events.push(Event::Progress(event));
+        }
+    }
+
+    /// The last line of a run: counters, memory, the referee's verdict.
+    pub fn report(&self, end: End) -> Report {
+        let (outcome, code, reason, termination) = end.parts();
+        let rmp = self.host.rmp();
+        let mut report = Report::new(outcome, reason);
+        report.code = code;
+        report.termination = termination;
+        report.counters = self.counters.report();
+        report.memory = Memory {
+            guest_pages: self.host.layout().pages() as u64,
+            assigned_pages: rmp.count(Entry::is_assigned),
+            validated_pages: rmp.count(Entry::is_validated),
+            validated_bytes: self.counters.validated_bytes,
+            scrambled_bytes: self.host.scrambled_bytes(),
+            psmashes: self.host.psmashes(),
+        };
+        report.referee = self.judge();
+        report.violations = self.counters.violations;
+        report
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum End {
+    /// The guest switched the machine off.
+    PowerOff,
+    /// The guest asked for a reset; how.
+    Reset(String),
+    /// The guest wrote this value to port 0xF4.
+    GuestExit(u64),
+    /// A termination request.
+    Terminated {
+        /// Who asked.
+        vmpl: Vmpl,
+        /// Reason set.
+        set: u8,
+        /// Reason code.
+        code: u8,
+    },
+    /// Halted with nothing left that could wake it.
+    Halted {
+        /// Who halted.
+        vmpl: Vmpl,
+        /// RIP behind the HLT.
+        rip: u64,
+        /// RSP; tells Linux' early checks apart.
+        rsp: u64,
+    },
+    /// Triple fault.
+    Shutdown {
+        /// Who shut down.
+        vmpl: Vmpl,
+        /// Where.
+        rip: u64,
+    },
+    /// The machine refused to go on.
+    Refused(String),
+    /// The image could not be launched.
+    LaunchFailed(String),
+    /// The settings were not understood.
+    BadSettings(String),
+}
+
+/// RSP with which Linux stops when its C-bit check fails (`guests.md`, sev_verify_cbit).
+const LINUX_C_BIT_CHECK_RSP: u64 = 0xFFFF_FFFF_FFFF_F000;
+
+impl End {
+    fn parts(self) -> (Outcome, u64, String, Option<Termination>) {
+        match self {
+            Self::PowerOff => (Outcome::PowerOff, 0, String::from("ACPI power-off"), None),
+            Self::Reset(how) => (Outcome::Reset, 0, how, None),
+            Self::GuestExit(value) => (
+                Outcome::GuestExit,
+                value,
+                format!("the guest exited with {value:#x}"),
+                None,
+            ),
+            Self::Terminated { vmpl, set, code } => {
+                let text = format!("{}", protocols::terminate::explain(set, code));
+                let reason = format!("{vmpl} terminated: {text}");
+                let termination = Termination {
+                    set,
+                    code,
+                    text,
+                    vmpl: vmpl.number(),
+                };
+                (Outcome::Terminated, 0, reason, Some(termination))
+            }
+            Self::Halted { vmpl, rip, rsp } => {
+                let hint = if rsp == LINUX_C_BIT_CHECK_RSP {
+                    " (Linux stops so when its C-bit check fails)"
+                } else {
+                    ""
+                };
+                let reason = format!("{vmpl} halted for good, RIP {rip:#x} RSP {rsp:#x}{hint}");
+                (Outcome::Halted, 0, reason, None)
+            }
+            Self::Shutdown { vmpl, rip } => (
+                Outcome::Shutdown,
+                0,
+                format!("{vmpl} triple fault at RIP {rip:#x}"),
+                None,
+            ),
+            Self::Refused(why) => (Outcome::Refused, 0, why, None),
+            Self::LaunchFailed(why) => (Outcome::LaunchFailed, 0, why, None),
+            Self::BadSettings(why) => (Outcome::BadSettings, 0, why, None),
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! The referee: compares the paravisor's map with the RMP, page by page.
+//!
+//! It reads the map through physical memory, by the published layout ([`protocols::map`]),
+//! and knows nothing of how the paravisor keeps it (docs/decisions/004). What must hold, by
+//! the state the map gives a page:
+//!
+//! | map | RMP |
+//! |---|---|
+//! | Unaccepted | not validated |
+//! | Ahead | validated; VMPL1–3 may do nothing; no VMSA |
+//! | Accepted | validated; the guest's VMPL has full permissions, the levels between none more than it; no VMSA |
+//! | Owned | validated; a VMSA of the vCPU table has the VMSA bit and no lower permissions; a calling area has full permissions for the guest's VMPL; all others have no lower permissions |
+//! | (not in the map) | not validated, unless the machine launched it there |
+
+use alloc::collections::BTreeSet;
+use alloc::format;
+use alloc::string::{String, ToString};
+
+use protocols::map::{BYTES_PER_REGION, MapDescriptor, PAGES_PER_REGION, PageState, VcpuEntry};
+use protocols::report::{Disagreement, Referee};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use crate::memory::PhysicalMemory;
+use crate::platform::Platform;
+use crate::rmp::{Entry, Permissions};
+use crate::types::{Alias, Gpa, PAGE_SIZE, PageSize, Vmpl};
+
+/// How many disagreements are told one by one.
+const TOLD: usize = 16;
+
+/// Roles of Owned pages, from the descriptor's vCPU table.
+#[derive(Default)]
+struct Roles {
+    vmsas: BTreeSet<u64>,
+    calling_areas: BTreeSet<u64>,
+}
+
+/// What one map range looks like to the referee.
+struct Reader<'a, P> {
+    platform: &'a Platform<P>,
+    descriptor: MapDescriptor,
+    guest: Vmpl,
+    roles: Roles,
+    verdict: Referee,
+}
+
+impl<P: PhysicalMemory> Platform<P> {
+    /// The referee's verdict; `None` if the settings name no map.
+    pub fn judge(&self) -> Option<Referee> {
+        let at = self.settings.referee?;
+        Some(match self.read_map(at) {
+            Ok(reader) => reader.compare(),
+            Err(why) => Referee {
+                checked: 0,
+                disagreements: 1,
+                first: alloc::vec![Disagreement {
+                    gpa: at.get(),
+                    map: why,
+                    rmp: String::new()
+                }],
+            },
+        })
+    }
+
+    fn read_map(&self, at: Gpa) -> Result<Reader<'_, P>, String> {
+        let mut descriptor = MapDescriptor::new_zeroed();
+        self.read_guest(at, descriptor.as_mut_bytes())
+            .ok_or_else(|| format!("descriptor at {at} is outside memory"))?;
+        if !descriptor.is_understood() {
+            return Err("the map descriptor is not finished, or of another version".to_string());
+        }
+        let guest = Vmpl::try_new(u64::from(descriptor.guest_vmpl))
+            .filter(|&vmpl| vmpl != Vmpl::VMPL0)
+            .ok_or_else(|| format!("guest VMPL is {}", descriptor.guest_vmpl))?;
+        let roles = self.read_roles(&descriptor)?;
+        Ok(Reader {
+            platform: self,
+            descriptor,
+            guest,
+            roles,
+            verdict: Referee::default(),
+        })
+    }
+
+    fn read_roles(&self, descriptor: &MapDescriptor) -> Result<Roles, String> {
+        let mut roles = Roles::default();
+        for index in 0..u64::from(descriptor.vcpu_count) {
+            let at = Gpa::new(descriptor.vcpu_table_gpa + index * size_of::<VcpuEntry>() as u64);
+            let mut bytes = [0; size_of::<VcpuEntry>()];
+            self.read_guest(at, &mut bytes)
+                .ok_or_else(|| format!("vCPU table entry at {at} is outside memory"))?;
+            let Ok(entry) = VcpuEntry::read_from_bytes(&bytes) else {
+                continue;
+            };
+            if entry.vmsa_gpa != 0 {
+                roles.vmsas.insert(entry.vmsa_gpa);
+            }
+            if entry.ca_gpa != 0 {
+                roles.calling_areas.insert(entry.ca_gpa & !(PAGE_SIZE - 1));
+            }
+        }
+        Ok(roles)
+    }
+
+    /// The calling area of a vCPU as the paravisor's own table has it; for the MSR
+    /// SVSM_CAA in direct reflection.
+    pub fn calling_area(&self, vcpu: crate::types::VcpuId) -> Option<Gpa> {
+        let mut descriptor = MapDescriptor::new_zeroed();
+        self.read_guest(self.settings.referee?, descriptor.as_mut_bytes())?;
+        if !descriptor.is_understood() || vcpu.0 >= descriptor.vcpu_count {
+            return None;
+        }
+        let offset = u64::from(vcpu.0) * size_of::<VcpuEntry>() as u64;
+        let at = Gpa::new(descriptor.vcpu_table_gpa).checked_add(offset)?;
+        let mut entry = VcpuEntry::default();
+        self.read_guest(at, entry.as_mut_bytes())?;
+        (entry.ca_gpa != 0).then(|| Gpa::new(entry.ca_gpa))
+    }
+
+    /// Copies guest memory that may cross pages; `None` if part of it does not exist.
+    pub(crate) fn read_guest(&self, gpa: Gpa, out: &mut [u8]) -> Option<()> {
+        let mut at = gpa;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let room = (PAGE_SIZE - at.offset_in_page()) as usize;
+            let (chunk, later) = rest.split_at_mut(room.min(rest.len()));
+            self.memory.read(self.spa_of(at)?, chunk);
+            at = at.checked_add(chunk.len() as u64)?;
+            rest = later;
+        }
+        Some(())
+    }
+}
+
+impl<P: PhysicalMemory> Reader<'_, P> {
+    fn compare(mut self) -> Referee {
+        for range in self.descriptor.clone().ranges() {
+            for region in 0..range.pages / PAGES_PER_REGION {
+                let gpa = Gpa::new(range.gpa + region * PageSize::Size2M.bytes());
+                let states = Gpa::new(range.states_gpa + region * BYTES_PER_REGION);
+                self.compare_region(gpa, states);
+            }
+        }
+        self.find_strays();
+        self.verdict
+    }
+
+    fn compare_region(&mut self, gpa: Gpa, states: Gpa) {
+        let mut bytes = [0; BYTES_PER_REGION as usize];
+        if self.platform.read_guest(states, &mut bytes).is_none() {
+            self.disagree(
+                gpa,
+                format!("states at {states} are outside memory"),
+                String::new(),
+            );
+            return;
+        }
+        for page in 0..PAGES_PER_REGION {
+            let at = Gpa::new(gpa.get() + page * PAGE_SIZE);
+            let state =
+                PageState::from_low_bits(u64::from(bytes[(page / 4) as usize]) >> (2 * (page % 4)));
+            self.compare_page(at, state);
+        }
+    }
+
+    fn compare_page(&mut self, gpa: Gpa, state: PageState) {
+        let host = &self.platform.host;
+        let Some(place) = host.layout().place(gpa) else {
+            // Ranges are rounded outwards to 2 MiB: what does not exist is nobody's.
+            if matches!(state, PageState::Ahead | PageState::Accepted) {
+                self.disagree(gpa, format!("{state:?}"), "no such page".to_string());
+            }
+            return;
+        };
+        self.verdict.checked += 1;
+        let entry = host.rmp().entry(&place);
+        let valid =
+            entry.is_assigned() && entry.is_validated() && host.attribute(&place) == Alias::Private;
+        if self.agrees(gpa, state, &entry, valid) {
+            return;
+        }
+        let rmp = describe(&entry, valid);
+        self.disagree(gpa, format!("{state:?}"), rmp);
+    }
+
+    fn agrees(&self, gpa: Gpa, state: PageState, entry: &Entry, valid: bool) -> bool {
+        let guest = entry.permissions(self.guest);
+        let only_guest = Vmpl::ALL
+            .iter()
+            .skip(1)
+            .all(|&vmpl| vmpl == self.guest || entry.permissions(vmpl).is_none());
+        match state {
+            PageState::Unaccepted => !valid,
+            PageState::Ahead => valid && !entry.has_lower_permissions() && !entry.is_vmsa(),
+            PageState::Accepted => {
+                valid && guest == Permissions::FULL && only_guest && !entry.is_vmsa()
+            }
+            PageState::Owned if self.roles.vmsas.contains(&gpa.get()) => {
+                valid && entry.is_vmsa() && !entry.has_lower_permissions()
+            }
+            PageState::Owned if self.roles.calling_areas.contains(&gpa.get()) => {
+                valid && guest == Permissions::FULL && only_guest && !entry.is_vmsa()
+            }
+            PageState::Owned => valid && !entry.has_lower_permissions(),
+        }
+    }
+
+    /// Validated pages that the map knows nothing of. VMSAs that the launch put where the map
+    /// does not reach are the AMD-SP's doing.
+    fn find_strays(&mut self) {
+        let covered = |gpa: Gpa| {
+            self.descriptor.ranges().iter().any(|range| {
+                gpa.get() >= range.gpa && gpa.get() - range.gpa < range.pages * PAGE_SIZE
+            })
+        };
+        let host = &self.platform.host;
+        let mut strays = alloc::vec::Vec::new();
+        for range in host.layout().ranges() {
+            for page in 0..range.pages as u64 {
+                let gpa = Gpa::new(range.gpa.get() + page * PAGE_SIZE);
+                if covered(gpa) {
+                    continue;
+                }
+                let Some(place) = host.layout().place(gpa) else {
+                    continue;
+                };
+                let entry = host.rmp().entry(&place);
+                if entry.is_validated() && !entry.is_vmsa() {
+                    strays.push((gpa, describe(&entry, true)));
+                }
+            }
+        }
+        for (gpa, rmp) in strays {
+            self.disagree(gpa, "not in the map".to_string(), rmp);
+        }
+    }
+
+    fn disagree(&mut self, gpa: Gpa, map: String, rmp: String) {
+        self.verdict.disagreements += 1;
+        if self.verdict.first.len() < TOLD {
+            self.verdict.first.push(Disagreement {
+                gpa: gpa.get(),
+                map,
+                rmp,
+            });
+        }
+    }
+}
+
+/// An RMP entry in words.
+fn describe(entry: &Entry, valid: bool) -> String {
+    let [p0, p1, p2, p3] = Vmpl::ALL.map(|vmpl| entry.permissions(vmpl).mask());
+    format!(
+        "{}{}{} permissions {p0:x}/{p1:x}/{p2:x}/{p3:x}",
+        if valid { "validated" } else { "not validated" },
+        if entry.is_vmsa() { ", VMSA" } else { "" },
+        if entry.size() == PageSize::Size2M {
+            ", 2M"
+        } else {
+            ""
+        },
+    )
+}

@@ -1,0 +1,211 @@
+//! The virtual CPUs as the host knows them: which VMSA each privilege level has, which one
+//! runs, and its side of the GHCB protocol.
+//!
+//! A vCPU has up to four contexts, one per VMPL, of which one runs at a time. The GHCB MSR
+//! and the registered GHCB page belong to the context, not to the vCPU.
+
+use protocols::report::{Event, Stage, StageName};
+
+use crate::access::owner_fault;
+use crate::memory::PhysicalMemory;
+use crate::platform::Platform;
+use crate::types::{Alias, Gpa, PageSize, Spa, VcpuId, Vmpl};
+
+/// Position of the C-bit: the top bit of a four-level nested table, so that the two aliases
+/// are its two halves (`tcg-svm.md` §4).
+pub const C_BIT: u8 = 47;
+
+/// How a context waits for a start-up IPI.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hold {
+    /// By MSR request 0x006.
+    Msr,
+    /// By page request 0x8000_0004 with the GHCB at this address.
+    Page(Gpa),
+}
+
+/// One VMPL of one vCPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Context {
+    /// Where its VMSA is; `None` if the host has not been given one.
+    pub vmsa: Option<Gpa>,
+    /// The GHCB MSR of this VMSA.
+    pub ghcb_msr: u64,
+    /// The registered GHCB page.
+    pub registered: Option<Gpa>,
+    /// Waiting for a start-up IPI.
+    pub hold: Option<Hold>,
+}
+
+/// One virtual CPU.
+#[derive(Clone, Debug, Default)]
+pub struct Vcpu {
+    pub(crate) contexts: [Context; Vmpl::COUNT],
+    /// The VMPL that is between VMRUN and the next world switch; its VMSA is in use.
+    pub(crate) running: Option<Vmpl>,
+    /// The VMPL that ran last.
+    pub(crate) last: Option<Vmpl>,
+}
+
+/// Why a VMSA cannot be run (VMRUN would give VMEXIT_INVALID; APM Table 15-41).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EnterError {
+    /// No such vCPU, or no VMSA was given for this VMPL.
+    NoVmsa,
+    /// The VMSA page is not guest-owned memory of that address.
+    NotOwned(Gpa),
+    /// RMP.VMSA is clear.
+    NotVmsa(Gpa),
+    /// EFER.SVME is clear: the paravisor stopped this context.
+    NotRunnable(Gpa),
+    /// The VMSA says another VMPL than the one asked for.
+    WrongVmpl(Gpa),
+    /// SEV_FEATURES is not what the machine supports (SNP only).
+    Features(u64),
+    /// The VMSA is in use by another vCPU.
+    Busy(Gpa),
+}
+
+/// Offsets in the VMSA (APM-B Table B-4).
+mod vmsa {
+    pub const VMPL: u64 = 0xCA;
+    pub const EFER: u64 = 0xD0;
+    pub const SEV_FEATURES: u64 = 0x3B0;
+}
+const EFER_SVME: u64 = 1 << 12;
+/// The only SEV_FEATURES value this machine runs: SNPActive.
+pub const SEV_FEATURES: u64 = 1;
+
+impl<P: PhysicalMemory> Platform<P> {
+    /// Number of vCPUs.
+    pub fn vcpu_count(&self) -> u32 {
+        self.vcpus.len() as u32
+    }
+
+    /// One context, to look at.
+    pub fn context(&self, vcpu: VcpuId, vmpl: Vmpl) -> Option<&Context> {
+        self.vcpus
+            .get(vcpu.index())
+            .map(|v| &v.contexts[vmpl.index()])
+    }
+
+    pub(crate) fn context_mut(&mut self, vcpu: VcpuId, vmpl: Vmpl) -> Option<&mut Context> {
+        self.vcpus
+            .get_mut(vcpu.index())
+            .map(|v| &mut v.contexts[vmpl.index()])
+    }
+
+    /// RDMSR of the GHCB MSR.
+    pub fn ghcb_msr(&self, vcpu: VcpuId, vmpl: Vmpl) -> u64 {
+        self.context(vcpu, vmpl)
+            .map_or(0, |context| context.ghcb_msr)
+    }
+
+    /// WRMSR of the GHCB MSR. Never intercepted, never refused (APM 15.35.7).
+    pub fn set_ghcb_msr(&mut self, vcpu: VcpuId, vmpl: Vmpl, value: u64) {
+        if let Some(context) = self.context_mut(vcpu, vmpl) {
+            context.ghcb_msr = value;
+        }
+    }
+
+    /// Gives a context its VMSA, as the launch and AP creation do.
+    pub fn set_vmsa(&mut self, vcpu: VcpuId, vmpl: Vmpl, gpa: Option<Gpa>) {
+        let reset = self.sev_info();
+        if let Some(context) = self.context_mut(vcpu, vmpl) {
+            *context = Context {
+                vmsa: gpa,
+                ghcb_msr: reset,
+                ..Context::default()
+            };
+        }
+    }
+
+    /// The checks of VMRUN on a VMSA. On success the VMSA counts as in use until
+    /// [`Self::leave`], and the caller loads its state from the address returned.
+    pub fn enter(&mut self, vcpu: VcpuId, vmpl: Vmpl) -> Result<Spa, EnterError> {
+        let vmsa = self
+            .context(vcpu, vmpl)
+            .and_then(|c| c.vmsa)
+            .ok_or(EnterError::NoVmsa)?;
+        let spa = self.check_vmsa(vcpu, vmpl, vmsa).inspect_err(|error| {
+            if matches!(error, EnterError::NotRunnable(_)) {
+                self.counters.violations.run_without_svme += 1;
+            }
+        })?;
+        let tsc = (self.clock)();
+        let Some(state) = self.vcpus.get_mut(vcpu.index()) else {
+            return Err(EnterError::NoVmsa);
+        };
+        state.running = Some(vmpl);
+        let switched = state.last.replace(vmpl) != Some(vmpl);
+        if switched {
+            self.counters.vmpl(vmpl).world_switches += 1;
+        }
+        let stage = if vmpl == Vmpl::VMPL0 {
+            StageName::Paravisor
+        } else {
+            StageName::Firmware
+        };
+        let seen = &mut self.stages[usize::from(stage == StageName::Firmware)];
+        if !core::mem::replace(seen, true) {
+            self.events.push(Event::Stage(Stage { name: stage, tsc }));
+        }
+        Ok(spa)
+    }
+
+    fn check_vmsa(&self, vcpu: VcpuId, vmpl: Vmpl, gpa: Gpa) -> Result<Spa, EnterError> {
+        let place = self
+            .host
+            .layout()
+            .place(gpa)
+            .ok_or(EnterError::NotOwned(gpa))?;
+        let entry = self.host.rmp().entry(&place);
+        let private = self.host.attribute(&place) == Alias::Private;
+        if !private || owner_fault(&entry, gpa).is_some() || entry.size() != PageSize::Size4K {
+            return Err(EnterError::NotOwned(gpa));
+        }
+        if !entry.is_vmsa() {
+            return Err(EnterError::NotVmsa(gpa));
+        }
+        let elsewhere = |(index, other): (usize, &Vcpu)| {
+            index != vcpu.index() && other.running_vmsa() == Some(gpa)
+        };
+        if self.vcpus.iter().enumerate().any(elsewhere) {
+            return Err(EnterError::Busy(gpa));
+        }
+        let mut level = [0];
+        self.memory.read(place.spa.plus(vmsa::VMPL), &mut level);
+        if level[0] != vmpl.number() {
+            return Err(EnterError::WrongVmpl(gpa));
+        }
+        let features = self.memory.read_u64(place.spa.plus(vmsa::SEV_FEATURES));
+        if features != SEV_FEATURES {
+            return Err(EnterError::Features(features));
+        }
+        if self.memory.read_u64(place.spa.plus(vmsa::EFER)) & EFER_SVME == 0 {
+            return Err(EnterError::NotRunnable(gpa));
+        }
+        Ok(place.spa)
+    }
+
+    /// The caller has stored the state of the running VMSA back; it is no longer in use.
+    pub fn leave(&mut self, vcpu: VcpuId) {
+        if let Some(state) = self.vcpus.get_mut(vcpu.index()) {
+            state.running = None;
+        }
+    }
+
+    /// Whether the page holds a VMSA that runs right now.
+    pub(crate) fn is_vmsa_in_use(&self, gpa: Gpa) -> bool {
+        let page = gpa.align_down(PageSize::Size4K);
+        self.vcpus
+            .iter()
+            .any(|vcpu| vcpu.running_vmsa() == Some(page))
+    }
+}
+
+impl Vcpu {
+    fn running_vmsa(&self) -> Option<Gpa> {
+        self.contexts[self.running?.index()].vmsa
+    }
+}
