@@ -4,15 +4,14 @@
 //! that no crate's features leak into another, then ROMs, then IGVM images. Everything ends up in
 //! [`Layout::artefacts`]; what is already up to date is not built again.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use e2e::image::{Recipe, write_flat};
+use anyhow::{Result, bail};
+use e2e::image::{self, Recipe, write_flat};
 use protocols::launch::Fault;
 
 use crate::command::{self, tail};
-use crate::layout::{Layout, write};
+use crate::layout::{Layout, read, write};
 use crate::progress;
 use crate::toolchain::{BARE_TARGET, BareTarget, Toolchain};
 
@@ -163,12 +162,6 @@ fn compile(
         .join("release")
         .join(program.bin);
     let place = layout.artefacts.join(program.artefact);
-    fs::copy(&built, &place).with_context(|| {
-        format!(
-            "{}: cannot be copied to {}",
-            built.display(),
-            place.display()
-        )
-    })?;
+    image::write(&place, &read(&built)?)?;
     Ok(place)
 }

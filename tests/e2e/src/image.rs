@@ -105,6 +105,13 @@ fn read(path: &Path, expected: &'static str) -> Result<Vec<u8>> {
     })
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    fs::write(path, bytes).with_context(|| format!("{}: cannot be written", path.display()))
+/// Replaces the file as a whole: another run that reads it meanwhile sees the old or the new content,
+/// never half of it.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}", std::process::id()));
+    let temporary = PathBuf::from(name);
+    fs::write(&temporary, bytes)
+        .and_then(|()| fs::rename(&temporary, path))
+        .with_context(|| format!("{}: cannot be written", path.display()))
 }

@@ -79,11 +79,9 @@ fn counters(text: &mut String, report: &Report) {
         }
     };
     row("entered from another level", &|c| c.world_switches);
-    for (size, action, of) in PVALIDATE {
+    for (what, of) in PVALIDATE {
         for (result, count) in PVALIDATE_RESULTS {
-            row(&format!("PVALIDATE {size} {action}{result}"), &|c| {
-                count(&of(c))
-            });
+            row(&format!("PVALIDATE {what}{result}"), &|c| count(&of(c)));
         }
     }
     for (size, of) in RMPADJUST {
@@ -117,29 +115,26 @@ fn counters(text: &mut String, report: &Report) {
     }
 }
 
-/// A group of results of one kind of PVALIDATE: size, action, where it is counted.
-type Pvalidate = (
-    &'static str,
-    &'static str,
-    fn(&VmplCounters) -> PvalidateResults,
-);
-const PVALIDATE: [Pvalidate; 4] = [
-    ("2 MiB", "validate", |c| c.pvalidate.validate_2m),
-    ("4 KiB", "validate", |c| c.pvalidate.validate_4k),
-    ("2 MiB", "rescind", |c| c.pvalidate.rescind_2m),
-    ("4 KiB", "rescind", |c| c.pvalidate.rescind_4k),
+/// A name, and how the value it stands for is found in a `T`.
+type Named<T, V> = (&'static str, fn(&T) -> V);
+
+const PVALIDATE: [Named<VmplCounters, PvalidateResults>; 4] = [
+    ("2 MiB validate", |c| c.pvalidate.validate_2m),
+    ("4 KiB validate", |c| c.pvalidate.validate_4k),
+    ("2 MiB rescind", |c| c.pvalidate.rescind_2m),
+    ("4 KiB rescind", |c| c.pvalidate.rescind_4k),
 ];
-const PVALIDATE_RESULTS: [(&str, fn(&PvalidateResults) -> u64); 4] = [
+const PVALIDATE_RESULTS: [Named<PvalidateResults, u64>; 4] = [
     ("", |r| r.ok),
     (", no change", |r| r.no_change),
     (", mismatch", |r| r.size_mismatch),
     (", refused", |r| r.fail_input),
 ];
-const RMPADJUST: [(&str, fn(&VmplCounters) -> RmpadjustResults); 2] = [
+const RMPADJUST: [Named<VmplCounters, RmpadjustResults>; 2] = [
     ("2 MiB", |c| c.rmpadjust.size_2m),
     ("4 KiB", |c| c.rmpadjust.size_4k),
 ];
-const RMPADJUST_RESULTS: [(&str, fn(&RmpadjustResults) -> u64); 5] = [
+const RMPADJUST_RESULTS: [Named<RmpadjustResults, u64>; 5] = [
     ("", |r| r.ok),
     (", mismatch", |r| r.size_mismatch),
     (", refused (input)", |r| r.fail_input),

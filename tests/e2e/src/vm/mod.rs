@@ -258,7 +258,9 @@ impl Finished {
         let why = if self.timed_out {
             format!("the run was ended after {:.0} s", self.wall.as_secs_f64())
         } else {
-            match own.lines().rfind(|line| !line.trim().is_empty()) {
+            // TCG always warns about the processor features it leaves out.
+            let tells = |line: &&str| !line.trim().is_empty() && !line.contains("warning: TCG");
+            match own.lines().rfind(tells) {
                 Some(line) => format!("QEMU ended: {}", line.trim()),
                 None => "QEMU ended".to_owned(),
             }
