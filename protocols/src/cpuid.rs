@@ -1,4 +1,4 @@
-//! The SNP CPUID page (SNP ABI 8.17.2.6; Linux `struct snp_cpuid_table`).
+//! The SNP CPUID page (SNP ABI, SNP_LAUNCH_UPDATE, CPUID page; Linux `struct snp_cpuid_table`).
 //!
 //! The security processor checks the host's values when it launches the page. The count is
 //! still looked at by every reader, because a launch without a real security processor (or

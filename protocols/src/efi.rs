@@ -1,7 +1,7 @@
 //! Unaccepted memory as UEFI and Linux describe it.
 //!
 //! Firmware marks memory that must be accepted first with its own memory type; Linux keeps
-//! what is left of it in a configuration table with one bit per unit (UEFI 2.10, 7.2.3; Linux
+//! what is left of it in a configuration table with one bit per unit (UEFI 2.10, 7.2; Linux
 //! `include/linux/efi.h`, `struct efi_unaccepted_memory`).
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::addr::LARGE_PAGE_SIZE;
 use crate::guid::Guid;
 
-/// Memory type of unaccepted memory (UEFI 2.10, table 7.6).
+/// Memory type of unaccepted memory (UEFI 2.10, 7.2, EfiUnacceptedMemoryType).
 pub const EFI_UNACCEPTED_MEMORY: u32 = 15;
 
 /// GUID of the configuration table (Linux, LINUX_EFI_UNACCEPTED_MEM_TABLE_GUID).

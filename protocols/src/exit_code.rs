@@ -4,7 +4,7 @@
 //! code of #VC, and as SW_EXITCODE in the GHCB; software extends them from 0x8000_0000.
 
 open_enum! {
-    /// An exit code (APM appendix C and table 15-33; from 0x8000_0000: GHCB 4.1, table 6).
+    /// An exit code (APM appendix C and table 15-33; from 0x8000_0000: GHCB, list of non-automatic events).
     pub struct ExitCode(u64) {
         /// Read of DR7.
         READ_DR7 = 0x27,

@@ -1,4 +1,4 @@
-//! The SNP launch digest (SNP ABI 8.17.1, structure PAGE_INFO).
+//! The SNP launch digest (SNP ABI, SNP_LAUNCH_UPDATE, structure PAGE_INFO).
 //!
 //! The digest starts as zeroes; each launched 4 KiB page replaces it by the SHA-384 of a
 //! [`PageInfo`] that holds the digest so far. The layout is always here; hashing needs the

@@ -1,4 +1,4 @@
-//! The SNP secrets page, and what an SVSM adds to the guest's copy of it (SNP ABI 8.17.2.5;
+//! The SNP secrets page, and what an SVSM adds to the guest's copy of it (SNP ABI, SNP_LAUNCH_UPDATE, secrets page;
 //! SVSM 4.1; Linux `struct snp_secrets_page`).
 //!
 //! The launched page holds the keys of all four VMPLs. The paravisor hands on a copy; the keys

@@ -1,6 +1,6 @@
 //! Why a guest ended itself: reason sets and codes of the GHCB termination request.
 //!
-//! A request carries a set (4 bits) and a code (8 bits) through the GHCB MSR (GHCB 2.3.1,
+//! A request carries a set (4 bits) and a code (8 bits) through the GHCB MSR (GHCB,
 //! code 0x100) or through the exit code 0x8000_FFFE. Sets 0 and 1 are those of the GHCB
 //! document and of Linux; set 5 is this project's. [`Reason`] prints any of them in one line
 //! for humans.
@@ -10,7 +10,7 @@ use core::fmt;
 open_enum! {
     /// Who defined the meaning of a termination code.
     pub struct ReasonSet(u8) {
-        /// The GHCB document (GHCB 2.3.1).
+        /// The GHCB document (GHCB, termination request).
         GENERIC = 0,
         /// Linux (`arch/x86/include/asm/sev-common.h`).
         LINUX = 1,
@@ -43,7 +43,7 @@ macro_rules! reasons {
 }
 
 reasons! {
-    /// Codes of [`ReasonSet::GENERIC`] (GHCB 2.3.1).
+    /// Codes of [`ReasonSet::GENERIC`] (GHCB, termination request).
     GenericReason {
         GENERAL = 0, "the guest asked for termination without a reason";
         PROTOCOL_VERSION = 1, "the host's range of GHCB versions is not supported";

@@ -422,7 +422,7 @@ const _: () = {
 impl Vmsa {
     /// Offset of [`Self::efer`], for an atomic access that stops or releases a processor.
     pub const EFER_OFFSET: usize = core::mem::offset_of!(Self, efer);
-    /// Reset value of PAT (APM 7.8.2).
+    /// Reset value of PAT (APM 7.8).
     pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
     /// Reset value of MXCSR.
     pub const MXCSR_RESET: u32 = 0x1F80;

@@ -1,10 +1,10 @@
-//! What the exit information of single events means (GHCB 4.1).
+//! What the exit information of single events means (GHCB, the event's own section).
 
 use crate::addr::Vmpl;
 use crate::terminate::{Reason, ReasonSet};
 
 open_enum! {
-    /// What an AP creation event asks for; bits 15:0 of SW_EXITINFO1 (GHCB 4.1.9).
+    /// What an AP creation event asks for; bits 15:0 of SW_EXITINFO1 (GHCB, SNP AP creation).
     pub struct ApRequest(u16) {
         /// Use the VMSA at the processor's next INIT.
         CREATE_ON_INIT = 0,

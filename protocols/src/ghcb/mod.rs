@@ -15,11 +15,11 @@ pub mod psc;
 
 use bitflags::bitflags;
 
-/// The protocol version of this crate and the only one SNP can use (GHCB 2.3.1).
+/// The protocol version of this crate and the only one SNP can use (GHCB, protocol negotiation).
 pub const PROTOCOL_VERSION: u16 = 2;
 
 bitflags! {
-    /// What the host offers (GHCB 4.1.13, MSR response 0x081 and event 0x8000_FFFD). Unknown
+    /// What the host offers (GHCB, hypervisor features: MSR response 0x081 and event 0x8000_FFFD). Unknown
     /// bits are kept.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct HypervisorFeatures: u64 {
@@ -52,7 +52,7 @@ impl HypervisorFeatures {
 }
 
 open_enum! {
-    /// What a page state change does (GHCB 4.1.6); 4 bits on the wire.
+    /// What a page state change does (GHCB, SNP page state change); 4 bits on the wire.
     pub struct PageOperation(u8) {
         /// Assign to the guest.
         PRIVATE = 1,

@@ -1,4 +1,4 @@
-//! Requests and responses that fit into the GHCB MSR (GHCB 2.3.1).
+//! Requests and responses that fit into the GHCB MSR (GHCB, MSR protocol).
 //!
 //! Bits 11:0 say what the value is; the rest is the payload. Encoding and decoding are written
 //! once for both sides. Decoding never fails: what is not understood, or has reserved bits
@@ -13,7 +13,7 @@ pub const INFO_MASK: u64 = 0xFFF;
 pub const NO_FRAME: u64 = (1 << 52) - 1;
 
 open_enum! {
-    /// Bits 11:0 of the MSR (GHCB 2.3.1, table 2).
+    /// Bits 11:0 of the MSR (GHCB, MSR protocol).
     pub struct Info(u16) {
         /// The rest is the address of a GHCB page.
         GHCB_GPA = 0x000,

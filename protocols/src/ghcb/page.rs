@@ -23,7 +23,7 @@ pub const CPL_OFFSET: usize = offset_of!(Ghcb, cpl);
 /// The only usage value of the GHCB document.
 pub const USAGE_STANDARD: u32 = 0;
 
-/// The page (GHCB 2.6, table 3; register offsets equal those of the VMSA).
+/// The page (GHCB, page layout; register offsets equal those of the VMSA).
 #[derive(Clone, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 #[expect(
@@ -253,7 +253,7 @@ impl Ghcb {
 }
 
 open_enum! {
-    /// Low half of SW_EXITINFO1 in a reply (GHCB 4.1, table 7).
+    /// Low half of SW_EXITINFO1 in a reply (GHCB, VMGEXIT return).
     pub struct Response(u32) {
         /// Nothing more to do.
         NO_ACTION = 0,
@@ -265,7 +265,7 @@ open_enum! {
 }
 
 open_enum! {
-    /// SW_EXITINFO2 after [`Response::MALFORMED`] (GHCB 4.1, table 8).
+    /// SW_EXITINFO2 after [`Response::MALFORMED`] (GHCB, VMGEXIT return).
     pub struct MalformedReason(u64) {
         /// The GHCB is not the registered one.
         NOT_REGISTERED = 1,

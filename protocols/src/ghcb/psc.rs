@@ -1,4 +1,4 @@
-//! The page state change list (GHCB 4.1.6, event 0x8000_0010).
+//! The page state change list (GHCB, SNP page state change, event 0x8000_0010).
 //!
 //! The list lies in the shared buffer of the GHCB. The host moves `current` on; the guest
 //! repeats the request until it has passed `end`.
@@ -113,7 +113,7 @@ impl Entry {
 }
 
 open_enum! {
-    /// SW_EXITINFO2 after a page state change (GHCB 4.1.6).
+    /// SW_EXITINFO2 after a page state change (GHCB, SNP page state change).
     pub struct Outcome(u64) {
         /// No error; look at `current` to see how far it went.
         OK = 0,
