@@ -129,6 +129,25 @@ impl<B: Backend> Engine<'_, B> {
         Ok(())
     }
 
+    /// Runs `access` while `frame` is Accepted and certain to stay so: the region is locked.
+    ///
+    /// For the few bytes that the paravisor reads or writes on the guest's behalf. A test of
+    /// [`Engine::state`] and then an access would not do: between the two, another vCPU could lend
+    /// the page as a VMSA and have it inspected, and the access would then write into a VMSA that
+    /// was found good. `access` must be short and must not call the engine.
+    ///
+    /// # Errors
+    /// [`Error::Owned`], [`Error::NotAccepted`], [`Error::OutOfRange`] or [`Error::Busy`];
+    /// `access` was then not run.
+    pub fn while_accepted<T>(&self, frame: Frame, access: impl FnOnce() -> T) -> Result<T, Error> {
+        let held = self.hold(Block::page(frame))?;
+        match held.state(frame) {
+            PageState::Accepted => Ok(access()),
+            PageState::Owned => Err(Error::Owned),
+            PageState::Unaccepted | PageState::Ahead => Err(Error::NotAccepted),
+        }
+    }
+
     /// One instruction on one small page.
     fn adjust<F: Into<Trouble>>(
         &self,

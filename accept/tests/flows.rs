@@ -331,6 +331,31 @@ fn only_an_accepted_page_can_be_lent() {
 }
 
 #[test]
+fn i4_the_paravisor_touches_only_accepted_pages_for_the_guest() {
+    let model = Model::new(1, true);
+    with_engine(&model, 1, 10, |engine| {
+        engine.accept(page(0), OnNoChange::Fail).expect("accepted");
+        engine.prepare(page(1)).expect("prepared");
+        engine.acquire(page(2)).expect("acquired");
+        for (number, expected) in [
+            (0, Ok(Err(Error::Busy))),
+            (1, Err(Error::NotAccepted)),
+            (2, Err(Error::Owned)),
+            (3, Err(Error::NotAccepted)),
+            (512, Err(Error::OutOfRange)),
+        ] {
+            // Meanwhile nobody can lend or rescind the page: the lock is held.
+            let access = || engine.take(frame(0), Role::Vmsa).map(drop);
+            assert_eq!(engine.while_accepted(frame(number), access), expected);
+        }
+        engine
+            .take(frame(0), Role::Vmsa)
+            .map(drop)
+            .expect("free again");
+    });
+}
+
+#[test]
 fn launch_pages_are_recorded_without_an_instruction() {
     let model = Model::new(3, true);
     with_engine(&model, 3, 1000, |engine| {

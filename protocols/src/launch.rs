@@ -49,6 +49,10 @@ open_enum! {
         WRONG_NEXT = 4,
         /// Rescind a page before its permissions are revoked.
         WRONG_ORDER = 5,
+        /// Grant a page before it is zeroed.
+        GRANT_BEFORE_SCRUB = 6,
+        /// Record a page as accepted without having validated it.
+        SKIP_VALIDATE = 7,
     }
 }
 
