@@ -9,7 +9,10 @@
 //! * the page tables map the image at [`VBASE`], the first 512 GiB of physical memory at
 //!   [`super::memory::DIRECT_MAP`] and, until [`super::memory::init`] drops it, at 0.
 
-#![expect(unsafe_code, reason = "assembly of the reset path, and the statics it fills")]
+#![expect(
+    unsafe_code,
+    reason = "assembly of the reset path, and the statics it fills"
+)]
 
 use core::arch::global_asm;
 
@@ -58,7 +61,7 @@ static mut BOOT_PDPT_IMAGE: Page = Page::zeroed();
 static mut BOOT_PD_IMAGE: Page = Page::zeroed();
 #[unsafe(link_section = ".bss.boot_tables")]
 #[unsafe(no_mangle)]
-static mut BOOT_STACK_PAGES: [Page; BOOT_STACK / 4096] = 
+static mut BOOT_STACK_PAGES: [Page; BOOT_STACK / 4096] =
     [const { Page::zeroed() }; BOOT_STACK / 4096];
 
 // Everything below runs from the ROM's last page, where offset 0 is 0xFFFF_F000 and the reset

@@ -70,4 +70,3 @@ macro_rules! log {
     ($($arg:tt)*) => { $crate::metal::console::raw_log(format_args!($($arg)*), false) };
 }
 pub(crate) use log;
-

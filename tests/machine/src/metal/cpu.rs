@@ -35,25 +35,31 @@ pub mod msr {
     pub const SVSM_CAA: u32 = 0xC001_F000;
 }
 
-/// EFER bits.
-pub mod efer {
-    /// Long mode enable.
-    pub const LME: u64 = 1 << 8;
-    /// Long mode active.
-    pub const LMA: u64 = 1 << 10;
-    /// Secure virtual machine enable.
-    pub const SVME: u64 = 1 << 12;
-}
-
 /// Physical address of the root of the page tables in use.
 pub fn cr3() -> u64 {
-    x86_64::registers::control::Cr3::read().0.start_address().as_u64()
+    x86_64::registers::control::Cr3::read()
+        .0
+        .start_address()
+        .as_u64()
 }
 
 /// Reads the time stamp counter.
 pub fn tsc() -> u64 {
     // SAFETY: RDTSC reads a counter and nothing else.
     unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// A random number. RDRAND may run dry; the time stamp counter, mixed, then has to do: the keys
+/// it feeds protect nothing in an emulated machine.
+pub fn random() -> u64 {
+    let mut value = 0;
+    // SAFETY: every CPU model the machine runs on has RDRAND (`-cpu EPYC-Milan`).
+    if unsafe { random_step(&mut value) } { value } else { tsc().wrapping_mul(0x9E37_79B9_7F4A_7C15) }
+}
+
+#[target_feature(enable = "rdrand")]
+fn random_step(value: &mut u64) -> bool {
+    core::arch::x86_64::_rdrand64_step(value) == 1
 }
 
 /// Reads a model-specific register.
@@ -91,7 +97,10 @@ pub fn port_in(port: u16, size: u8) -> u32 {
 }
 
 /// Writes a port; `size` is 1, 2 or 4 bytes.
-#[expect(clippy::cast_possible_truncation, reason = "the size says how much is meant")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the size says how much is meant"
+)]
 pub fn port_out(port: u16, size: u8, value: u32) {
     // SAFETY: a port write affects devices only. A device told to DMA over the machine's own
     // memory is the one exception: no IOMMU stands in between (facts: tcg-svm.md §9).

@@ -3,7 +3,10 @@
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use super::{console, cpu};
+use machine::platform::End;
+use protocols::report::Event;
+
+use super::{console, cpu, shared};
 
 /// Port of QEMU's `isa-debug-exit`; the value v makes QEMU exit with status `(v << 1) | 1`.
 pub const EXIT_PORT: u16 = 0xF4;
@@ -16,6 +19,17 @@ pub fn exit(code: u32) -> ! {
     cpu::port_out(EXIT_PORT, 4, code);
     // Without the exit device there is nothing more to do.
     cpu::stop()
+}
+
+/// Ends the run: the report is the last line. `rip` is where the guest was.
+pub fn end(end: End, rip: u64) -> ! {
+    let machine = shared::lock(rip);
+    let report = machine.platform.report(end);
+    let code = u32::from(report.outcome.device_value());
+    // Dropping the guard prints what the judge had to say, before the report.
+    drop(machine);
+    console::event(&Event::Report(report.into()));
+    exit(code)
 }
 
 static PANICKING: AtomicBool = AtomicBool::new(false);

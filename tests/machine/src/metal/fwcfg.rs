@@ -11,15 +11,12 @@ use alloc::vec::Vec;
 use core::ptr;
 use core::sync::atomic::{Ordering, fence};
 
+use machine::fwcfg_filter::{File, PORT_DMA_HIGH, PORT_DMA_LOW, SELECTOR_DIRECTORY, find_file};
+
 use super::{cpu, memory};
 
-/// Port of the selector register.
-pub const PORT_SELECTOR: u16 = 0x510;
-/// First port of the 64-bit big-endian DMA address register; writing its low half starts.
-pub const PORT_DMA: u16 = 0x514;
-
 /// Key of the file directory.
-const KEY_DIRECTORY: u16 = 0x19;
+const KEY_DIRECTORY: u16 = SELECTOR_DIRECTORY;
 /// Size of one directory entry: size, key, reserved, name.
 const ENTRY: usize = 64;
 
@@ -49,8 +46,8 @@ fn transfer(control: u32, buffer: &mut [u8]) -> bool {
     let at = memory::phys_of(&raw const access);
     let done = &raw mut access.control;
     fence(Ordering::SeqCst);
-    cpu::port_out(PORT_DMA, 4, ((at >> 32) as u32).to_be());
-    cpu::port_out(PORT_DMA + 4, 4, (at as u32).to_be());
+    cpu::port_out(PORT_DMA_HIGH, 4, ((at >> 32) as u32).to_be());
+    cpu::port_out(PORT_DMA_LOW, 4, (at as u32).to_be());
     loop {
         // SAFETY: a valid field of a local; volatile because the device writes it.
         let control = u32::from_be(unsafe { ptr::read_volatile(done) });
@@ -65,30 +62,35 @@ fn select(key: u16) -> u32 {
     u32::from(key) << 16 | control::SELECT
 }
 
-/// The contents of the file called `name`, if the device has it.
-pub fn file(name: &str) -> Option<Vec<u8>> {
-    let mut count = [0; 4];
-    if !transfer(select(KEY_DIRECTORY) | control::READ, &mut count) {
+/// Reads the directory entry of the file called `name`.
+fn find(name: &str) -> Option<File> {
+    let count = u32::from_be_bytes(item(KEY_DIRECTORY)?);
+    let mut directory = vec![0; 4 + count as usize * ENTRY];
+    if !transfer(select(KEY_DIRECTORY) | control::READ, &mut directory) {
         return None;
     }
-    let mut entry = [0; ENTRY];
-    for _ in 0..u32::from_be_bytes(count) {
-        if !transfer(control::READ, &mut entry) {
-            return None;
-        }
-        let (size, rest) = entry.split_first_chunk::<4>()?;
-        let (key, rest) = rest.split_first_chunk::<2>()?;
-        let entry_name = rest[2..].split(|&b| b == 0).next().unwrap_or_default();
-        if entry_name == name.as_bytes() {
-            let mut contents = vec![0; u32::from_be_bytes(*size) as usize];
-            let key = u16::from_be_bytes(*key);
-            return transfer(select(key) | control::READ, &mut contents).then_some(contents);
-        }
-    }
-    None
+    find_file(&directory, name)
+}
+
+/// The key of the file called `name`, if the device has it.
+pub fn selector(name: &str) -> Option<u16> {
+    find(name).map(|file| file.selector)
+}
+
+/// The contents of the file called `name`, if the device has it.
+pub fn file(name: &str) -> Option<Vec<u8>> {
+    let file = find(name)?;
+    let mut contents = vec![0; file.size as usize];
+    transfer(select(file.selector) | control::READ, &mut contents).then_some(contents)
 }
 
 /// The contents of a text file; bytes that are not UTF-8 are replaced.
 pub fn text(name: &str) -> Option<String> {
     file(name).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The first bytes of the item with a fixed key.
+pub fn item<const N: usize>(key: u16) -> Option<[u8; N]> {
+    let mut value = [0; N];
+    transfer(select(key) | control::READ, &mut value).then_some(value)
 }

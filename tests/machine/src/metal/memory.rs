@@ -15,7 +15,10 @@
 //!   Rust reference to guest memory ever exists, so a guest that writes at the same time can
 //!   change values but not break the machine.
 
-#![expect(unsafe_code, reason = "raw access to physical memory through the direct map")]
+#![expect(
+    unsafe_code,
+    reason = "raw access to physical memory through the direct map"
+)]
 
 use core::ptr;
 
@@ -94,20 +97,42 @@ pub fn init(image: u64, low_end: u64) -> &'static Layout {
     let high = (0..3).fold(0, |sum, i| sum | cmos(CMOS_HIGH_64K + i) << (8 * i)) << 16;
     let ram = low_end + high;
     let reserved_len = (64 * MIB + ram / 128).next_multiple_of(2 * MIB);
-    let reserved = Range { start: (low_end - reserved_len) & !(2 * MIB - 1), end: low_end };
-    let image = Range { start: image, end: image + IMAGE_SPAN };
+    let reserved = Range {
+        start: (low_end - reserved_len) & !(2 * MIB - 1),
+        end: low_end,
+    };
+    let image = Range {
+        start: image,
+        end: image + IMAGE_SPAN,
+    };
     let tables_len = (16 * MIB + ram / 256).next_multiple_of(2 * MIB);
-    let tables = Range { start: image.start - tables_len, end: image.start };
-    let heap = Range { start: reserved.start, end: tables.start };
+    let tables = Range {
+        start: image.start - tables_len,
+        end: image.start,
+    };
+    let heap = Range {
+        start: reserved.start,
+        end: tables.start,
+    };
     extend_direct_map(heap);
-    LAYOUT.call_once(|| Layout { low_end, high, reserved, heap: shrink(heap), tables, image })
+    LAYOUT.call_once(|| Layout {
+        low_end,
+        high,
+        reserved,
+        heap: shrink(heap),
+        tables,
+        image,
+    })
 }
 
 /// Pages of tables that [`extend_direct_map`] takes from the start of the heap.
 const EXTRA_TABLES: u64 = DIRECT_SPAN / (512 * GIB) - 1;
 
 fn shrink(heap: Range) -> Range {
-    Range { start: heap.start + EXTRA_TABLES * 4096, end: heap.end }
+    Range {
+        start: heap.start + EXTRA_TABLES * 4096,
+        end: heap.end,
+    }
 }
 
 /// Maps the rest of [`DIRECT_SPAN`] (the reset code did the first 512 GiB) by 1 GiB pages and
@@ -126,7 +151,11 @@ fn extend_direct_map(heap: Range) {
             unsafe { virt(table).cast::<u64>().add(i as usize).write(page | LEAF) };
         }
         // SAFETY: the root is the machine's own and this is the only CPU; slots 257.. are free.
-        unsafe { root.cast::<u64>().add(257 + n as usize).write(table | TABLE) };
+        unsafe {
+            root.cast::<u64>()
+                .add(257 + n as usize)
+                .write(table | TABLE)
+        };
     }
     // SAFETY: nothing runs or lies in the identity map any more (the trampoline of the other
     // CPUs has tables of its own).
@@ -210,11 +239,16 @@ impl PhysicalMemory for DirectMap {
     }
 
     fn fill_scramble(&self, spa: Spa, bytes: u64, generation: u32) {
-        let Some(to) = Self::backed(spa, bytes) else { return };
+        let Some(to) = Self::backed(spa, bytes) else {
+            return;
+        };
         let to = to.cast::<u64>();
         for word in 0..bytes / 8 {
             // SAFETY: inside the range that `backed` has checked, 8-byte aligned (pages).
-            unsafe { to.add(word as usize).write(scramble_word(generation, spa.get() + word * 8)) };
+            unsafe {
+                to.add(word as usize)
+                    .write(scramble_word(generation, spa.get() + word * 8))
+            };
         }
     }
 
@@ -226,4 +260,55 @@ impl PhysicalMemory for DirectMap {
             word == scramble_word(generation, spa.get() + offset)
         })
     }
+}
+
+/// Reads a device register; reads outside the direct map give ones, as an empty bus does.
+pub fn mmio_read(physical: u64, bytes: u8) -> u64 {
+    if !is_device(physical) {
+        return u64::MAX;
+    }
+    let at = virt(physical);
+    // SAFETY: mapped, and not RAM, so no Rust object lives there.
+    unsafe {
+        match bytes {
+            1 => u64::from(at.read_volatile()),
+            2 => u64::from(at.cast::<u16>().read_volatile()),
+            4 => u64::from(at.cast::<u32>().read_volatile()),
+            _ => at.cast::<u64>().read_volatile(),
+        }
+    }
+}
+
+/// Writes a device register; writes outside the direct map are dropped.
+pub fn mmio_write(physical: u64, bytes: u8, value: u64) {
+    if !is_device(physical) {
+        return;
+    }
+    let at = virt(physical);
+    // SAFETY: as in `mmio_read`.
+    unsafe {
+        match bytes {
+            1 => at.write_volatile(value as u8),
+            2 => at.cast::<u16>().write_volatile(value as u16),
+            4 => at.cast::<u32>().write_volatile(value as u32),
+            _ => at.cast::<u64>().write_volatile(value),
+        }
+    }
+}
+
+fn is_device(physical: u64) -> bool {
+    physical < DIRECT_SPAN - 8 && DirectMap::backed(Spa::new(physical), 1).is_none()
+}
+
+/// Contiguous pages of the machine's own that become guest memory where QEMU has none; never
+/// freed. Aligned to 2 MiB from 512 pages on.
+pub fn allocate_window(pages: usize) -> Option<Spa> {
+    let align = if pages >= 512 { 2 << 20 } else { 4096 };
+    let layout = core::alloc::Layout::from_size_align(pages * 4096, align).ok()?;
+    if layout.size() == 0 {
+        return None;
+    }
+    // SAFETY: the size is not zero.
+    let pointer = unsafe { alloc::alloc::alloc_zeroed(layout) };
+    (!pointer.is_null()).then(|| Spa::new(phys_of(pointer)))
 }

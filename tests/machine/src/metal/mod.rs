@@ -3,20 +3,39 @@
 //! [`start`] is where the reset code arrives. From there: memory, heap, settings and image by
 //! fw_cfg, launch, and the run loop of each CPU until the run ends in [`finish`].
 
+mod apic;
 mod boot;
 mod console;
 mod cpu;
+mod exit;
 mod finish;
+mod fwcfg;
+mod guest_memory;
 mod heap;
 mod memory;
+mod npt;
+mod permissions;
+mod ports;
+mod setup;
+mod shared;
+mod smp;
+mod svm;
+mod vcpu;
+mod world;
+
+use machine::types::{VcpuId, Vmpl};
+
+use permissions::Permissions;
+use vcpu::Vcpu;
 
 /// The first Rust code, on the first CPU.
 pub extern "C" fn start(image: u64, low_end: u64) -> ! {
     let layout = memory::init(image, low_end);
     heap::init(layout.heap);
     mask_pic();
-    console::log!("machine layout {layout:x?}");
-    finish::exit(1)
+    setup::launch(layout);
+    apic::enable_x2apic();
+    Vcpu::new(VcpuId(0), Permissions::new()).run(Vmpl::VMPL0)
 }
 
 /// Masks both interrupt controllers: QEMU leaves them open, and vector 8 would be a double fault.

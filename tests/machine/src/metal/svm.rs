@@ -15,32 +15,10 @@
 use core::arch::{asm, naked_asm};
 use core::mem::{offset_of, size_of};
 
-use super::cpu::{self, efer, msr};
+use protocols::vmsa::{Efer, Segment};
+
+use super::cpu::{self, msr};
 use super::memory::OwnPages;
-
-/// A segment register as VMCB and VMSA hold it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Segment {
-    /// Selector.
-    pub selector: u16,
-    /// Packed attributes, see [`attr`].
-    pub attr: u16,
-    /// Limit in bytes.
-    pub limit: u32,
-    /// Base.
-    pub base: u64,
-}
-
-/// Bits of [`Segment::attr`].
-pub mod attr {
-    /// Shift of the descriptor privilege level.
-    pub const DPL_SHIFT: u16 = 5;
-    /// 64-bit code segment.
-    pub const L: u16 = 1 << 9;
-    /// 32-bit segment.
-    pub const D: u16 = 1 << 10;
-}
 
 /// The control area (offsets 0x000–0x3FF).
 #[repr(C)]
@@ -146,6 +124,8 @@ pub mod seg {
     pub const GS: usize = 5;
     /// GDTR.
     pub const GDTR: usize = 6;
+    /// LDTR.
+    pub const LDTR: usize = 7;
     /// IDTR.
     pub const IDTR: usize = 8;
     /// TR.
@@ -215,47 +195,8 @@ pub mod intercept {
     pub const EXCEPTION_UD: u32 = 1 << 6;
 }
 
-/// Exit codes (AMD APM volume 2, appendix C).
-pub mod exit {
-    /// First of the CR write intercepts... the last exception is 0x5F.
-    pub const EXCEPTION_UD: u64 = 0x46;
-    /// A physical NMI.
-    pub const NMI: u64 = 0x61;
-    /// CPUID.
-    pub const CPUID: u64 = 0x72;
-    /// INVD.
-    pub const INVD: u64 = 0x76;
-    /// HLT.
-    pub const HLT: u64 = 0x78;
-    /// INVLPGA.
-    pub const INVLPGA: u64 = 0x7A;
-    /// IN, OUT and their string forms.
-    pub const IOIO: u64 = 0x7B;
-    /// RDMSR, WRMSR.
-    pub const MSR: u64 = 0x7C;
-    /// Triple fault.
-    pub const SHUTDOWN: u64 = 0x7F;
-    /// VMRUN.
-    pub const VMRUN: u64 = 0x80;
-    /// VMMCALL, VMGEXIT.
-    pub const VMMCALL: u64 = 0x81;
-    /// SKINIT, the last of the SVM instructions.
-    pub const SKINIT: u64 = 0x86;
-    /// WBINVD.
-    pub const WBINVD: u64 = 0x89;
-    /// MONITOR.
-    pub const MONITOR: u64 = 0x8A;
-    /// MWAIT.
-    pub const MWAIT: u64 = 0x8B;
-    /// XSETBV.
-    pub const XSETBV: u64 = 0x8D;
-    /// Nested page fault.
-    pub const NPF: u64 = 0x400;
-    /// VMGEXIT, as a VMSA records it.
-    pub const VMGEXIT: u64 = 0x403;
-    /// Illegal guest state; TCG stores only 32 bits of it.
-    pub const INVALID: u64 = 0xFFFF_FFFF;
-}
+/// VMEXIT_INVALID as TCG stores it: 32 bits of the 64-bit -1.
+pub const EXIT_INVALID_LOW: u64 = 0xFFFF_FFFF;
 
 /// General registers that VMRUN does not switch.
 #[repr(C)]
@@ -279,7 +220,7 @@ pub struct Registers {
 
 /// Turns SVM on for this CPU and gives it a host save area.
 pub fn enable(host_save: &OwnPages) {
-    cpu::wrmsr(msr::EFER, cpu::rdmsr(msr::EFER) | efer::SVME);
+    cpu::wrmsr(msr::EFER, cpu::rdmsr(msr::EFER) | Efer::SVME.0);
     cpu::wrmsr(msr::VM_HSAVE_PA, host_save.physical());
     // SAFETY: clears the global interrupt flag; the machine waits for interrupts nowhere.
     unsafe { asm!("clgi", options(nomem, nostack)) };

@@ -1,0 +1,194 @@
+//! The guest's own page tables: from a virtual address to a guest-physical one.
+//!
+//! Invariants: the C-bit is stripped from every table address (walks are private whatever it
+//! says, APM table 15-39) and reported for the final page; nothing is written, so accessed and
+//! dirty bits stay as the guest left them.
+
+use crate::types::{Alias, Gpa, PAGE_SIZE};
+use crate::vcpu::C_BIT;
+
+use super::GuestMemory;
+
+/// Bits of CR0, CR4 and EFER that decide how an address is translated.
+mod control {
+    pub const CR0_PG: u64 = 1 << 31;
+    pub const CR0_WP: u64 = 1 << 16;
+    pub const CR4_PSE: u64 = 1 << 4;
+    pub const CR4_PAE: u64 = 1 << 5;
+    pub const EFER_LMA: u64 = 1 << 10;
+    pub const EFER_NXE: u64 = 1 << 11;
+}
+
+mod entry {
+    pub const PRESENT: u64 = 1 << 0;
+    pub const WRITE: u64 = 1 << 1;
+    pub const USER: u64 = 1 << 2;
+    pub const LARGE: u64 = 1 << 7;
+    pub const NO_EXECUTE: u64 = 1 << 63;
+    /// Address bits below the C-bit.
+    pub const ADDRESS: u64 = (1 << super::C_BIT) - (1 << 12);
+}
+
+/// The registers that decide a translation.
+#[derive(Clone, Copy, Debug)]
+pub struct Paging {
+    /// CR0.
+    pub cr0: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// EFER.
+    pub efer: u64,
+}
+
+/// What an access wants of a translation.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Access {
+    /// It writes.
+    pub write: bool,
+    /// It comes from CPL 3.
+    pub user: bool,
+    /// It fetches an instruction.
+    pub execute: bool,
+}
+
+/// Where a virtual address leads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Translation {
+    /// The guest-physical address, without the C-bit.
+    pub gpa: Gpa,
+    /// What the C-bit of the leaf said; private when the C-bit cannot be expressed.
+    pub alias: Alias,
+}
+
+/// A page fault: the error code that goes with vector 14.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PageFault {
+    /// P, W, U and I/D bits (APM 8.2.15).
+    pub code: u32,
+}
+
+/// How many levels there are and how an entry looks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mode {
+    Off,
+    Legacy,
+    Pae,
+    Long,
+}
+
+impl Paging {
+    fn mode(&self) -> Mode {
+        if self.cr0 & control::CR0_PG == 0 {
+            Mode::Off
+        } else if self.efer & control::EFER_LMA != 0 {
+            Mode::Long
+        } else if self.cr4 & control::CR4_PAE != 0 {
+            Mode::Pae
+        } else {
+            Mode::Legacy
+        }
+    }
+
+    /// Whether the C-bit means something: only in long mode.
+    pub fn has_c_bit(&self) -> bool {
+        self.mode() == Mode::Long
+    }
+
+    /// Translates `address`, or says which page fault the access gets.
+    pub fn translate(
+        &self,
+        memory: &impl GuestMemory,
+        address: u64,
+        access: Access,
+    ) -> Result<Translation, PageFault> {
+        let (mut table, top) = match self.mode() {
+            Mode::Off => {
+                return Ok(Translation {
+                    gpa: Gpa::new(address & 0xFFFF_FFFF),
+                    alias: Alias::Private,
+                });
+            }
+            Mode::Legacy => (self.cr3 & 0xFFFF_F000, 2),
+            Mode::Pae => (self.cr3 & 0xFFFF_FFE0, 3),
+            Mode::Long => (self.cr3 & entry::ADDRESS, 4),
+        };
+        let legacy = self.mode() == Mode::Legacy;
+        let (index_bits, entry_bytes) = if legacy { (10, 4) } else { (9, 8) };
+        let mut rights = entry::WRITE | entry::USER;
+        let mut no_execute = false;
+        for level in (1..=top).rev() {
+            let shift = 12 + index_bits * (level - 1);
+            let index = address >> shift & ((1 << index_bits) - 1);
+            let mut bytes = [0; 8];
+            let at = Gpa::new(table + index * entry_bytes);
+            if !memory.read(at, &mut bytes[..entry_bytes as usize]) {
+                return Err(self.fault(access, false));
+            }
+            let value = u64::from_le_bytes(bytes);
+            if value & entry::PRESENT == 0 {
+                return Err(self.fault(access, false));
+            }
+            // The four entries of a PAE root carry no rights.
+            if !(self.mode() == Mode::Pae && level == 3) {
+                rights &= value;
+                no_execute |= value & entry::NO_EXECUTE != 0;
+            }
+            let large = level > 1
+                && value & entry::LARGE != 0
+                && (!legacy || self.cr4 & control::CR4_PSE != 0);
+            if level == 1 || large {
+                if !self.allowed(rights, no_execute, access) {
+                    return Err(self.fault(access, true));
+                }
+                let span = 1u64 << shift;
+                let base = value & entry::ADDRESS & !(span - 1);
+                let alias = if self.has_c_bit() && value & 1 << C_BIT == 0 {
+                    Alias::Shared
+                } else {
+                    Alias::Private
+                };
+                return Ok(Translation {
+                    gpa: Gpa::new(base | address & (span - 1)),
+                    alias,
+                });
+            }
+            table = value & entry::ADDRESS;
+        }
+        Err(self.fault(access, false))
+    }
+
+    fn allowed(&self, rights: u64, no_execute: bool, access: Access) -> bool {
+        let user_ok = !access.user || rights & entry::USER != 0;
+        let protected = access.user || self.cr0 & control::CR0_WP != 0;
+        let write_ok = !access.write || !protected || rights & entry::WRITE != 0;
+        let fetch_ok = !access.execute || !no_execute || self.efer & control::EFER_NXE == 0;
+        user_ok && write_ok && fetch_ok
+    }
+
+    fn fault(&self, access: Access, present: bool) -> PageFault {
+        let fetch = access.execute && self.efer & control::EFER_NXE != 0;
+        PageFault {
+            code: u32::from(present)
+                | u32::from(access.write) << 1
+                | u32::from(access.user) << 2
+                | u32::from(fetch) << 4,
+        }
+    }
+}
+
+/// Splits `[address, address + len)` at page borders: pairs of offset and length.
+pub fn pages(address: u64, len: usize) -> impl Iterator<Item = (u64, core::ops::Range<usize>)> {
+    let mut done = 0;
+    core::iter::from_fn(move || {
+        if done == len {
+            return None;
+        }
+        let at = address.wrapping_add(done as u64);
+        let room = (PAGE_SIZE - at % PAGE_SIZE) as usize;
+        let part = done..(done + room).min(len);
+        done = part.end;
+        Some((at, part))
+    })
+}

@@ -1,0 +1,35 @@
+//! Interrupt commands of guests: INIT and start-up are the machine's, the rest is the APIC's.
+//!
+//! A real INIT would reset a CPU that runs the machine (facts: tcg-svm.md §6), so none is ever
+//! sent; a real start-up IPI would be ignored.
+
+use machine::types::VcpuId;
+
+use super::cpu::{self, msr};
+use super::smp;
+
+/// Delivery modes (APM 16.5, figure 16-18).
+mod delivery {
+    pub const INIT: u64 = 5;
+    pub const STARTUP: u64 = 6;
+}
+
+/// A guest writes its x2APIC interrupt command register.
+pub fn write_icr(from: VcpuId, value: u64) {
+    match value >> 8 & 7 {
+        // The second, level-triggered de-assert of an INIT says nothing.
+        delivery::INIT if value & 1 << 15 != 0 && value & 1 << 14 == 0 => {}
+        delivery::INIT => smp::for_each_target(from, value, smp::init),
+        delivery::STARTUP => smp::for_each_target(from, value, smp::startup),
+        _ => cpu::wrmsr(msr::X2APIC_ICR, value),
+    }
+}
+
+/// Turns the APIC of this CPU on in x2APIC mode. The guest finds it so (facts: tcg-svm.md §8).
+pub fn enable_x2apic() {
+    const ENABLE: u64 = 1 << 11;
+    const X2APIC: u64 = 1 << 10;
+    let base = cpu::rdmsr(msr::APIC_BASE);
+    cpu::wrmsr(msr::APIC_BASE, base | ENABLE);
+    cpu::wrmsr(msr::APIC_BASE, base | ENABLE | X2APIC);
+}

@@ -1,0 +1,132 @@
+//! What the machine does about each kind of exit.
+//!
+//! Two rules run through all of them. What hardware reflects to an SNP guest becomes #VC at a
+//! strict level and is done at once for a direct one (facts: guests.md §5.5). What the platform
+//! means is asked of the library; nothing here decides it.
+
+mod instruction;
+mod io;
+mod msr;
+mod nested;
+mod vmgexit;
+
+use alloc::format;
+
+use machine::access::Denial;
+use machine::cpuid::Context;
+use machine::guest::decode::{self, MAX_LENGTH};
+use machine::platform::End;
+use machine::types::Vmpl;
+use protocols::exit_code::ExitCode;
+
+use super::guest_memory::fetch;
+use super::svm::{EXIT_INVALID_LOW, intercept};
+use super::vcpu::{Flow, RFLAGS_IF, Vcpu};
+use super::world::Reason;
+use super::{shared, smp};
+
+/// Handles the exit that VMRUN returned with.
+pub fn handle(vcpu: &mut Vcpu) -> Flow {
+    let code = vcpu.vmcb().control.exit_code;
+    shared::lock(vcpu.rip()).platform.counters().count_exit(vcpu.vmpl, code);
+    if code & 0xFFFF_FFFF == EXIT_INVALID_LOW {
+        return invalid(vcpu);
+    }
+    match ExitCode(code) {
+        ExitCode::NPF => nested::fault(vcpu),
+        ExitCode::VMMCALL => instruction::vmmcall(vcpu),
+        ExitCode::EXCEPTION_UD => instruction::undefined(vcpu),
+        ExitCode::MSR => msr::access(vcpu),
+        ExitCode::IOIO => io::access(vcpu),
+        ExitCode::CPUID => cpuid(vcpu),
+        ExitCode::HLT => halt(vcpu),
+        // Only a strict level exits for these.
+        ExitCode::INVD | ExitCode::WBINVD | ExitCode::MONITOR | ExitCode::MWAIT => {
+            vcpu.vc(ExitCode(code))
+        }
+        // No XSAVE is advertised, so CR4.OSXSAVE is clear; the SVM instructions do not exist
+        // in a guest whose CPUID hides SVM.
+        ExitCode::XSETBV | ExitCode(0x7A | 0x80 | 0x82..=0x86) => vcpu.undefined_opcode(),
+        ExitCode::NMI => {
+            if smp::was_kicked(vcpu.id) {
+                Flow::Resume
+            } else {
+                vcpu.nmi()
+            }
+        }
+        ExitCode::SHUTDOWN => Flow::End(End::Shutdown { vmpl: vcpu.vmpl, rip: vcpu.rip() }),
+        other => Flow::End(End::Refused(format!("{} exited with {other:?}", vcpu.vmpl))),
+    }
+}
+
+/// The instruction at RIP; its length is meaningful for the expected opcode only.
+fn instruction_at_rip(vcpu: &Vcpu) -> decode::Instruction {
+    let machine = shared::lock(vcpu.rip());
+    let (bytes, len) = fetch::<MAX_LENGTH>(&machine, vcpu);
+    decode::decode(&bytes[..len], vcpu.is_64_bit())
+}
+
+/// TCG gives VMEXIT_INVALID for a MOV to CR3 or CR4 with reserved bits, where hardware gives
+/// #GP(0) (facts: tcg-svm.md §5). Anything else is a VMSA that cannot run.
+fn invalid(vcpu: &mut Vcpu) -> Flow {
+    let (bytes, _) = fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu);
+    let mut rest = &bytes[..];
+    while let [0x40..=0x4F | 0x66 | 0x67, tail @ ..] = rest {
+        rest = tail;
+    }
+    if let [0x0F, 0x22, modrm, ..] = rest
+        && matches!(modrm >> 3 & 7, 3 | 4)
+    {
+        return vcpu.general_protection();
+    }
+    let save = vcpu.save();
+    Flow::End(End::Refused(format!(
+        "{} has a state that VMRUN refuses: RIP {:#x} CR0 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x}",
+        vcpu.vmpl, save.rip, save.cr0, save.cr3, save.cr4, save.efer
+    )))
+}
+
+/// An access that no host can make succeed ends the run.
+fn refused(vcpu: &Vcpu, denial: Denial) -> Flow {
+    Flow::End(End::Refused(format!("{} at RIP {:#x}: {denial}", vcpu.vmpl, vcpu.rip())))
+}
+
+fn cpuid(vcpu: &mut Vcpu) -> Flow {
+    if vcpu.strict {
+        return vcpu.vc(ExitCode::CPUID);
+    }
+    let length = instruction_at_rip(vcpu).length;
+    let (leaf, subleaf) = (vcpu.save().rax as u32, vcpu.registers.rcx as u32);
+    let context = cpuid_context(vcpu);
+    let result = shared::lock(vcpu.rip()).cpuid.lookup(leaf, subleaf, &context);
+    vcpu.save_mut().rax = u64::from(result.eax);
+    vcpu.registers.rbx = u64::from(result.ebx);
+    vcpu.registers.rcx = u64::from(result.ecx);
+    vcpu.registers.rdx = u64::from(result.edx);
+    vcpu.skip(length)
+}
+
+/// What CPUID values depend on for this CPU, when it asks without #VC.
+fn cpuid_context(vcpu: &Vcpu) -> Context {
+    const CR4_OSXSAVE: u64 = 1 << 18;
+    Context {
+        osxsave: vcpu.save().cr4 & CR4_OSXSAVE != 0,
+        apic_id: vcpu.id.0,
+        svsm: vcpu.vmpl != Vmpl::VMPL0,
+    }
+}
+
+/// HLT with interrupts on is native: the intercept is lifted until the next exit. With
+/// interrupts off only INIT or an NMI can wake the CPU.
+fn halt(vcpu: &mut Vcpu) -> Flow {
+    if vcpu.save().rflags & RFLAGS_IF != 0 {
+        vcpu.vmcb_mut().control.intercept_misc1 &= !intercept::HLT;
+        return Flow::Resume;
+    }
+    vcpu.skip(1);
+    if smp::is_alone_awake(vcpu.id) {
+        let save = vcpu.save();
+        return Flow::End(End::Halted { vmpl: vcpu.vmpl, rip: save.rip, rsp: save.rsp });
+    }
+    Flow::Hold(Reason { code: ExitCode::HLT.0, info_1: 0, info_2: 0 })
+}

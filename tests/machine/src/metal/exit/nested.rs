@@ -1,0 +1,80 @@
+//! Nested page faults: the platform's verdict on an access becomes a mapping, a #VC, or the end
+//! of the run.
+
+use machine::types::{Alias, Gpa, Kind, Spa};
+use machine::access::Mapping;
+use machine::Verdict;
+use protocols::exit_code::ExitCode;
+
+use crate::metal::npt::Mode;
+use crate::metal::shared;
+use crate::metal::vcpu::{Flow, Vcpu};
+
+/// Bits of EXITINFO1 (facts: snp-isa.md §9.1).
+mod info {
+    pub const WRITE: u64 = 1 << 1;
+    pub const FETCH: u64 = 1 << 4;
+    pub const TABLE_WALK: u64 = 1 << 33;
+}
+
+/// A nested page fault.
+pub fn fault(vcpu: &mut Vcpu) -> Flow {
+    let control = &vcpu.vmcb().control;
+    let (why, address) = (control.exit_info1, control.exit_info2 & !0xFFF);
+    let kind = if why & info::TABLE_WALK != 0 {
+        Kind::Walk
+    } else if why & info::FETCH != 0 {
+        Kind::Execute
+    } else if why & info::WRITE != 0 {
+        Kind::Write
+    } else {
+        Kind::Read
+    };
+    // The mode may have changed since the entry: the same address then belongs to the other
+    // view, which the next entry takes.
+    let mode = vcpu.mode();
+    let (gpa, alias) = shared::split(address, mode);
+    let mut machine = shared::lock(vcpu.rip());
+    let verdict = match mode {
+        Mode::Flat => machine.access_flat(vcpu.vmpl, gpa, kind),
+        Mode::Long => machine.platform.access(vcpu.vmpl, alias, gpa, kind),
+    };
+    machine.platform.counters().vmpl(vcpu.vmpl).npf += 1;
+    match verdict {
+        Verdict::Map(mapping) => {
+            let seen_as = if mode == Mode::Flat { alias } else { kind.effective_alias(alias) };
+            // Stale leaves go first, so that none of them survives next to the new one.
+            machine.settle(vcpu.rip());
+            machine.map(vcpu.vmpl, mode, address, mapping, seen_as);
+            Flow::Resume
+        }
+        Verdict::Mmio(spa) => {
+            machine.settle(vcpu.rip());
+            map_device(&mut machine, vcpu, mode, address, spa);
+            Flow::Resume
+        }
+        Verdict::NotValidated => {
+            drop(machine);
+            not_validated(vcpu, gpa, kind)
+        }
+        Verdict::Denied(denial) => {
+            drop(machine);
+            vcpu.trace(format_args!("{kind:?} {alias:?} {gpa}: {denial}"));
+            super::refused(vcpu, denial)
+        }
+    }
+}
+
+/// Devices are mapped one to one; nobody fetches instructions from them.
+fn map_device(machine: &mut shared::Machine, vcpu: &Vcpu, mode: Mode, address: u64, spa: Spa) {
+    let mapping = Mapping { spa, write: true, execute: false };
+    machine.map(vcpu.vmpl, mode, address, mapping, Alias::Shared);
+}
+
+/// #VC 0x404, with the virtual address in CR2.
+fn not_validated(vcpu: &mut Vcpu, gpa: Gpa, kind: Kind) -> Flow {
+    vcpu.trace(format_args!("{kind:?} of {gpa}, which is not validated"));
+    let address = vcpu.faulting_address(gpa, kind);
+    vcpu.save_mut().cr2 = address;
+    vcpu.vc(ExitCode::PAGE_NOT_VALIDATED)
+}

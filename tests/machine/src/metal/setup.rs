@@ -1,0 +1,100 @@
+//! From fw_cfg to a launched guest: settings, platform, memory map, image.
+//!
+//! Every way this can fail ends the run with a report that says what was wrong.
+
+use alloc::format;
+use alloc::string::ToString;
+
+use machine::Platform;
+use machine::cpuid::{Leaf, Table};
+use machine::launch::{Environment, launch as launch_image};
+use machine::platform::End;
+use machine::settings::Settings;
+use machine::types::Gpa;
+use protocols::report::{Event, FORMAT_VERSION, Launch, Machine as MachineEvent};
+
+use super::memory::{self, DirectMap, Layout};
+use super::npt::Tables;
+use super::ports::Ports;
+use super::shared::{self, Machine};
+use super::{console, cpu, finish, fwcfg, smp};
+
+/// fw_cfg name of the image.
+const FILE_IMAGE: &str = "opt/turnstile/igvm";
+/// fw_cfg name of the settings.
+const FILE_SETTINGS: &str = "opt/turnstile/settings";
+/// Number of CPUs (QEMU `FW_CFG_NB_CPUS`).
+const KEY_CPUS: u16 = 0x05;
+
+/// Conventional memory ends here; ROMs and video memory follow up to 1 MiB.
+const CONVENTIONAL_END: u64 = 0xA_0000;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// Makes the machine and puts the guest into it.
+pub fn launch(layout: &Layout) {
+    let vcpus = fwcfg::item::<2>(KEY_CPUS).map_or(1, u16::from_le_bytes).max(1);
+    let text = fwcfg::text(FILE_SETTINGS).unwrap_or_default();
+    let settings = Settings::parse(&text);
+    let (settings, bad) = match settings {
+        Ok(settings) => (settings, None),
+        Err(error) => (Settings::default(), Some(error.to_string())),
+    };
+    console::event(&Event::Machine(MachineEvent {
+        version: FORMAT_VERSION,
+        low_ram: layout.low_end,
+        high_ram: layout.high,
+        reserved: layout.reserved.len(),
+        vcpus: u32::from(vcpus),
+        settings: settings.echo(),
+    }));
+    let platform = Platform::new(DirectMap, settings, u32::from(vcpus), cpu::tsc);
+    let native = |leaf, subleaf| {
+        let [eax, ebx, ecx, edx] = cpu::cpuid(leaf, subleaf);
+        Leaf { eax, ebx, ecx, edx }
+    };
+    shared::init(Machine {
+        platform,
+        tables: Tables::new(layout.tables),
+        ports: Ports::new(layout),
+        cpuid: Table::build(&native, u32::from(vcpus)),
+    });
+    if let Some(error) = bad {
+        finish::end(End::BadSettings(error), 0);
+    }
+    if let Err(why) = fill(layout) {
+        finish::end(End::LaunchFailed(why), 0);
+    }
+    smp::init_table(u32::from(vcpus));
+}
+
+/// Adds the memory and launches the image.
+fn fill(layout: &Layout) -> Result<(), alloc::string::String> {
+    let mut machine = shared::lock(0);
+    let Machine { platform, cpuid, .. } = &mut *machine;
+    let ranges = [
+        (0, CONVENTIONAL_END),
+        (MIB, layout.reserved.start - MIB),
+        (4 * GIB, layout.high),
+    ];
+    for (start, bytes) in ranges.into_iter().filter(|&(_, bytes)| bytes != 0) {
+        platform
+            .add_ram(Gpa::new(start), bytes)
+            .map_err(|error| format!("memory at {start:#x}+{bytes:#x}: {error:?}"))?;
+    }
+    let image = fwcfg::file(FILE_IMAGE).ok_or_else(|| format!("fw_cfg has no {FILE_IMAGE}"))?;
+    let mut environment = Environment {
+        allocate: &mut memory::allocate_window,
+        random: &mut cpu::random,
+        cpuid,
+    };
+    let launched =
+        launch_image(platform, &image, &mut environment).map_err(|error| error.0)?;
+    let digest = launched.digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    console::event(&Event::Launch(Launch {
+        digest,
+        pages: launched.pages,
+        vmsa_gpa: launched.vmsa.get(),
+    }));
+    Ok(())
+}

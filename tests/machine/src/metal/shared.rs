@@ -1,0 +1,156 @@
+//! What all CPUs share, behind one lock: the platform, the nested tables, the ports.
+//!
+//! Invariant: whoever changed the platform leaves through [`Guard`]'s drop, which withdraws
+//! stale mappings, gets other CPUs to notice, and prints the platform's events. So no guest
+//! ever runs on a mapping that the platform has taken back.
+
+use core::ops::{Deref, DerefMut};
+
+use machine::access::{Mapping, Region};
+use machine::cpuid::Table;
+use machine::types::{Alias, Gpa, Kind, PageSize, Spa, Vmpl};
+use machine::{Platform, Verdict};
+use protocols::report::Event;
+use spin::{Mutex, MutexGuard, Once};
+
+use super::memory::DirectMap;
+use super::npt::{C_BIT, Mode, Slot, Tables};
+use super::ports::Ports;
+use super::{console, smp};
+
+/// Everything behind the lock.
+pub struct Machine {
+    /// The emulated platform.
+    pub platform: Platform<DirectMap>,
+    /// Nested page tables.
+    pub tables: Tables,
+    /// Ports that mean something to the machine.
+    pub ports: Ports,
+    /// What CPUID answers.
+    pub cpuid: Table,
+}
+
+static MACHINE: Once<Mutex<Machine>> = Once::new();
+
+/// Makes the machine. Called once, before any guest runs.
+pub fn init(machine: Machine) {
+    MACHINE.call_once(|| Mutex::new(machine));
+}
+
+/// The lock, held. `rip` is where the guest is, for refusals.
+pub struct Guard {
+    inner: MutexGuard<'static, Machine>,
+    rip: u64,
+}
+
+/// Takes the lock.
+pub fn lock(rip: u64) -> Guard {
+    let machine = MACHINE.get().expect("init ran before any guest");
+    Guard { inner: machine.lock(), rip }
+}
+
+impl Deref for Guard {
+    type Target = Machine;
+    fn deref(&self) -> &Machine {
+        &self.inner
+    }
+}
+
+impl DerefMut for Guard {
+    fn deref_mut(&mut self) -> &mut Machine {
+        &mut self.inner
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.inner.settle(self.rip);
+    }
+}
+
+/// Splits a nested address as the view of `mode` means it.
+pub fn split(address: u64, mode: Mode) -> (Gpa, Alias) {
+    let gpa = Gpa::new(address & !C_BIT & !0xFFF);
+    let alias = if mode == Mode::Flat || address & C_BIT != 0 {
+        Alias::Private
+    } else {
+        Alias::Shared
+    };
+    (gpa, alias)
+}
+
+impl Machine {
+    /// Withdraws what is stale and prints what there is to tell.
+    pub fn settle(&mut self, rip: u64) {
+        let stale = self.platform.take_invalidations();
+        if !stale.is_empty() {
+            let platform = &self.platform;
+            for range in &stale {
+                self.tables.forget(range, |vmpl, mode, address| {
+                    let (gpa, alias) = split(address, mode);
+                    platform.peek(vmpl, alias, gpa)
+                });
+            }
+            smp::shoot_down();
+        }
+        for mut event in self.platform.take_events() {
+            if let Event::Refusal(refusal) = &mut event {
+                refusal.rip = rip;
+            }
+            console::event(&event);
+        }
+    }
+
+    /// Makes sure that the next fault finds tables to grow with.
+    pub fn reserve_tables(&mut self) {
+        if self.tables.is_exhausted() {
+            smp::shoot_down();
+            self.tables.recycle();
+        }
+    }
+
+    /// Installs the leaf for one fault, and what can be had with it: a large leaf for a uniform
+    /// block, or a whole table of what needs nothing done.
+    ///
+    /// `seen_as` is the alias the platform granted, which for fetches and table walks is not
+    /// that of the address.
+    pub fn map(&mut self, vmpl: Vmpl, mode: Mode, address: u64, mapping: Mapping, seen_as: Alias) {
+        let (gpa, alias) = split(address, mode);
+        if alias == seen_as
+            && let Region::Uniform(block) = self.platform.peek_region(vmpl, alias, gpa)
+        {
+            self.tables.map_large(vmpl, mode, address, block);
+            return;
+        }
+        if !matches!(self.tables.slot(vmpl, mode, address), Slot::Table(_)) {
+            let table = self.tables.grow(vmpl, mode, address);
+            let block = address & !(PageSize::Size2M.bytes() - 1);
+            for page in (0..PageSize::Size2M.bytes()).step_by(4096).map(|offset| block + offset) {
+                let (gpa, alias) = split(page, mode);
+                table.set(page, self.platform.peek(vmpl, alias, gpa));
+            }
+        }
+        self.tables.grow(vmpl, mode, address).set(address, Some(mapping));
+    }
+
+    /// After an instruction that gives rights to a page: lets the tables that exist show it, so
+    /// that its first use does not fault.
+    pub fn show(&mut self, vmpl: Vmpl, gpa: Gpa) {
+        let address = gpa.get() | C_BIT;
+        if let Slot::Table(table) = self.tables.slot(vmpl, Mode::Long, address)
+            && let Some(mapping) = self.platform.peek(vmpl, Alias::Private, gpa)
+        {
+            table.set(address, Some(mapping));
+        }
+    }
+
+    /// The verdict on an access of a CPU whose C-bit cannot be expressed: private memory, or a
+    /// device where there is none.
+    pub fn access_flat(&mut self, vmpl: Vmpl, gpa: Gpa, kind: Kind) -> Verdict {
+        if self.platform.spa_of(gpa).is_some() {
+            self.platform.access(vmpl, Alias::Private, gpa, kind)
+        } else {
+            Verdict::Mmio(Spa::new(gpa.get()))
+        }
+    }
+}
