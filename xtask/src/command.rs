@@ -86,8 +86,7 @@ pub fn telling_line<'a>(errors: &'a str, other: &'a str) -> &'a str {
             .filter(|line| !line.trim().is_empty())
     };
     lines()
-        .filter(|line| line.starts_with("E:") || line.starts_with("error"))
-        .next_back()
+        .rfind(|line| line.starts_with("E:") || line.starts_with("error"))
         .or_else(|| lines().next_back())
         .map_or("it printed nothing", str::trim)
 }

@@ -69,7 +69,7 @@ pub fn obtain(layout: &Layout) -> Result<PathBuf> {
         ),
         Found::Old(..) | Found::Missing => {}
     }
-    let debian = Debian::of_this_machine().with_context(|| needed())?;
+    let debian = Debian::of_this_machine().with_context(needed)?;
     let release = release_with_qemu(&debian);
     if !apt::is_root() {
         bail!(

@@ -74,13 +74,22 @@ impl Archive {
             with_system,
         };
         let step = progress::step(format!("package lists of {}", suites.join(", ")));
-        let (ok, text) = command::watched(archive.apt("apt-get").arg("update"), &step)?;
-        // apt-get update ends with success when a mirror cannot be reached; the lists tell.
-        if !ok || text.lines().any(|line| line.starts_with("Err:")) {
+        let mut outcome = "";
+        let mut update = archive.apt("apt-get");
+        let (mut ok, mut text) = command::watched(update.arg("update"), &step)?;
+        if !fetched(ok, &text) && text.contains(" is expired ") {
+            // A mirror that is frozen at some day (a snapshot, an offline copy) offers lists whose
+            // validity has run out. What they say is signed all the same, and an old list can do no
+            // more here than hide a newer package: each one wanted has a least version.
+            outcome = "older than their validity, signatures are good";
+            update.args(["-o", "Acquire::Check-Valid-Until=false"]);
+            (ok, text) = command::watched(&mut update, &step)?;
+        }
+        if !fetched(ok, &text) {
             let reason = telling_line(&text, "");
             bail!("apt: the package lists of {name} could not be fetched: {reason}");
         }
-        step.done("");
+        step.done(outcome);
         Ok(archive)
     }
 
@@ -197,6 +206,12 @@ impl Archive {
     pub fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// Whether an update fetched everything: apt-get ends with success even when it could not reach the
+/// mirror, and says so in its lines only.
+fn fetched(success: bool, output: &str) -> bool {
+    success && !output.lines().any(|line| line.starts_with("Err:"))
 }
 
 /// Unpacks a package file below `into`, without running its scripts.
