@@ -475,3 +475,6 @@ fn is_smaller(entry: &Entry, gpa: Gpa, size: PageSize) -> bool {
 const fn complete(eax: u32) -> Instruction {
     Instruction::Complete(Completion::code(eax))
 }
+
+#[cfg(test)]
+mod tests;

@@ -42,6 +42,8 @@ pub mod platform;
 pub mod referee;
 pub mod rmp;
 pub mod settings;
+#[cfg(test)]
+mod testing;
 pub mod types;
 pub mod vcpu;
 

@@ -73,43 +73,9 @@ pub trait PhysicalMemory {
 }
 
 #[cfg(test)]
-pub(crate) mod testing {
-    //! A sparse memory for the unit tests.
-    use super::*;
-    use alloc::collections::BTreeMap;
-    use alloc::vec;
-    use alloc::vec::Vec;
-    use core::cell::RefCell;
-
-    /// Pages come into being when they are written; the rest reads as zero.
-    #[derive(Default)]
-    pub(crate) struct Sparse(RefCell<BTreeMap<u64, Vec<u8>>>);
-
-    impl PhysicalMemory for Sparse {
-        fn read(&self, spa: Spa, out: &mut [u8]) {
-            let pages = self.0.borrow();
-            for (index, byte) in out.iter_mut().enumerate() {
-                let at = spa.plus(index as u64);
-                *byte = pages
-                    .get(&(at.get() >> 12))
-                    .map_or(0, |p| p[(at.get() & 0xFFF) as usize]);
-            }
-        }
-        fn write(&self, spa: Spa, data: &[u8]) {
-            let mut pages = self.0.borrow_mut();
-            for (index, byte) in data.iter().enumerate() {
-                let at = spa.plus(index as u64);
-                let page = pages.entry(at.get() >> 12).or_insert_with(|| vec![0; 4096]);
-                page[(at.get() & 0xFFF) as usize] = *byte;
-            }
-        }
-    }
-}
-
-#[cfg(test)]
 mod tests {
-    use super::testing::Sparse;
     use super::*;
+    use crate::testing::Sparse;
     use proptest::prelude::*;
 
     proptest! {
