@@ -1,0 +1,530 @@
+//! The IGVM file, read as a host that trusts nothing in it.
+//!
+//! This reader shares no code with `igvm-build`: what the one writes, the other checks. It
+//! takes what QEMU's loader takes for an SEV-SNP guest (QEMU `backends/igvm.c`) and refuses
+//! the rest by name. Stricter than QEMU: overlapping pages, reserved fields, shared and 2 MiB
+//! pages, and initial contents of parameter areas (which QEMU ignores) are errors.
+//!
+//! Invariants of a [`File`]:
+//!
+//! 1. every reference into the file's data lies in it, and data is one page long;
+//! 2. addresses are page aligned, no range wraps, and no two of the pages launched overlap;
+//! 3. a parameter area is declared before it is used, used inside its bounds, and not used
+//!    after it was inserted;
+//! 4. headers that are for other platforms only were checked for form and left out.
+
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use igvm_defs::{
+    IGVM_FIXED_HEADER, IGVM_FORMAT_VERSION_1, IGVM_MAGIC_VALUE, IGVM_SEV_SNP_PLATFORM_VERSION,
+    IGVM_VHS_GUEST_POLICY, IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_AREA,
+    IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_REQUIRED_MEMORY, IGVM_VHS_SUPPORTED_PLATFORM,
+    IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT, IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT,
+    IGVM_VHT_RANGE_PLATFORM, IgvmPageDataType, IgvmPlatformType, IgvmVariableHeaderType as Type,
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::crc32::Crc32;
+use crate::types::{Gpa, PAGE_SIZE, PageSize};
+
+/// Largest parameter area: far more than a memory map can need.
+const MAX_AREA: u64 = 1 << 20;
+
+/// A parameter that the host fills in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Parameter {
+    /// The memory map.
+    MemoryMap,
+    /// The number of virtual processors.
+    VpCount,
+}
+
+/// What a page of data is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PageKind<'a> {
+    /// Measured; no data means zeroes.
+    Normal(Option<&'a [u8]>),
+    /// Not measured; no data means zeroes.
+    Unmeasured(Option<&'a [u8]>),
+    /// The secrets page.
+    Secrets,
+    /// The CPUID page.
+    Cpuid,
+}
+
+/// One thing to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Directive<'a> {
+    /// Make a parameter area of so many bytes, zeroed.
+    Area {
+        /// Its number.
+        index: u32,
+        /// Whole pages.
+        bytes: u64,
+    },
+    /// Write a parameter into an area.
+    Fill {
+        /// Number of the area.
+        index: u32,
+        /// Where in the area.
+        offset: u32,
+        /// What.
+        parameter: Parameter,
+    },
+    /// Launch an area as unmeasured pages.
+    Insert {
+        /// Where.
+        gpa: Gpa,
+        /// Number of the area.
+        index: u32,
+    },
+    /// There must be memory, private and not launched.
+    RequiredMemory {
+        /// Where.
+        gpa: Gpa,
+        /// Whole pages.
+        bytes: u64,
+    },
+    /// Launch a page.
+    Page {
+        /// Where.
+        gpa: Gpa,
+        /// What.
+        kind: PageKind<'a>,
+    },
+    /// Launch a VMSA.
+    Context {
+        /// Where; on SNP by convention.
+        gpa: Gpa,
+        /// Which virtual processor.
+        vp_index: u16,
+        /// One page.
+        vmsa: &'a [u8],
+    },
+}
+
+/// A checked IGVM file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct File<'a> {
+    /// The launch policy, if the file has one.
+    pub policy: Option<u64>,
+    /// What is to be done for SEV-SNP, in the order of the file.
+    pub directives: Vec<Directive<'a>>,
+}
+
+/// Why a file was not taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FileError {
+    /// The fixed header is cut off, or it is not that of an IGVM file of version 1.
+    Header(&'static str),
+    /// The checksum does not match.
+    Checksum {
+        /// What the header says.
+        stored: u32,
+        /// What it is.
+        computed: u32,
+    },
+    /// A variable header leaves its section.
+    Truncated,
+    /// The types of variable headers are not in order.
+    Order(u32),
+    /// QEMU's loader does not know this type.
+    UnknownType(u32),
+    /// The body of this type has another length.
+    BodyLength(u32),
+    /// A platform's mask is not one bit, or a bit or a platform comes twice.
+    Platform(u32),
+    /// The file is for other platforms only.
+    NotForSnp,
+    /// A reserved field of this header type is not zero.
+    Reserved(u32),
+    /// An address or size is not whole pages, or a range wraps.
+    Misaligned(u64),
+    /// Data lies outside the file's data.
+    DataOutside(u32),
+    /// A page with flags or of a type that is not supported.
+    PageFlags(u64),
+    /// Two launched ranges overlap here.
+    Overlap(u64),
+    /// A parameter area is not declared, declared twice, already inserted or too small.
+    Area(u32),
+    /// The launch policy comes twice.
+    PolicyTwice,
+}
+
+impl core::fmt::Display for FileError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Header(what) => write!(f, "fixed header: {what}"),
+            Self::Checksum { stored, computed } => {
+                write!(
+                    f,
+                    "checksum is {computed:#010x}, the header says {stored:#010x}"
+                )
+            }
+            Self::Truncated => write!(f, "a variable header leaves its section"),
+            Self::Order(kind) => write!(f, "header type {kind:#x} is out of order"),
+            Self::UnknownType(kind) => write!(f, "header type {kind:#x} is not supported"),
+            Self::BodyLength(kind) => write!(f, "header type {kind:#x} has a wrong length"),
+            Self::Platform(mask) => write!(f, "platform mask {mask:#x} is wrong or used twice"),
+            Self::NotForSnp => write!(f, "no SEV-SNP platform"),
+            Self::Reserved(kind) => write!(f, "header type {kind:#x} has reserved bits set"),
+            Self::Misaligned(value) => write!(f, "{value:#x} is not a range of whole pages"),
+            Self::DataOutside(offset) => write!(f, "data at offset {offset:#x} is outside"),
+            Self::PageFlags(gpa) => write!(f, "page {gpa:#x} has unsupported flags or type"),
+            Self::Overlap(gpa) => write!(f, "page {gpa:#x} is launched twice"),
+            Self::Area(index) => write!(f, "parameter area {index} is used wrongly"),
+            Self::PolicyTwice => write!(f, "more than one launch policy"),
+        }
+    }
+}
+
+impl<'a> File<'a> {
+    /// Reads and checks a file.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, FileError> {
+        let header = fixed_header(bytes)?;
+        let start = header.variable_header_offset as usize;
+        let end = start + header.variable_header_size as usize;
+        // `fixed_header` checked that the section lies in the file.
+        let section = bytes.get(start..end).ok_or(FileError::Truncated)?;
+        let mut reader = Reader {
+            bytes,
+            data_start: end,
+            section: Section::Platform,
+            masks_seen: 0,
+            platforms_seen: Vec::new(),
+            snp_mask: 0,
+            policy: None,
+            areas: BTreeMap::new(),
+            launched: Vec::new(),
+            directives: Vec::new(),
+        };
+        let mut rest = section;
+        while !rest.is_empty() {
+            let (kind, body, next) = split_header(rest)?;
+            reader.header(kind, body)?;
+            rest = next;
+        }
+        reader.finish()
+    }
+}
+
+/// Checks the fixed header and the checksum.
+fn fixed_header(bytes: &[u8]) -> Result<IGVM_FIXED_HEADER, FileError> {
+    const SIZE: usize = size_of::<IGVM_FIXED_HEADER>();
+    let (header, _) = IGVM_FIXED_HEADER::read_from_prefix(bytes)
+        .map_err(|_| FileError::Header("the file is too short"))?;
+    if header.magic != IGVM_MAGIC_VALUE {
+        return Err(FileError::Header("no IGVM magic"));
+    }
+    if header.format_version != IGVM_FORMAT_VERSION_1 {
+        return Err(FileError::Header("version is not 1"));
+    }
+    if header.total_file_size as usize != bytes.len() {
+        return Err(FileError::Header("file size differs from the header's"));
+    }
+    let start = header.variable_header_offset as usize;
+    if start < SIZE || !start.is_multiple_of(8) {
+        return Err(FileError::Header("variable headers at a wrong offset"));
+    }
+    // Both are 32 bits wide: the sum does not wrap.
+    let end = start + header.variable_header_size as usize;
+    let section = bytes
+        .get(start..end)
+        .ok_or(FileError::Header("variable headers leave the file"))?;
+    let mut crc = Crc32::new();
+    crc.update(
+        IGVM_FIXED_HEADER {
+            checksum: 0,
+            ..header
+        }
+        .as_bytes(),
+    );
+    crc.update(section);
+    let computed = crc.finish();
+    if computed != header.checksum {
+        return Err(FileError::Checksum {
+            stored: header.checksum,
+            computed,
+        });
+    }
+    Ok(header)
+}
+
+/// Splits off one variable header: its type, its body, and what follows its padding.
+fn split_header(bytes: &[u8]) -> Result<(u32, &[u8], &[u8]), FileError> {
+    let (header, rest) =
+        IGVM_VHS_VARIABLE_HEADER::read_from_prefix(bytes).map_err(|_| FileError::Truncated)?;
+    let length = header.length as usize;
+    let padded = length
+        .checked_next_multiple_of(8)
+        .ok_or(FileError::Truncated)?;
+    let body = rest.get(..length).ok_or(FileError::Truncated)?;
+    let next = rest.get(padded..).ok_or(FileError::Truncated)?;
+    Ok((header.typ.0, body, next))
+}
+
+/// Sections of the variable headers, in their order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Section {
+    Platform,
+    Initialization,
+    Directive,
+}
+
+/// State of a parameter area.
+enum Area {
+    Declared(u64),
+    Inserted,
+}
+
+struct Reader<'a> {
+    bytes: &'a [u8],
+    /// Where the file's data begins; offsets below point into headers.
+    data_start: usize,
+    section: Section,
+    masks_seen: u32,
+    platforms_seen: Vec<IgvmPlatformType>,
+    snp_mask: u32,
+    policy: Option<u64>,
+    areas: BTreeMap<u32, Area>,
+    launched: Vec<Range<u64>>,
+    directives: Vec<Directive<'a>>,
+}
+
+impl<'a> Reader<'a> {
+    fn header(&mut self, kind: u32, body: &[u8]) -> Result<(), FileError> {
+        let section = if IGVM_VHT_RANGE_PLATFORM.contains(&kind) {
+            Section::Platform
+        } else if IGVM_VHT_RANGE_INIT.contains(&kind) {
+            Section::Initialization
+        } else if IGVM_VHT_RANGE_DIRECTIVE.contains(&kind) {
+            Section::Directive
+        } else {
+            // Also types with the "optional" bit: QEMU refuses them all the same.
+            return Err(FileError::UnknownType(kind));
+        };
+        if section < self.section {
+            return Err(FileError::Order(kind));
+        }
+        if self.section == Section::Platform && section != Section::Platform && self.snp_mask == 0 {
+            return Err(FileError::NotForSnp);
+        }
+        self.section = section;
+        match Type(kind) {
+            Type::IGVM_VHT_SUPPORTED_PLATFORM => self.platform(&read(kind, body)?),
+            Type::IGVM_VHT_GUEST_POLICY => self.policy(&read(kind, body)?),
+            Type::IGVM_VHT_PARAMETER_AREA => self.area(&read(kind, body)?),
+            Type::IGVM_VHT_PAGE_DATA => self.page(&read(kind, body)?),
+            Type::IGVM_VHT_PARAMETER_INSERT => self.insert(&read(kind, body)?),
+            Type::IGVM_VHT_VP_CONTEXT => self.context(&read(kind, body)?),
+            Type::IGVM_VHT_REQUIRED_MEMORY => self.required_memory(&read(kind, body)?),
+            Type::IGVM_VHT_VP_COUNT_PARAMETER => self.fill(
+                &read(kind, body)?,
+                Parameter::VpCount,
+                size_of::<u32>() as u64,
+            ),
+            // How much room the map needs is known when it is made.
+            Type::IGVM_VHT_MEMORY_MAP => self.fill(&read(kind, body)?, Parameter::MemoryMap, 0),
+            _ => Err(FileError::UnknownType(kind)),
+        }
+    }
+
+    fn platform(&mut self, header: &IGVM_VHS_SUPPORTED_PLATFORM) -> Result<(), FileError> {
+        let mask = header.compatibility_mask;
+        if mask.count_ones() != 1
+            || self.masks_seen & mask != 0
+            || self.platforms_seen.contains(&header.platform_type)
+        {
+            return Err(FileError::Platform(mask));
+        }
+        self.masks_seen |= mask;
+        self.platforms_seen.push(header.platform_type);
+        if header.platform_type == IgvmPlatformType::SEV_SNP {
+            // The machine has a C-bit, no vTOM, and one set of VTLs.
+            let supported = header.platform_version == IGVM_SEV_SNP_PLATFORM_VERSION
+                && header.shared_gpa_boundary == 0
+                && header.highest_vtl == 0;
+            if !supported {
+                return Err(FileError::NotForSnp);
+            }
+            self.snp_mask = mask;
+        }
+        Ok(())
+    }
+
+    /// Whether a header with this mask is for SEV-SNP.
+    fn applies(&self, mask: u32) -> bool {
+        mask & self.snp_mask != 0
+    }
+
+    fn policy(&mut self, header: &IGVM_VHS_GUEST_POLICY) -> Result<(), FileError> {
+        if header.reserved != 0 {
+            return Err(FileError::Reserved(Type::IGVM_VHT_GUEST_POLICY.0));
+        }
+        if self.applies(header.compatibility_mask) && self.policy.replace(header.policy).is_some() {
+            return Err(FileError::PolicyTwice);
+        }
+        Ok(())
+    }
+
+    fn area(&mut self, header: &IGVM_VHS_PARAMETER_AREA) -> Result<(), FileError> {
+        let (index, bytes) = (header.parameter_area_index, header.number_of_bytes);
+        if !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(FileError::Misaligned(bytes));
+        }
+        let usable = bytes != 0 && bytes <= MAX_AREA && header.file_offset == 0;
+        if !usable || self.areas.insert(index, Area::Declared(bytes)).is_some() {
+            return Err(FileError::Area(index));
+        }
+        self.directives.push(Directive::Area { index, bytes });
+        Ok(())
+    }
+
+    fn fill(
+        &mut self,
+        header: &IGVM_VHS_PARAMETER,
+        parameter: Parameter,
+        needed: u64,
+    ) -> Result<(), FileError> {
+        let (index, offset) = (header.parameter_area_index, header.byte_offset);
+        // QEMU writes the memory map to the start of the area, whatever the offset says.
+        let honoured = parameter != Parameter::MemoryMap || offset == 0;
+        match self.areas.get(&index) {
+            Some(&Area::Declared(bytes)) if honoured && u64::from(offset) + needed <= bytes => {
+                self.directives.push(Directive::Fill {
+                    index,
+                    offset,
+                    parameter,
+                });
+                Ok(())
+            }
+            _ => Err(FileError::Area(index)),
+        }
+    }
+
+    fn insert(&mut self, header: &IGVM_VHS_PARAMETER_INSERT) -> Result<(), FileError> {
+        if !self.applies(header.compatibility_mask) {
+            return Ok(());
+        }
+        let index = header.parameter_area_index;
+        let Some(&Area::Declared(bytes)) = self.areas.get(&index) else {
+            return Err(FileError::Area(index));
+        };
+        self.areas.insert(index, Area::Inserted);
+        let gpa = self.launch_range(header.gpa, bytes)?;
+        self.directives.push(Directive::Insert { gpa, index });
+        Ok(())
+    }
+
+    fn required_memory(&mut self, header: &IGVM_VHS_REQUIRED_MEMORY) -> Result<(), FileError> {
+        if header.reserved != 0 || header.flags.reserved() != 0 {
+            return Err(FileError::Reserved(Type::IGVM_VHT_REQUIRED_MEMORY.0));
+        }
+        let bytes = u64::from(header.number_of_bytes);
+        let range = page_range(header.gpa, bytes)?;
+        if self.applies(header.compatibility_mask) {
+            let gpa = Gpa::new(range.start);
+            self.directives
+                .push(Directive::RequiredMemory { gpa, bytes });
+        }
+        Ok(())
+    }
+
+    fn page(&mut self, header: &IGVM_VHS_PAGE_DATA) -> Result<(), FileError> {
+        let flags = header.flags;
+        if header.reserved != 0 || flags.reserved() != 0 {
+            return Err(FileError::Reserved(Type::IGVM_VHT_PAGE_DATA.0));
+        }
+        if flags.is_2mb_page() || flags.shared() {
+            return Err(FileError::PageFlags(header.gpa));
+        }
+        let data = match header.file_offset {
+            0 => None,
+            offset => Some(self.data(offset)?),
+        };
+        let kind = match header.data_type {
+            IgvmPageDataType::NORMAL if flags.unmeasured() => PageKind::Unmeasured(data),
+            IgvmPageDataType::NORMAL => PageKind::Normal(data),
+            IgvmPageDataType::SECRETS => PageKind::Secrets,
+            IgvmPageDataType::CPUID_DATA | IgvmPageDataType::CPUID_XF => PageKind::Cpuid,
+            _ => return Err(FileError::PageFlags(header.gpa)),
+        };
+        if self.applies(header.compatibility_mask) {
+            let gpa = self.launch_range(header.gpa, PAGE_SIZE)?;
+            self.directives.push(Directive::Page { gpa, kind });
+        }
+        Ok(())
+    }
+
+    fn context(&mut self, header: &IGVM_VHS_VP_CONTEXT) -> Result<(), FileError> {
+        if header.reserved != 0 {
+            return Err(FileError::Reserved(Type::IGVM_VHT_VP_CONTEXT.0));
+        }
+        if !self.applies(header.compatibility_mask) {
+            return Ok(());
+        }
+        let vmsa = self.data(header.file_offset)?;
+        let range = page_range(header.gpa.get(), PAGE_SIZE)?;
+        let gpa = Gpa::new(range.start);
+        self.directives.push(Directive::Context {
+            gpa,
+            vp_index: header.vp_index,
+            vmsa,
+        });
+        Ok(())
+    }
+
+    /// One page of the file's data.
+    fn data(&self, offset: u32) -> Result<&'a [u8], FileError> {
+        let start = offset as usize;
+        if start < self.data_start {
+            return Err(FileError::DataOutside(offset));
+        }
+        start
+            .checked_add(PAGE_SIZE as usize)
+            .and_then(|end| self.bytes.get(start..end))
+            .ok_or(FileError::DataOutside(offset))
+    }
+
+    /// Books a range as launched and gives its address.
+    fn launch_range(&mut self, gpa: u64, bytes: u64) -> Result<Gpa, FileError> {
+        let range = page_range(gpa, bytes)?;
+        self.launched.push(range.clone());
+        Ok(Gpa::new(range.start))
+    }
+
+    fn finish(mut self) -> Result<File<'a>, FileError> {
+        if self.snp_mask == 0 {
+            return Err(FileError::NotForSnp);
+        }
+        self.launched.sort_by_key(|range| range.start);
+        for pair in self.launched.windows(2) {
+            if let [first, second] = pair
+                && second.start < first.end
+            {
+                return Err(FileError::Overlap(second.start));
+            }
+        }
+        Ok(File {
+            policy: self.policy,
+            directives: self.directives,
+        })
+    }
+}
+
+/// Reads a body that must have exactly the size of `T`.
+fn read<T: FromBytes>(kind: u32, body: &[u8]) -> Result<T, FileError> {
+    T::read_from_bytes(body).map_err(|_| FileError::BodyLength(kind))
+}
+
+/// A range of whole pages that does not wrap.
+fn page_range(gpa: u64, bytes: u64) -> Result<Range<u64>, FileError> {
+    if !Gpa::new(gpa).is_aligned(PageSize::Size4K) || !bytes.is_multiple_of(PAGE_SIZE) {
+        return Err(FileError::Misaligned(gpa));
+    }
+    let end = gpa.checked_add(bytes).ok_or(FileError::Misaligned(gpa))?;
+    Ok(gpa..end)
+}
