@@ -93,15 +93,11 @@ impl Archive {
         Ok(archive)
     }
 
-    /// What this archive offers for `package`, if anything.
-    pub fn candidate(&self, package: &str) -> Option<Candidate> {
-        let text =
-            command::output(
-                self.apt("apt-cache")
-                    .args(["show", "--no-all-versions", package]),
-            )
-            .ok()?;
-        parse_candidate(&text)
+    /// Every version of `package` that this archive offers, the newest first.
+    pub fn offers(&self, package: &str) -> Vec<Candidate> {
+        let text = command::output(self.apt("apt-cache").args(["show", package]));
+        // apt-cache fails when there is no such package.
+        text.map(|text| parse_offers(&text)).unwrap_or_default()
     }
 
     /// Downloads the package file into `into` and returns its path.
@@ -235,24 +231,26 @@ pub fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
 }
 
-/// The first stanza of `apt-cache show`.
-fn parse_candidate(text: &str) -> Option<Candidate> {
-    let stanza = text.split("\n\n").next()?;
-    let field = |name: &str| {
-        stanza
-            .lines()
-            .filter_map(|line| line.split_once(": "))
-            .find(|(key, _)| *key == name)
-            .map(|(_, value)| value.trim().to_owned())
+/// The stanzas of `apt-cache show`.
+fn parse_offers(text: &str) -> Vec<Candidate> {
+    let parse = |stanza: &str| {
+        let field = |name: &str| {
+            stanza
+                .lines()
+                .filter_map(|line| line.split_once(": "))
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| value.trim().to_owned())
+        };
+        Some(Candidate {
+            package: field("Package")?,
+            version: field("Version")?,
+            size: field("Size")
+                .and_then(|size| size.parse().ok())
+                .unwrap_or(0),
+            depends: field("Depends").unwrap_or_default(),
+        })
     };
-    Some(Candidate {
-        package: field("Package")?,
-        version: field("Version")?,
-        size: field("Size")
-            .and_then(|size| size.parse().ok())
-            .unwrap_or(0),
-        depends: field("Depends").unwrap_or_default(),
-    })
+    text.split("\n\n").filter_map(parse).collect()
 }
 
 /// Bytes of all files below `dir`; what cannot be read counts as nothing.
@@ -272,21 +270,22 @@ fn bytes_below(dir: &Path) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{Candidate, parse_candidate};
+    use super::{Candidate, parse_offers};
 
     #[test]
-    fn the_first_stanza_is_the_candidate() {
+    fn every_stanza_is_an_offer() {
         let text = "Package: a\nVersion: 1:2~b\nDepends: c (= 1), d\nSize: 42\nDescription: x\n y: z\n\n\
-                    Package: a\nVersion: 1\n";
+                    Package: a\nVersion: 1\n\n";
+        let offer = |version: &str, size, depends: &str| Candidate {
+            package: "a".into(),
+            version: version.into(),
+            size,
+            depends: depends.into(),
+        };
         assert_eq!(
-            parse_candidate(text),
-            Some(Candidate {
-                package: "a".into(),
-                version: "1:2~b".into(),
-                size: 42,
-                depends: "c (= 1), d".into(),
-            })
+            parse_offers(text),
+            [offer("1:2~b", 42, "c (= 1), d"), offer("1", 0, "")]
         );
-        assert_eq!(parse_candidate(""), None);
+        assert!(parse_offers("").is_empty());
     }
 }

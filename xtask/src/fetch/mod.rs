@@ -8,6 +8,7 @@ pub mod apt;
 pub mod sources;
 
 use std::borrow::Cow;
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -44,6 +45,26 @@ pub enum Version {
     AtLeast(&'static str),
     /// One that begins so.
     Series(Cow<'static, str>),
+}
+
+impl Version {
+    fn admits(&self, version: &str) -> bool {
+        match self {
+            Version::Any => true,
+            Version::AtLeast(minimum) => apt::at_least(version, minimum),
+            Version::Series(series) => version.starts_with(series.as_ref()),
+        }
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Version::Any => f.write_str("any version"),
+            Version::AtLeast(minimum) => write!(f, "{minimum} or newer"),
+            Version::Series(series) => write!(f, "{series}*"),
+        }
+    }
 }
 
 /// The firmware: the first version with the IGVM parameter area that hides the paravisor's memory
@@ -124,22 +145,30 @@ impl Wanted {
 
     /// The package in `archive` that will do, or why there is none.
     fn choose(&self, archive: &Archive) -> Result<Candidate, String> {
-        let mut candidate = archive.candidate(self.package).ok_or("no such package")?;
-        if let Some(image) = image_behind(&candidate) {
-            candidate = archive
-                .candidate(&image)
-                .ok_or_else(|| format!("{image} is not there"))?;
+        let found = self.fitting(archive, self.package)?;
+        match image_behind(&found) {
+            Some(image) => self.fitting(archive, &image),
+            None => Ok(found),
         }
-        let version = &candidate.version;
-        match &self.version {
-            Version::AtLeast(minimum) if !apt::at_least(version, minimum) => {
-                Err(format!("has {version}, expected {minimum} or newer"))
-            }
-            Version::Series(series) if !version.starts_with(series.as_ref()) => {
-                Err(format!("has {version}, expected {series}x"))
-            }
-            _ => Ok(candidate),
+    }
+
+    /// The newest version of `package` in `archive` that will do.
+    fn fitting(&self, archive: &Archive, package: &str) -> Result<Candidate, String> {
+        let offers = archive.offers(package);
+        if offers.is_empty() {
+            return Err(format!("has no {package}"));
         }
+        let versions: Vec<String> = offers.iter().map(|offer| offer.version.clone()).collect();
+        offers
+            .into_iter()
+            .find(|offer| self.version.admits(&offer.version))
+            .ok_or_else(|| {
+                format!(
+                    "has {package} {}, expected {}",
+                    versions.join(" and "),
+                    self.version
+                )
+            })
     }
 
     fn fetch(&self, layout: &Layout, archive: &Archive, found: &Candidate) -> Result<PathBuf> {

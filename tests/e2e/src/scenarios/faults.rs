@@ -8,6 +8,7 @@
 use anyhow::Result;
 use protocols::launch::Fault;
 use protocols::report::Report;
+use protocols::terminate::{Reason, TurnstileReason, explain};
 
 use super::cases::{self, Transcript};
 use super::svsm_calls::LEAST_CASES;
@@ -24,7 +25,7 @@ struct Expectation {
     reported: fn(&Report, &Transcript) -> bool,
 }
 
-const EXPECTATIONS: [Expectation; 5] = [
+const EXPECTATIONS: [Expectation; 7] = [
     Expectation {
         name: "skip-scrub",
         fault: Fault::SKIP_SCRUB,
@@ -35,12 +36,7 @@ const EXPECTATIONS: [Expectation; 5] = [
         name: "skip-grant",
         fault: Fault::SKIP_GRANT,
         witness: "the referee finds accepted pages that the guest may not use",
-        reported: |report, _| {
-            report
-                .referee
-                .as_ref()
-                .is_some_and(|referee| referee.disagreements > 0)
-        },
+        reported: |report, _| disagreements(report) > 0,
     },
     Expectation {
         name: "validate-twice",
@@ -60,7 +56,30 @@ const EXPECTATIONS: [Expectation; 5] = [
         witness: "the machine sees a rescind of a page still in use",
         reported: |report, _| report.violations.live_rescind > 0,
     },
+    Expectation {
+        name: "grant-before-scrub",
+        fault: Fault::GRANT_BEFORE_SCRUB,
+        witness: "the machine sees a grant of an unscrubbed page",
+        reported: |report, _| report.violations.unscrubbed_grant > 0,
+    },
+    Expectation {
+        name: "skip-validate",
+        fault: Fault::SKIP_VALIDATE,
+        witness: "the paravisor meets a page that is not validated, or the referee does",
+        reported: |report, _| {
+            let met = Reason::turnstile(TurnstileReason::NOT_VALIDATED);
+            let ended = report.termination.as_ref().map(|t| explain(t.set, t.code));
+            ended == Some(met) || disagreements(report) > 0
+        },
+    },
 ];
+
+fn disagreements(report: &Report) -> u64 {
+    report
+        .referee
+        .as_ref()
+        .map_or(0, |referee| referee.disagreements)
+}
 
 pub fn scenarios() -> Vec<Scenario> {
     let mut scenarios = vec![Scenario::new("faults/none", |context| {
