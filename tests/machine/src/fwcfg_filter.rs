@@ -107,6 +107,13 @@ impl Dma {
     }
 }
 
+impl Dma {
+    /// Address and length of the guest's buffer.
+    pub const fn buffer(&self) -> (u64, u64) {
+        (self.address, self.length as u64)
+    }
+}
+
 /// Bytes to put into guest memory once the device has finished a transfer.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Patch<'a> {

@@ -15,7 +15,7 @@
 
 use alloc::vec::Vec;
 
-use crate::layout::{Layout, LayoutError, Place};
+use crate::layout::{Layout, LayoutError, Place, reserve};
 use crate::memory::PhysicalMemory;
 use crate::platform::{Invalidation, Views};
 use crate::rmp::{Rmp, UpdateError};
@@ -74,7 +74,9 @@ impl HostMemory {
 
     fn grow(&mut self) {
         self.rmp.resize(self.layout.pages());
-        self.pages.resize(self.layout.pages(), Page::default());
+        let pages = self.layout.pages();
+        reserve(&mut self.pages, pages);
+        self.pages.resize(pages, Page::default());
     }
 
     /// The memory map.

@@ -14,6 +14,17 @@ use crate::types::{Gpa, PAGE_SIZE, PAGES_PER_BLOCK, PageSize, Spa};
 
 const BLOCK_SIZE: u64 = PageSize::Size2M.bytes();
 
+/// Entries that per-page tables keep in reserve for windows: 64 MiB.
+const SPARE_PAGES: usize = (64 << 20) / PAGE_SIZE as usize;
+
+/// Makes room for `pages` entries, and some for windows added later. Exactly, and seldom: the
+/// machine's own memory has no room for a second copy or for doubling.
+pub(crate) fn reserve<T>(table: &mut Vec<T>, pages: usize) {
+    if pages > table.capacity() {
+        table.reserve_exact(pages - table.len() + SPARE_PAGES);
+    }
+}
+
 /// Place of a page in the per-page tables. Only [`Layout`] makes one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Slot(usize);

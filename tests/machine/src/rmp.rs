@@ -12,7 +12,7 @@
 
 use alloc::vec::Vec;
 
-use crate::layout::Place;
+use crate::layout::{Place, reserve};
 use crate::types::{Gpa, PAGE_SIZE, PageSize, Vmpl};
 
 /// ASID of the only guest. Any number but 0 (the hypervisor) and within 10 bits will do.
@@ -193,6 +193,7 @@ impl Rmp {
     /// Adds hypervisor-owned entries up to `pages`.
     pub fn resize(&mut self, pages: usize) {
         if pages > self.entries.len() {
+            reserve(&mut self.entries, pages);
             self.entries.resize(pages, Entry::default());
         }
     }

@@ -105,7 +105,7 @@ pub fn init(image: u64, low_end: u64) -> &'static Layout {
         start: image,
         end: image + IMAGE_SPAN,
     };
-    let tables_len = (16 * MIB + ram / 256).next_multiple_of(2 * MIB);
+    let tables_len = (16 * MIB + ram / 512).next_multiple_of(2 * MIB);
     let tables = Range {
         start: image.start - tables_len,
         end: image.start,

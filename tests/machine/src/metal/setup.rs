@@ -7,11 +7,11 @@ use alloc::string::ToString;
 
 use machine::Platform;
 use machine::cpuid::{Leaf, Table};
-use machine::launch::{Environment, launch as launch_image};
+use machine::launch::Environment;
 use machine::platform::End;
 use machine::settings::Settings;
 use machine::types::Gpa;
-use protocols::report::{Event, FORMAT_VERSION, Launch, Machine as MachineEvent};
+use protocols::report::{Event, FORMAT_VERSION, Machine as MachineEvent};
 
 use super::memory::{self, DirectMap, Layout};
 use super::npt::Tables;
@@ -88,13 +88,6 @@ fn fill(layout: &Layout) -> Result<(), alloc::string::String> {
         random: &mut cpu::random,
         cpuid,
     };
-    let launched =
-        launch_image(platform, &image, &mut environment).map_err(|error| error.0)?;
-    let digest = launched.digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    console::event(&Event::Launch(Launch {
-        digest,
-        pages: launched.pages,
-        vmsa_gpa: launched.vmsa.get(),
-    }));
+    platform.launch(&image, &mut environment).map_err(|error| error.to_string())?;
     Ok(())
 }
