@@ -1,0 +1,359 @@
+//! The start-up of the boot processor, in order.
+//!
+//! ```text
+//! own exceptions -> launch parameters -> what the processor says -> what the host says
+//!   -> log -> own memory -> the map -> the guest's memory and firmware -> the guest runs
+//! ```
+//!
+//! Each step relies on those before it and on nothing else. A step that fails ends the machine
+//! with its reason. Memory is validated in two places only: the rest of the region and the
+//! carve-out; both have never been validated, and "already valid" there is a lie of the host.
+#![expect(unsafe_code, reason = "turns launch pages into references, makes the pools")]
+
+use accept::{Engine, Frame, Map, PageState, Range, Region, RegionLock, RegionLocks};
+use log::info;
+use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
+use protocols::cpuid::CpuidPage;
+use protocols::igvm_map::MemoryMapEntry;
+use protocols::launch::{GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE};
+use protocols::map::{MapDescriptor, MapRange};
+use protocols::secrets::SecretsPage;
+use protocols::terminate::TurnstileReason;
+use protocols::vmsa::{SevFeatures, SevStatus, Vmsa};
+use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
+
+use crate::backend::WindowBackend;
+use crate::cpuid::CpuidTable;
+use crate::entry::boot_stack_guard;
+use crate::guest::GUEST_VMPL;
+use crate::guest::parameters::guest_memory_map;
+use crate::guest::vmsa::VmsaWindow;
+use crate::guest::prepare::{GUEST_SEV_FEATURES, Preparation};
+use crate::host_map::HostMap;
+use crate::hypervisor::ghcb::Ghcb;
+use crate::hypervisor::{Hypervisor, Start, VcpuRequest, msr};
+use crate::launch::Launch;
+use crate::memory::layout::{GUEST_WINDOW, MAX_VCPUS, OWN_WINDOW, PageRange};
+use crate::memory::page_tables::{self, Owner};
+use crate::memory::plan::{Plan, outward, regions_touched};
+use crate::memory::pool::Pool;
+use crate::platform::snp::{self, Snp};
+use crate::platform::{MappedBlock, Platform, Rights, ValidateError};
+use crate::system::{self, GuestEngine, GuestRegistry, System};
+use crate::terminate::terminate;
+use crate::vcpus::{Record, Registry, Shown, Tables, Vcpu};
+use crate::{console, descriptor, exceptions, percpu, requests};
+
+/// Bytes of the carve-out for each processor's share of tables, generously.
+const BYTES_PER_VCPU: u64 = 1024;
+
+/// Where the entry point continues. `params` is the address of the launch parameters.
+pub extern "C" fn boot_processor(params: *const LaunchParams) -> ! {
+    percpu::install_boot();
+    exceptions::load();
+    console::open();
+    // SAFETY: the image's launch context says so, and the page is measured, mapped, never
+    // written, and there for ever.
+    let params: &'static LaunchParams = unsafe { &*params };
+    match start(params) {
+        Ok((system, ghcb)) => requests::serve(system, 0, ghcb),
+        Err(reason) => terminate(reason),
+    }
+}
+
+/// All steps of the start-up.
+fn start(
+    params: &'static LaunchParams,
+) -> Result<(&'static System, &'static Ghcb), TurnstileReason> {
+    let launch = Launch::check(params)?;
+    let cpuid: &CpuidPage = launch_page(params.cpuid_gpa);
+    let platform = check_processor(params, cpuid)?;
+    harden_processor();
+    page_tables::init(Gpa::new(params.page_table_root), launch.region(), params.c_bit);
+    page_tables::unmap(Gpa::new(boot_stack_guard()))?;
+
+    msr::negotiate_version()?;
+    msr::negotiate_features()?;
+    let vp_count = check_vp_count(params)?;
+    let ghcbs = ghcb_pages(&launch, vp_count)?;
+    // SAFETY: the pages at the end of the region were not launched, nothing validates them, and
+    // the first is the boot processor's.
+    let ghcb = unsafe { Ghcb::establish(ghcbs.start()) }?;
+    let ghcb = percpu::current().ok_or(TurnstileReason::INTERNAL)?.set_ghcb(ghcb);
+    info!("Turnstile {} at VMPL0, {vp_count} vCPU(s)", env!("CARGO_PKG_VERSION"));
+
+    let host_map = read_host_map(&launch)?;
+    let mut region_pool = validate_region(&platform, &launch, ghcbs)?;
+    let locks = RegionLocks::count_for(vp_count);
+    let others = locks * size_of::<RegionLock>() + vp_count * BYTES_PER_VCPU as usize;
+    let plan = Plan::make(&host_map, launch.region(), ghcbs, launch.firmware(), others as u64)?;
+    let mut pool = validate_carve_out(&platform, &plan, &mut region_pool)?;
+    map_guest_memory(&plan, &launch, &mut pool)?;
+
+    let vcpus = make_vcpus(vp_count, launch.region(), &mut pool)?;
+    let engine = make_engine(&platform, &launch, &plan, locks, vcpus.registry, &mut pool)?;
+    let system = system::publish(System {
+        engine,
+        registry: vcpus.registry,
+        vmsas: VmsaWindow { region: launch.region() },
+        fault: params.fault,
+    });
+
+    let preparation =
+        Preparation { launch: &launch, plan: &plan, platform: &platform, engine: &system.engine };
+    preparation.grant_firmware()?;
+    let secrets: &SecretsPage = launch_page(params.secrets_gpa);
+    let calling_area = preparation.fill_areas(secrets, cpuid)?;
+    let guest_map = guest_memory_map(&host_map, [launch.region(), plan.carve_out])?;
+    preparation.fill_parameters(guest_map, vp_count as u32)?;
+
+    let vmsa = make_vmsa(&platform, &preparation.reset_state(), &mut region_pool)?;
+    system.registry.record_startup(Frame::containing(vmsa.get()), calling_area);
+    ghcb.create_vcpu(VcpuRequest {
+        apic_id: 0,
+        vmpl: GUEST_VMPL,
+        vmsa,
+        sev_features: GUEST_SEV_FEATURES.bits(),
+        start: Start::Later,
+    })?;
+    publish_descriptor(system, vcpus.table)?;
+    info!("memory of ours: region {}, carve-out {}", launch.region(), plan.carve_out);
+    info!("starting the firmware at {GUEST_VMPL}");
+    console::quiet();
+    Ok((system, ghcb))
+}
+
+/// A page of the launch as a value that lives for ever.
+fn launch_page<T: zerocopy::FromBytes>(gpa: u64) -> &'static T {
+    const { assert!(size_of::<T>() == PAGE_SIZE as usize) };
+    // SAFETY: callers pass addresses from checked launch parameters: page aligned, inside the
+    // launched part of the region, private, mapped, and written by nobody any more. Any bytes
+    // are a value of T.
+    unsafe { &*(gpa as *const T) }
+}
+
+/// Checks SEV_STATUS, the CPUID page and the C-bit; from here on CPUID works.
+fn check_processor(
+    params: &LaunchParams,
+    cpuid: &'static CpuidPage,
+) -> Result<Snp, TurnstileReason> {
+    if snp::sev_status() != SevStatus::of(SevFeatures::SNP_ACTIVE) {
+        return Err(TurnstileReason::SEV_STATUS);
+    }
+    let table = CpuidTable::check(cpuid)?;
+    if table.c_bit() != params.c_bit {
+        return Err(TurnstileReason::C_BIT);
+    }
+    exceptions::set_cpuid_table(table);
+    Ok(Snp { cache_coherent: table.is_cache_coherent() })
+}
+
+/// Turns on what keeps mistakes of ours from becoming holes.
+fn harden_processor() {
+    // SAFETY: the launch tables map text read-only and everything of ours as supervisor pages,
+    // so none of these makes running code fault.
+    unsafe {
+        Cr0::update(|flags| flags.insert(Cr0Flags::WRITE_PROTECT));
+        Cr4::update(|flags| {
+            flags.insert(
+                Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION
+                    | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION,
+            );
+        });
+    }
+}
+
+/// Reads the host's number of processors, once.
+fn check_vp_count(params: &LaunchParams) -> Result<usize, TurnstileReason> {
+    let address = params.general_gpa + GENERAL_VP_COUNT_OFFSET as u64;
+    // SAFETY: inside the general parameter page of the launch.
+    let count = unsafe { (address as *const u32).read_volatile() } as usize;
+    if (1..=MAX_VCPUS).contains(&count) { Ok(count) } else { Err(TurnstileReason::VP_COUNT) }
+}
+
+/// The pages at the end of the region, one per processor, that are shared and not validated.
+fn ghcb_pages(launch: &Launch<'_>, vp_count: usize) -> Result<PageRange, TurnstileReason> {
+    let end = launch.region().end_frame();
+    PageRange::try_from_frames(end - vp_count as u64, end)
+        .filter(|pages| launch.unlaunched().contains(*pages))
+        .ok_or(TurnstileReason::LAUNCH_PARAMS)
+}
+
+/// Checks the host's memory map.
+fn read_host_map(launch: &Launch<'_>) -> Result<HostMap, TurnstileReason> {
+    let count = MEMORY_MAP_SIZE as usize / size_of::<MemoryMapEntry>();
+    let first = launch.params().memory_map_gpa as *const MemoryMapEntry;
+    // SAFETY: the area is in the launched part of the region, private, and any bytes are
+    // entries.
+    let entries = (0..count).map(|index| unsafe { first.add(index).read_volatile() });
+    let limit = Gpa::new(1 << launch.params().c_bit.min(46));
+    let host_map = HostMap::check(entries, limit, launch.region())?;
+    for memory in host_map.memory() {
+        info!("memory {memory}");
+    }
+    Ok(host_map)
+}
+
+/// Validates and zeros the part of the region that was not launched, but for the GHCBs.
+fn validate_region(
+    platform: &Snp,
+    launch: &Launch<'_>,
+    ghcbs: PageRange,
+) -> Result<Pool, TurnstileReason> {
+    let (pages, _) = launch.unlaunched().without(ghcbs);
+    for page in pages.frames() {
+        validate_own(platform, page.get(), PageSize::Size4K)?;
+    }
+    // SAFETY: the image maps the whole region one to one, writable where it is not launched;
+    // the pages were validated and zeroed just now, and nobody else gets them.
+    Ok(unsafe { Pool::new(pages, 0) })
+}
+
+/// Maps, validates and zeros the carve-out.
+fn validate_carve_out(
+    platform: &Snp,
+    plan: &Plan,
+    tables: &mut Pool,
+) -> Result<Pool, TurnstileReason> {
+    let pages = plan.carve_out;
+    page_tables::map_large(OWN_WINDOW, pages, Owner::Paravisor, tables)?;
+    for gpa in (pages.start().get()..pages.end().get()).step_by(LARGE_PAGE_SIZE as usize) {
+        validate_own(platform, OWN_WINDOW + gpa, PageSize::Size2M)?;
+    }
+    // SAFETY: mapped, validated and zeroed just now; the plan gives it to nobody else.
+    Ok(unsafe { Pool::new(pages, OWN_WINDOW) })
+}
+
+/// Validates and zeros memory of ours that was never validated; 2 MiB fall back to 4 KiB.
+fn validate_own(platform: &Snp, address: u64, size: PageSize) -> Result<(), TurnstileReason> {
+    let block = MappedBlock::try_new(address, size).ok_or(TurnstileReason::INTERNAL)?;
+    match platform.validate(block) {
+        Ok(()) => platform.scrub(block).map_err(|_| TurnstileReason::NOT_VALIDATED),
+        Err(ValidateError::NoChange) => Err(TurnstileReason::ALREADY_VALID),
+        Err(ValidateError::SizeMismatch) if size == PageSize::Size2M => (address
+            ..address + size.bytes())
+            .step_by(PAGE_SIZE as usize)
+            .try_for_each(|page| validate_own(platform, page, PageSize::Size4K)),
+        Err(_) => Err(TurnstileReason::PVALIDATE),
+    }
+}
+
+/// Builds the guest window: all memory with a state, except what is the paravisor's.
+fn map_guest_memory(
+    plan: &Plan,
+    launch: &Launch<'_>,
+    pool: &mut Pool,
+) -> Result<(), TurnstileReason> {
+    for range in plan.ranges() {
+        let (start, pages) = outward(*range);
+        let outer = PageRange::try_from_bytes(start.get(), pages * PAGE_SIZE)
+            .ok_or(TurnstileReason::INTERNAL)?;
+        let (below, rest) = outer.without(launch.region());
+        for piece in [below, rest] {
+            let (lower, upper) = piece.without(plan.carve_out);
+            page_tables::map_large(GUEST_WINDOW, lower, Owner::Guest, pool)?;
+            page_tables::map_large(GUEST_WINDOW, upper, Owner::Guest, pool)?;
+        }
+    }
+    Ok(())
+}
+
+/// The registry and where its public table is.
+struct MadeVcpus {
+    registry: &'static GuestRegistry,
+    table: Gpa,
+}
+
+fn make_vcpus(
+    vp_count: usize,
+    region: PageRange,
+    pool: &mut Pool,
+) -> Result<MadeVcpus, TurnstileReason> {
+    // QEMU and KVM number processors by APIC id from 0 as long as the topology has no gaps.
+    let (_, vcpus) = pool.slice(vp_count, |index| Vcpu::new(index as u32))?;
+    let (_, records) = pool.slice(Tables::records_for(vp_count), |_| None::<Record>)?;
+    let (table, shown) = pool.slice(Tables::records_for(vp_count), |_| Shown::none())?;
+    let registry = Registry::new(
+        Tables { vcpus, records, shown },
+        VmsaWindow { region },
+        GUEST_SEV_FEATURES,
+    );
+    Ok(MadeVcpus { registry: pool.leak(registry)?, table })
+}
+
+/// Makes the engine and records what is known before the guest exists.
+fn make_engine(
+    platform: &Snp,
+    launch: &Launch<'_>,
+    plan: &Plan,
+    locks: usize,
+    registry: &'static GuestRegistry,
+    pool: &mut Pool,
+) -> Result<GuestEngine, TurnstileReason> {
+    let mut made = [None; MapDescriptor::MAX_RANGES];
+    for (slot, pages) in made.iter_mut().zip(plan.ranges()) {
+        let (_, regions) = pool.slice(regions_touched(*pages) as usize, |_| Region::new())?;
+        let first = Frame::containing(pages.start().get());
+        let range = Range::try_new(first, pages.pages(), regions);
+        *slot = Some(range.map_err(|_| TurnstileReason::INTERNAL)?);
+    }
+    let first = made.first().copied().flatten().ok_or(TurnstileReason::MAP_EMPTY)?;
+    let (_, ranges) = pool.slice(plan.ranges().len(), |index| {
+        made.get(index).copied().flatten().unwrap_or(first)
+    })?;
+    let map = Map::try_new(ranges).map_err(|_| TurnstileReason::INTERNAL)?;
+    let (_, locks) = pool.slice(locks, |_| RegionLock::new())?;
+    let locks = RegionLocks::try_new(locks).map_err(|_| TurnstileReason::INTERNAL)?;
+    let backend = WindowBackend::new(*platform, registry);
+    let backend = system::backend(backend, launch.params().fault);
+    let engine = Engine::new(backend, map, locks);
+
+    let (region, _) = launch.region().without(plan.ghcbs);
+    for owned in [region, plan.carve_out] {
+        engine
+            .record_launch(
+                Frame::containing(owned.start().get()),
+                owned.pages(),
+                PageState::Owned,
+            )
+            .map_err(|_| TurnstileReason::INTERNAL)?;
+    }
+    Ok(engine)
+}
+
+/// Makes the boot processor's VMSA in a page of the region.
+fn make_vmsa(platform: &Snp, state: &Vmsa, pool: &mut Pool) -> Result<Gpa, TurnstileReason> {
+    let mut page = pool.page()?;
+    if page.is_aligned(PageSize::Size2M) {
+        // Processor erratum: a VMSA at a multiple of 2 MiB (facts: snp-isa §11).
+        page = pool.page()?;
+    }
+    let address = pool.address(page);
+    // SAFETY: the page was just taken from the pool and holds nothing.
+    unsafe { (address as *mut Vmsa).write(state.clone()) };
+    let block =
+        MappedBlock::try_new(address, PageSize::Size4K).ok_or(TurnstileReason::INTERNAL)?;
+    platform
+        .adjust(block, GUEST_VMPL, Rights::Vmsa)
+        .map_err(|_| TurnstileReason::RMPADJUST)?;
+    Ok(page)
+}
+
+/// Shows map and registry to the referee.
+fn publish_descriptor(system: &System, vcpu_table: Gpa) -> Result<(), TurnstileReason> {
+    let mut shown = MapDescriptor::new();
+    for range in system.engine.map().ranges() {
+        let pages = PageRange::try_from_frames(range.first().number(), range.last().number() + 1)
+            .ok_or(TurnstileReason::INTERNAL)?;
+        let (gpa, pages) = outward(pages);
+        let states_gpa = range.regions().as_ptr() as u64 - OWN_WINDOW;
+        if !shown.push_range(MapRange { gpa: gpa.get(), pages, states_gpa }) {
+            return Err(TurnstileReason::MAP_TOO_MANY);
+        }
+    }
+    shown.vcpu_count = system.registry.shown_count() as u32;
+    shown.vcpu_table_gpa = vcpu_table.get();
+    shown.guest_vmpl = GUEST_VMPL.number().into();
+    descriptor::publish(shown);
+    Ok(())
+}

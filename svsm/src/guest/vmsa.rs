@@ -1,0 +1,163 @@
+//! The saved state of a guest's processor, read and changed while it cannot run.
+//!
+//! A VMSA page is Owned and on record as such, so a fault on it means that the host took or
+//! replaced it: I6, the machine ends. The host may still run the VMSA at any moment while its
+//! EFER.SVME is set; [`GuestVmsa::stop`] comes before any look at it, and results are written
+//! before [`GuestVmsa::release`].
+
+use core::mem::offset_of;
+
+use accept::{AdjustFault, Frame};
+use protocols::addr::{Gpa, PAGE_SIZE};
+use protocols::exit_code::ExitCode;
+use protocols::terminate::TurnstileReason;
+use protocols::vmsa::{Efer, SevFeatures, Vmsa};
+
+use crate::memory::layout::PageRange;
+use crate::memory::{access, guest_map};
+use crate::platform::AccessFault;
+use crate::protocol::{Registers, Unreachable, VmsaClaims, VmsaPages};
+use super::GUEST_VMPL;
+use crate::system::{self, GuestEngine};
+use crate::terminate::terminate;
+use crate::vcpus::VmsaControl;
+
+/// A VMSA page, by where it is mapped.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestVmsa {
+    address: u64,
+}
+
+impl GuestVmsa {
+    /// Makes the processor impossible to run: VMRUN refuses a VMSA without SVME.
+    pub fn stop(self) {
+        on_record(access::clear_bits(self.field(Vmsa::EFER_OFFSET), Efer::SVME.bits()));
+    }
+
+    /// Makes the processor runnable again. Everything the guest shall see is written already.
+    pub fn release(self) {
+        on_record(access::set_bits(self.field(Vmsa::EFER_OFFSET), Efer::SVME.bits()));
+    }
+
+    /// Why the processor stopped last.
+    #[must_use]
+    pub fn exit_code(self) -> ExitCode {
+        ExitCode(self.load(offset_of!(Vmsa, guest_exit_code)))
+    }
+
+    /// The registers of a call; the processor is stopped.
+    #[must_use]
+    pub fn registers(self) -> Registers {
+        Registers {
+            rax: self.load(offset_of!(Vmsa, rax)),
+            rcx: self.load(offset_of!(Vmsa, rcx)),
+            rdx: self.load(offset_of!(Vmsa, rdx)),
+            r8: self.load(offset_of!(Vmsa, r8)),
+            r9: self.load(offset_of!(Vmsa, r9)),
+        }
+    }
+
+    /// Writes the results of a call; the processor is stopped.
+    pub fn set_registers(self, registers: &Registers) {
+        self.store(offset_of!(Vmsa, rax), registers.rax);
+        self.store(offset_of!(Vmsa, rcx), registers.rcx);
+        self.store(offset_of!(Vmsa, rdx), registers.rdx);
+        self.store(offset_of!(Vmsa, r8), registers.r8);
+        self.store(offset_of!(Vmsa, r9), registers.r9);
+    }
+
+    /// Forces the next VMRUN to drop all translations (APM 15.36.15).
+    pub fn owe_flush(self) {
+        self.store(offset_of!(Vmsa, pcpu_id), 0);
+    }
+
+    /// Whether a flush owed since [`GuestVmsa::owe_flush`] has happened: the processor was run.
+    #[must_use]
+    pub fn has_flushed(self) -> bool {
+        self.load(offset_of!(Vmsa, pcpu_id)) != 0
+    }
+
+    fn field(self, offset: usize) -> u64 {
+        self.address + offset as u64
+    }
+
+    fn load(self, offset: usize) -> u64 {
+        on_record(access::load_u64(self.field(offset)))
+    }
+
+    fn store(self, offset: usize, value: u64) {
+        on_record(access::store_u64(self.field(offset), value));
+    }
+}
+
+/// Where VMSA pages are mapped: those of the region one to one, the guest's in the window.
+#[derive(Clone, Copy, Debug)]
+pub struct VmsaWindow {
+    /// The paravisor's region.
+    pub region: PageRange,
+}
+
+impl VmsaWindow {
+    /// The VMSA in this page, which is on record as one.
+    #[must_use]
+    pub fn vmsa(self, page: Frame) -> GuestVmsa {
+        let gpa = Gpa::new(page.gpa());
+        let address = if (self.region.start()..self.region.end()).contains(&gpa) {
+            gpa.get()
+        } else {
+            on_record(guest_map::address(gpa, PAGE_SIZE))
+        };
+        GuestVmsa { address }
+    }
+}
+
+impl VmsaControl for VmsaWindow {
+    fn stop(&self, vmsa: Frame) {
+        self.vmsa(vmsa).stop();
+    }
+
+    fn release(&self, vmsa: Frame) {
+        self.vmsa(vmsa).release();
+    }
+
+    fn owe_flush(&self, vmsa: Frame) {
+        self.vmsa(vmsa).owe_flush();
+    }
+
+    fn has_flushed(&self, vmsa: Frame) -> bool {
+        self.vmsa(vmsa).has_flushed()
+    }
+}
+
+/// Pages that the guest wants to be VMSAs.
+#[derive(Clone, Copy)]
+pub struct NewVmsas {
+    /// Its backend has the instruction.
+    pub engine: &'static GuestEngine,
+}
+
+impl VmsaPages for NewVmsas {
+    fn guest_vmpl(&self) -> u8 {
+        GUEST_VMPL.number()
+    }
+
+    fn claims(&self, vmsa: Frame) -> Result<VmsaClaims, Unreachable> {
+        let page = guest_map::address(Gpa::new(vmsa.gpa()), PAGE_SIZE).map_err(|_| Unreachable)?;
+        let load = |offset| access::load_u64(page + offset as u64).map_err(|_| Unreachable);
+        Ok(VmsaClaims {
+            vmpl: access::load_u8(page + offset_of!(Vmsa, vmpl) as u64)
+                .map_err(|_| Unreachable)?,
+            efer: Efer(load(Vmsa::EFER_OFFSET)?),
+            sev_features: SevFeatures(load(offset_of!(Vmsa, sev_features))?),
+        })
+    }
+
+    fn make_vmsa(&self, vmsa: Frame) -> Result<(), AdjustFault> {
+        system::window_backend(self.engine).make_vmsa(Gpa::new(vmsa.gpa()))
+    }
+}
+
+/// I6: a page that the map says is valid and ours faulted.
+fn on_record<T>(result: Result<T, AccessFault>) -> T {
+    result.unwrap_or_else(|_| terminate(TurnstileReason::NOT_VALIDATED))
+}

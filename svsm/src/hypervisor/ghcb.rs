@@ -1,0 +1,150 @@
+//! The GHCB page: requests too large for a register (GHCB 4).
+//!
+//! One page per processor, shared with the host, so its contents may change at any moment. It
+//! is only touched by volatile accesses of single fields; there is no reference to it. Fields of
+//! a reply count only if the host marked them valid.
+//!
+//! Getting one: the page was never validated, so there is nothing to rescind. The host makes it
+//! shared, the mapping loses its C-bit, the page is zeroed, its address registered.
+#![expect(unsafe_code, reason = "volatile access to a page shared with the host")]
+
+use core::ptr;
+
+use protocols::addr::{Gpa, PAGE_SIZE, Vmpl};
+use protocols::exit_code::ExitCode;
+use protocols::ghcb::PROTOCOL_VERSION;
+use protocols::ghcb::event::{ApCreation, ApRequest, IoDirection, IoInfo, IoWidth};
+use protocols::ghcb::page::{
+    self, Field, Ghcb as GhcbPage, Response, USAGE_STANDARD, ValidBitmap,
+};
+use protocols::terminate::TurnstileReason;
+
+use super::{Hypervisor, Start, VcpuRequest, msr};
+use crate::memory::page_tables::{self, Alias};
+use crate::platform::snp;
+
+/// The channel of one processor.
+#[derive(Debug)]
+pub struct Ghcb {
+    /// Where the page is, in both address spaces (it lies in the region, mapped one to one).
+    gpa: Gpa,
+}
+
+impl Ghcb {
+    /// Turns a page of the region into the running processor's GHCB.
+    ///
+    /// # Errors
+    ///
+    /// One of the GHCB reasons: the host refused or lied.
+    ///
+    /// # Safety
+    ///
+    /// `gpa` is a page of the region that was never validated and is nobody else's.
+    pub unsafe fn establish(gpa: Gpa) -> Result<Self, TurnstileReason> {
+        msr::share_page(gpa)?;
+        page_tables::set_alias(gpa, Alias::Shared)?;
+        // SAFETY: the page is mapped writable and, by the contract, nobody else's.
+        unsafe { ptr::write_bytes(gpa.get() as *mut u8, 0, PAGE_SIZE as usize) };
+        msr::register_ghcb(gpa)?;
+        let ghcb = Self { gpa };
+        ghcb.select();
+        Ok(ghcb)
+    }
+
+    /// Puts the page's address into the MSR, where requests of the MSR protocol removed it.
+    fn select(&self) {
+        snp::write_ghcb_msr(self.gpa.get());
+    }
+
+    /// Writes a value of the page.
+    fn write<T: zerocopy::IntoBytes>(&self, offset: usize, value: T) {
+        debug_assert!(offset + size_of::<T>() <= PAGE_SIZE as usize);
+        // SAFETY: every offset comes from the layout of the page, which is mapped for ever.
+        unsafe { ((self.gpa.get() as usize + offset) as *mut T).write_volatile(value) }
+    }
+
+    /// Reads a value of the page, once.
+    fn read<T: zerocopy::FromBytes>(&self, offset: usize) -> T {
+        debug_assert!(offset + size_of::<T>() <= PAGE_SIZE as usize);
+        // SAFETY: every offset comes from the layout of the page, which is mapped for ever; any
+        // bytes are a value of T.
+        unsafe { ((self.gpa.get() as usize + offset) as *const T).read_volatile() }
+    }
+
+    /// Sends an event with these fields and checks the general part of the reply. `refused` is
+    /// the reason when the host calls the request malformed.
+    fn request(
+        &self,
+        event: ExitCode,
+        info_1: u64,
+        info_2: u64,
+        rax: Option<u64>,
+        refused: TurnstileReason,
+    ) -> Result<(), TurnstileReason> {
+        let mut valid = ValidBitmap::default();
+        let mut put = |field: Field, value: u64| {
+            self.write(field.offset(), value);
+            valid.insert(field);
+        };
+        put(Field::EXIT_CODE, event.0);
+        put(Field::EXIT_INFO_1, info_1);
+        put(Field::EXIT_INFO_2, info_2);
+        if let Some(rax) = rax {
+            put(Field::RAX, rax);
+        }
+        self.write(page::VALID_BITMAP_OFFSET, valid.0);
+        self.write(page::PROTOCOL_VERSION_OFFSET, PROTOCOL_VERSION);
+        self.write(page::USAGE_OFFSET, USAGE_STANDARD);
+        self.select();
+        // SAFETY: the MSR holds the address of this page, which was just filled.
+        unsafe { snp::vmgexit() };
+
+        let valid = ValidBitmap(self.read(page::VALID_BITMAP_OFFSET));
+        if !valid.contains(Field::EXIT_INFO_1) {
+            return Err(TurnstileReason::GHCB_REPLY);
+        }
+        let info_1: u64 = self.read(Field::EXIT_INFO_1.offset());
+        match Response(info_1 as u32) {
+            Response::NO_ACTION => Ok(()),
+            Response::EXCEPTION => Err(TurnstileReason::GHCB_MALFORMED),
+            Response::MALFORMED => Err(refused),
+            _ => Err(TurnstileReason::GHCB_REPLY),
+        }
+    }
+}
+
+const _: () = assert!(size_of::<GhcbPage>() == PAGE_SIZE as usize);
+
+impl Hypervisor for Ghcb {
+    fn run_vmpl(&self, vmpl: Vmpl) -> Result<(), TurnstileReason> {
+        let number = u64::from(vmpl.number());
+        self.request(ExitCode::RUN_VMPL, number, 0, None, TurnstileReason::RUN_VMPL)
+    }
+
+    fn create_vcpu(&self, request: VcpuRequest) -> Result<(), TurnstileReason> {
+        let kind = match request.start {
+            Start::Later => ApRequest::CREATE_ON_INIT,
+            Start::Now => ApRequest::CREATE,
+        };
+        let info_1 =
+            ApCreation { request: kind, vmpl: request.vmpl, apic_id: request.apic_id }.encode();
+        self.request(
+            ExitCode::AP_CREATION,
+            info_1,
+            request.vmsa.get(),
+            Some(request.sev_features),
+            TurnstileReason::AP_CREATION,
+        )
+    }
+
+    fn write_port(&self, port: u16, value: u8) -> Result<(), TurnstileReason> {
+        let IoInfo(info_1) = IoInfo::single(port, IoDirection::Out, IoWidth::Byte);
+        self.request(
+            ExitCode::IOIO,
+            info_1,
+            0,
+            Some(value.into()),
+            TurnstileReason::GHCB_MALFORMED,
+        )
+    }
+}

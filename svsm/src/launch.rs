@@ -1,0 +1,158 @@
+//! The launch parameters, checked.
+//!
+//! They are measured with the image, so a wrong value is a wrong image and not an attack; it
+//! still ends with a reason. Addresses in them are used without further checks afterwards.
+
+use protocols::addr::PAGE_SIZE;
+use protocols::launch::{
+    AcceptPolicy, Fault, LaunchParams, MEMORY_MAP_SIZE, REGION_GPA, REGION_SIZE, Section,
+};
+use protocols::terminate::TurnstileReason;
+
+use crate::memory::layout::PageRange;
+
+/// First address above the firmware.
+const FIRMWARE_END: u64 = 1 << 32;
+
+/// Launch parameters that make sense.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    params: &'a LaunchParams,
+    region: PageRange,
+    unlaunched: PageRange,
+    firmware: PageRange,
+}
+
+impl<'a> Launch<'a> {
+    /// Takes the page if it fits this paravisor.
+    ///
+    /// # Errors
+    ///
+    /// [`TurnstileReason::LAUNCH_PARAMS`].
+    pub fn check(params: &'a LaunchParams) -> Result<Self, TurnstileReason> {
+        Self::check_inner(params).ok_or(TurnstileReason::LAUNCH_PARAMS)
+    }
+
+    fn check_inner(params: &'a LaunchParams) -> Option<Self> {
+        let fits = params.is_understood()
+            && params.region_gpa == REGION_GPA
+            && params.region_size == REGION_SIZE
+            && params.memory_map_size == MEMORY_MAP_SIZE
+            && params.accept_policy == AcceptPolicy::LAZY
+            && (params.fault == Fault::NONE || cfg!(feature = "faults"));
+        if !fits {
+            return None;
+        }
+        let region = PageRange::try_from_bytes(params.region_gpa, params.region_size)?;
+        let launched_size = params.image_end.checked_sub(params.region_gpa)?;
+        let launched = PageRange::try_from_bytes(params.region_gpa, launched_size)?;
+        let unlaunched = PageRange::try_from_frames(launched.end_frame(), region.end_frame())?;
+        let inside = [
+            (params.page_table_root, PAGE_SIZE),
+            (params.secrets_gpa, PAGE_SIZE),
+            (params.cpuid_gpa, PAGE_SIZE),
+            (params.memory_map_gpa, params.memory_map_size),
+            (params.general_gpa, PAGE_SIZE),
+        ];
+        for (gpa, size) in inside {
+            if !launched.contains(PageRange::try_from_bytes(gpa, size)?) {
+                return None;
+            }
+        }
+        let firmware = PageRange::try_from_bytes(params.firmware_gpa, params.firmware_size)?;
+        let at_top = firmware.end().get() == FIRMWARE_END && !firmware.is_empty();
+        at_top.then_some(Self { params, region, unlaunched, firmware })
+    }
+
+    /// The page itself.
+    #[must_use]
+    pub const fn params(&self) -> &'a LaunchParams {
+        self.params
+    }
+
+    /// All of the paravisor's region.
+    #[must_use]
+    pub const fn region(&self) -> PageRange {
+        self.region
+    }
+
+    /// The part of the region that was not launched: it is not validated yet.
+    #[must_use]
+    pub const fn unlaunched(&self) -> PageRange {
+        self.unlaunched
+    }
+
+    /// The firmware image, which was launched.
+    #[must_use]
+    pub const fn firmware(&self) -> PageRange {
+        self.firmware
+    }
+
+    /// The areas the firmware wants prepared.
+    #[must_use]
+    pub fn sections(&self) -> &'a [Section] {
+        self.params.sections()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> LaunchParams {
+        let mut params = LaunchParams::new();
+        params.region_gpa = REGION_GPA;
+        params.region_size = REGION_SIZE;
+        params.image_end = REGION_GPA + 0x8_0000;
+        params.page_table_root = REGION_GPA + 0x7_0000;
+        params.secrets_gpa = REGION_GPA + 0x7_1000;
+        params.cpuid_gpa = REGION_GPA + 0x7_2000;
+        params.memory_map_gpa = REGION_GPA + 0x7_3000;
+        params.memory_map_size = MEMORY_MAP_SIZE;
+        params.general_gpa = REGION_GPA + 0x7_7000;
+        params.firmware_gpa = 0xFFC0_0000;
+        params.firmware_size = 0x40_0000;
+        params
+    }
+
+    #[test]
+    fn a_sound_page_tells_the_ranges() {
+        let params = good();
+        let launch = Launch::check(&params).unwrap();
+        assert_eq!(launch.region().bytes(), REGION_SIZE);
+        assert_eq!(launch.unlaunched().start().get(), REGION_GPA + 0x8_0000);
+        assert_eq!(launch.unlaunched().end(), launch.region().end());
+        assert_eq!(launch.firmware().bytes(), 0x40_0000);
+    }
+
+    #[test]
+    fn a_wrong_page_is_refused() {
+        let spoil: [fn(&mut LaunchParams); 12] = [
+            |p| p.magic[0] ^= 1,
+            |p| p.version += 1,
+            |p| p.region_gpa += 0x1000,
+            |p| p.image_end = REGION_GPA - 0x1000,
+            |p| p.image_end = REGION_GPA + REGION_SIZE + 0x1000,
+            |p| p.secrets_gpa += 1,
+            |p| p.cpuid_gpa = p.image_end,
+            |p| p.memory_map_gpa = p.image_end - 0x1000,
+            |p| p.firmware_size = 0,
+            |p| p.firmware_gpa += 0x1000,
+            |p| p.accept_policy = AcceptPolicy(77),
+            |p| p.section_count = 33,
+        ];
+        for (index, change) in spoil.into_iter().enumerate() {
+            let mut params = good();
+            change(&mut params);
+            let reason = Launch::check(&params).err();
+            assert_eq!(reason, Some(TurnstileReason::LAUNCH_PARAMS), "change {index}");
+        }
+    }
+
+    #[test]
+    fn a_fault_needs_a_test_build() {
+        let mut params = good();
+        params.fault = Fault::SKIP_SCRUB;
+        assert_eq!(Launch::check(&params).is_ok(), cfg!(feature = "faults"));
+    }
+}

@@ -1,0 +1,35 @@
+//! The end: asking the host to stop the machine, with a reason.
+//!
+//! Works from the first instruction on, needs no GHCB page and no memory. A host that does not
+//! stop the machine gets a processor that asks again for ever and does nothing else.
+#![expect(unsafe_code, reason = "leaves to the host")]
+
+use core::panic::PanicInfo;
+
+use log::error;
+use protocols::ghcb::msr::Request;
+use protocols::terminate::{Reason, TurnstileReason};
+use x86_64::instructions::hlt;
+
+use crate::console;
+use crate::platform::snp;
+
+/// Stops the machine for one of the paravisor's own reasons.
+pub fn terminate(reason: TurnstileReason) -> ! {
+    let reason = Reason::turnstile(reason);
+    error!("terminating: {reason}");
+    console::shut();
+    loop {
+        snp::write_ghcb_msr(Request::Terminate(reason).encode());
+        // SAFETY: the MSR holds a request of the MSR protocol.
+        unsafe { snp::vmgexit() };
+        hlt();
+    }
+}
+
+/// A bug of ours. The message goes to the log, the reason to the host.
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    error!("{info}");
+    terminate(TurnstileReason::INTERNAL)
+}
