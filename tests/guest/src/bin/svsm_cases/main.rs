@@ -1,0 +1,83 @@
+//! `svsm_cases`: judges the paravisor from VMPL1, in the place of the firmware.
+//!
+//! Packed as a firmware image, started by the paravisor as it would start OVMF. The tables hold
+//! every SVSM call a guest can get right and every way to get one wrong: the exact result code,
+//! the exact `next`, and the proof that a refused request changed nothing, which comes from
+//! the machine (RMP entries, counted instructions) and not from the paravisor.
+//!
+//! After every case the machine compares its RMP with the paravisor's map, page by page.
+//!
+//! The machine must be run with `oracle=on` and `referee=`; either `backing` will do.
+
+#![cfg_attr(target_os = "none", no_std, no_main)]
+#![cfg_attr(
+    target_os = "none",
+    expect(
+        clippy::result_large_err,
+        reason = "there is no heap for findings, and one ends its case: its size costs nothing"
+    )
+)]
+
+#[cfg(target_os = "none")]
+mod accept;
+#[cfg(target_os = "none")]
+mod bad_entries;
+#[cfg(target_os = "none")]
+mod bad_lists;
+#[cfg(target_os = "none")]
+mod protocols_and_calls;
+#[cfg(target_os = "none")]
+mod remap_ca;
+#[cfg(target_os = "none")]
+mod reset;
+#[cfg(target_os = "none")]
+mod setup;
+#[cfg(target_os = "none")]
+mod vcpus;
+
+#[cfg(target_os = "none")]
+extern "C" fn main() -> ! {
+    use guest::console::{self, Console, Exit};
+    use guest::harness::{self, expect};
+    use guest::{insn, oracle, svsm, trap};
+    use protocols::ghcb::event::IoWidth;
+
+    trap::install();
+    console::attach(|port, width, value| {
+        // With vc=direct the host lets VMPL1 use its ports; there is no other way to complain
+        // if it does not.
+        let _ = match width {
+            IoWidth::Byte => insn::out8(port, value as u8),
+            _ => insn::out32(port, value),
+        };
+    });
+    svsm::use_calling_area(setup::first_calling_area());
+    let tally = harness::run(
+        &[
+            protocols_and_calls::CASES,
+            accept::CASES,
+            bad_lists::CASES,
+            bad_entries::CASES,
+            remap_ca::CASES,
+            vcpus::CASES,
+        ],
+        || {
+            expect(
+                "pages on which map and RMP disagree",
+                oracle::disagreements(),
+                0,
+            )
+        },
+        &mut Console,
+    );
+    console::exit(if tally.failed == 0 {
+        Exit::Passed
+    } else {
+        Exit::Failed
+    })
+}
+
+#[cfg(not(target_os = "none"))]
+fn main() {
+    eprintln!("svsm_cases runs on the emulated machine only: see `cargo xtask test`");
+}

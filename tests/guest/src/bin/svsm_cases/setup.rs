@@ -1,0 +1,169 @@
+//! What the tables share: entries, pages in a wanted state, and the proof that nothing changed.
+
+use guest::harness::{Finding, Verdict, expect};
+use guest::svsm::{self, Outcome};
+use guest::{memory, oracle};
+use protocols::addr::{Gpa, PAGE_SIZE, PageSize};
+use protocols::oracle::{Counter, PageFlags};
+use protocols::svsm::{PvalidateAction, PvalidateEntry, ResultCode};
+
+use crate::reset;
+
+/// Offsets in the secrets page (svsm.md §1).
+mod secrets {
+    pub const SVSM_BASE: u64 = 0x140;
+    pub const SVSM_SIZE: u64 = 0x148;
+    pub const SVSM_CAA: u64 = 0x150;
+    pub const SVSM_MAX_VERSION: u64 = 0x158;
+}
+
+fn secret(offset: u64) -> u64 {
+    memory::read(reset::SECRETS + offset)
+        .unwrap_or_else(|finding| panic!("the secrets page cannot be read: {finding}"))
+}
+
+/// The calling area the secrets page names.
+pub fn first_calling_area() -> Gpa {
+    Gpa::new(secret(secrets::SVSM_CAA))
+}
+
+/// First byte and size of the paravisor's range, as the secrets page has them.
+pub fn paravisor() -> (Gpa, u64) {
+    (
+        Gpa::new(secret(secrets::SVSM_BASE)),
+        secret(secrets::SVSM_SIZE),
+    )
+}
+
+/// Highest version of the core protocol and the guest's VMPL, as the secrets page has them.
+pub fn version_and_vmpl() -> (u32, u8) {
+    let word = secret(secrets::SVSM_MAX_VERSION);
+    (word as u32, (word >> 32) as u8)
+}
+
+/// The first quadword of a VMPCK in the guest's secrets page.
+pub fn vmpck(level: u64) -> u64 {
+    const VMPCK0: u64 = 0x20;
+    const SIZE: u64 = 32;
+    secret(VMPCK0 + level * SIZE)
+}
+
+/// Memory that is none: the PCI hole of q35 with `-m 4G`, no device at its start.
+pub const NO_MEMORY: Gpa = Gpa::new(0xE000_0000);
+
+/// An entry that validates.
+pub const fn validate(gpa: Gpa, size: PageSize) -> PvalidateEntry {
+    PvalidateEntry::new(gpa, size, PvalidateAction::Validate, false)
+}
+
+/// An entry that rescinds.
+pub const fn rescind(gpa: Gpa, size: PageSize) -> PvalidateEntry {
+    PvalidateEntry::new(gpa, size, PvalidateAction::Rescind, false)
+}
+
+/// The same entry, with "was so already" ignored.
+pub const fn ignoring(entry: PvalidateEntry) -> PvalidateEntry {
+    PvalidateEntry(entry.0 | 1 << 3)
+}
+
+/// PVALIDATE of one list from its start, which must end like this.
+pub fn expect_pvalidate(entries: &[PvalidateEntry], result: ResultCode, next: u16) -> Verdict {
+    expect(
+        "PVALIDATE",
+        svsm::pvalidate(entries)?,
+        Outcome { result, next },
+    )
+}
+
+/// PVALIDATE of one list that must succeed.
+pub fn done(entries: &[PvalidateEntry]) -> Verdict {
+    expect_pvalidate(entries, ResultCode::SUCCESS, entries.len() as u16)
+}
+
+/// A page that was accepted.
+pub fn accepted_page() -> Result<Gpa, Finding> {
+    let page = memory::fresh_page();
+    done(&[validate(page, PageSize::Size4K)])?;
+    Ok(page)
+}
+
+/// A 2 MiB region that was accepted.
+pub fn accepted_region() -> Result<Gpa, Finding> {
+    let region = memory::fresh_region();
+    done(&[validate(region, PageSize::Size2M)])?;
+    Ok(region)
+}
+
+/// All the guest's permissions on a page it owns, nothing below it.
+pub const GUESTS: [u8; 4] = [0xF, 0xF, 0, 0];
+
+/// Demands that the RMP says: the guest's page, validated, full permissions, no VMSA.
+pub fn expect_guests(gpa: Gpa) -> Verdict {
+    let page = oracle::page(gpa);
+    let mask = PageFlags::ASSIGNED | PageFlags::VALIDATED | PageFlags::VMSA;
+    expect(
+        "RMP flags",
+        page.flags & mask,
+        PageFlags::ASSIGNED | PageFlags::VALIDATED,
+    )?;
+    expect("permissions", page.permissions, GUESTS)
+}
+
+/// Demands that the page is not validated and that the guest has no permissions on it.
+pub fn expect_not_accepted(gpa: Gpa) -> Verdict {
+    let page = oracle::page(gpa);
+    expect(
+        "validated",
+        page.flags.contains(PageFlags::VALIDATED),
+        false,
+    )?;
+    expect("permissions of VMPL1", page.permissions[1], 0)
+}
+
+/// Demands that `request` leaves the RMP entries of `pages` as they are and executes no
+/// PVALIDATE.
+pub fn pages_unchanged(pages: &[Gpa], request: impl FnOnce() -> Verdict) -> Verdict {
+    const MAX: usize = 8;
+    assert!(pages.len() <= MAX, "at most {MAX} pages are watched");
+    let mut before = [oracle::Page {
+        flags: PageFlags::empty(),
+        permissions: [0; 4],
+    }; MAX];
+    for (slot, &gpa) in before.iter_mut().zip(pages) {
+        *slot = oracle::page(gpa);
+    }
+    let executed = oracle::pvalidates();
+    request()?;
+    expect("PVALIDATEs executed", oracle::pvalidates(), executed)?;
+    for (&was, &gpa) in before.iter().zip(pages) {
+        expect("RMP entry", (gpa, oracle::page(gpa)), (gpa, was))?;
+    }
+    Ok(())
+}
+
+/// The same, and that the paravisor executes no RMPADJUST either: a request refused before
+/// anything is tried.
+pub fn unchanged(pages: &[Gpa], request: impl FnOnce() -> Verdict) -> Verdict {
+    let adjusted = oracle::counter(Counter::RMPADJUST);
+    pages_unchanged(pages, request)?;
+    expect(
+        "RMPADJUSTs executed",
+        oracle::counter(Counter::RMPADJUST),
+        adjusted,
+    )
+}
+
+/// A request that must fail with `result` and `next`, and leave `pages` alone.
+pub fn refused(
+    entries: &[PvalidateEntry],
+    result: ResultCode,
+    next: u16,
+    pages: &[Gpa],
+) -> Verdict {
+    unchanged(pages, || expect_pvalidate(entries, result, next))
+}
+
+/// Demands that the page is as new: every line zero.
+pub fn expect_zero_page(gpa: Gpa) -> Verdict {
+    memory::expect_zero(memory::private(gpa), PAGE_SIZE)
+}

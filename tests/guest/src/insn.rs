@@ -1,0 +1,355 @@
+//! One function per instruction, with exceptions as values (see [`crate::trap`]).
+//!
+//! Encodings: snp-isa.md §1. Operands that the hardware documents as reserved are passed
+//! through unchanged, because the cases try them.
+
+#![expect(unsafe_code, reason = "privileged and SNP instructions")]
+
+use core::arch::asm;
+
+use crate::trap::{self, Trap};
+
+/// The model-specific register with the GHCB address or request (APM 15.35.7).
+pub const GHCB_MSR: u32 = 0xC001_0130;
+
+/// Assembles `$code` with an entry in the fix-up table and its operands. The entry covers the
+/// first instruction of `$code`.
+macro_rules! guarded {
+    ($code:literal, $($operands:tt)*) => {
+        asm!(
+            "2:",
+            $code,
+            "3:",
+            ".pushsection .fixups, \"a\"",
+            ".balign 8",
+            ".quad 2b, 3b",
+            ".popsection",
+            $($operands)*
+        )
+    };
+}
+
+/// Page size operand of the RMP instructions: 4 KiB.
+pub const SIZE_4K: u64 = 0;
+/// Page size operand of the RMP instructions: 2 MiB.
+pub const SIZE_2M: u64 = 1;
+
+/// What PVALIDATE left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pvalidated {
+    /// Return code.
+    pub eax: u32,
+    /// CF: with code 0, the page had the wanted state already. False for any other code,
+    /// because CF means nothing there.
+    pub no_change: bool,
+}
+
+impl Pvalidated {
+    /// Done, state changed.
+    pub const DONE: Self = Self {
+        eax: 0,
+        no_change: false,
+    };
+    /// Done, nothing to change (CF=1).
+    pub const NO_CHANGE: Self = Self {
+        eax: 0,
+        no_change: true,
+    };
+
+    /// Failed with a return code.
+    #[must_use]
+    pub const fn failed(eax: u32) -> Self {
+        Self {
+            eax,
+            no_change: false,
+        }
+    }
+}
+
+/// PVALIDATE with RAX=`address`, ECX=`size`, EDX=`action`.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn pvalidate(address: u64, size: u64, action: u64) -> Result<Pvalidated, Trap> {
+    let mut rax = address;
+    let carry: u8;
+    // SAFETY: changes the acceptance of a page the caller names; the cases only name pages
+    // that hold no Rust object, and a fault is fixed up.
+    unsafe {
+        asm!(
+            // An instruction that faults sets nothing: start with a known CF.
+            "clc",
+            "2:",
+            ".byte 0xF2, 0x0F, 0x01, 0xFF",
+            "3:",
+            "setc {carry}",
+            ".pushsection .fixups, \"a\"",
+            ".balign 8",
+            ".quad 2b, 3b",
+            ".popsection",
+            carry = out(reg_byte) carry,
+            inout("rax") rax,
+            in("rcx") size,
+            in("rdx") action,
+        );
+    }
+    let eax = rax as u32;
+    trap::result(Pvalidated {
+        eax,
+        no_change: eax == 0 && carry != 0,
+    })
+}
+
+/// RMPADJUST with RAX=`address`, RCX=`size`, RDX=`attributes`; returns EAX.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn rmpadjust(address: u64, size: u64, attributes: u64) -> Result<u32, Trap> {
+    let mut rax = address;
+    // SAFETY: changes permissions of other VMPLs on a page the caller names; a fault is fixed
+    // up.
+    unsafe {
+        guarded!(".byte 0xF3, 0x0F, 0x01, 0xFE",
+            inout("rax") rax, in("rcx") size, in("rdx") attributes);
+    }
+    trap::result(rax as u32)
+}
+
+/// What RMPQUERY left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queried {
+    /// Return code.
+    pub eax: u32,
+    /// RDX: bits 15:8 permissions, bit 16 VMSA.
+    pub attributes: u64,
+    /// RCX: page size.
+    pub size: u64,
+}
+
+/// RMPQUERY with RAX=`address`, RDX=`vmpl`.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn rmpquery(address: u64, vmpl: u64) -> Result<Queried, Trap> {
+    let (mut rax, mut rcx, mut rdx) = (address, 0_u64, vmpl);
+    // SAFETY: reads the RMP entry of a page; a fault is fixed up.
+    unsafe {
+        guarded!(".byte 0xF3, 0x0F, 0x01, 0xFD", inout("rax") rax, inout("rcx") rcx,
+            inout("rdx") rdx);
+    }
+    trap::result(Queried {
+        eax: rax as u32,
+        attributes: rdx,
+        size: rcx,
+    })
+}
+
+/// Attribute operand of RMPADJUST.
+#[must_use]
+pub const fn attributes(vmpl: u64, permissions: u64, vmsa: bool) -> u64 {
+    vmpl | permissions << 8 | (vmsa as u64) << 16
+}
+
+/// Reads eight bytes at a virtual address.
+///
+/// # Errors
+///
+/// The exception the access raised.
+pub fn load(address: u64) -> Result<u64, Trap> {
+    let mut value = 0_u64;
+    // SAFETY: a read of memory; a fault is fixed up. Devices are not named by the cases.
+    unsafe {
+        guarded!("mov {value}, qword ptr [{address}]",
+            value = inout(reg) value, address = in(reg) address, options(nostack));
+    }
+    trap::result(value)
+}
+
+/// Writes eight bytes at a virtual address.
+///
+/// # Errors
+///
+/// The exception the access raised.
+pub fn store(address: u64, value: u64) -> Result<(), Trap> {
+    // SAFETY: the cases name pages that hold no Rust object; a fault is fixed up.
+    unsafe {
+        guarded!("mov qword ptr [{address}], {value}",
+            value = in(reg) value, address = in(reg) address, options(nostack));
+    }
+    trap::result(())
+}
+
+/// Calls a subroutine at a virtual address and returns its RAX.
+///
+/// # Errors
+///
+/// The exception of the first fetch, if it fails.
+///
+/// # Safety
+///
+/// 1. If the fetch succeeds, a subroutine of the C calling convention stands there.
+pub unsafe fn call(address: u64) -> Result<u64, Trap> {
+    let value: u64;
+    trap::watch_fetch(Some(address));
+    // SAFETY: by point 1 the subroutine returns and keeps the calling convention; if its first
+    // byte cannot be fetched the handler returns to behind the call.
+    unsafe {
+        asm!("call {address}", address = in(reg) address, lateout("rax") value,
+            clobber_abi("C"));
+    }
+    trap::watch_fetch(None);
+    trap::result(value)
+}
+
+/// The four registers CPUID answers in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuidResult {
+    /// EAX.
+    pub eax: u32,
+    /// EBX.
+    pub ebx: u32,
+    /// ECX.
+    pub ecx: u32,
+    /// EDX.
+    pub edx: u32,
+}
+
+/// CPUID.
+///
+/// # Errors
+///
+/// The exception it raised (#VC where the platform reflects it).
+pub fn cpuid(leaf: u32, subleaf: u32) -> Result<CpuidResult, Trap> {
+    let (mut eax, mut ecx, mut edx) = (leaf, subleaf, 0_u32);
+    let mut rbx = 0_u64;
+    // SAFETY: CPUID changes registers only; RBX is kept because the compiler may use it.
+    unsafe {
+        asm!(
+            "xchg rbx, {rbx}",
+            "2:",
+            "cpuid",
+            "3:",
+            "xchg rbx, {rbx}",
+            ".pushsection .fixups, \"a\"",
+            ".balign 8",
+            ".quad 2b, 3b",
+            ".popsection",
+            rbx = inout(reg) rbx,
+            inout("eax") eax,
+            inout("ecx") ecx,
+            inout("edx") edx,
+        );
+    }
+    trap::result(CpuidResult {
+        eax,
+        ebx: rbx as u32,
+        ecx,
+        edx,
+    })
+}
+
+/// RDMSR.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn rdmsr(register: u32) -> Result<u64, Trap> {
+    let (mut low, mut high) = (0_u32, 0_u32);
+    // SAFETY: the registers the cases read have no side effect on reading.
+    unsafe {
+        guarded!("rdmsr", in("ecx") register, inout("eax") low, inout("edx") high,
+            options(nomem, nostack));
+    }
+    trap::result(u64::from(high) << 32 | u64::from(low))
+}
+
+/// WRMSR.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn wrmsr(register: u32, value: u64) -> Result<(), Trap> {
+    // SAFETY: the cases write the GHCB register and registers that must be refused.
+    unsafe {
+        guarded!("wrmsr", in("ecx") register, in("eax") value as u32,
+            in("edx") (value >> 32) as u32, options(nostack));
+    }
+    trap::result(())
+}
+
+/// OUT of one byte.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn out8(port: u16, value: u8) -> Result<(), Trap> {
+    // SAFETY: the ports used are the second serial port's.
+    unsafe {
+        guarded!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack));
+    }
+    trap::result(())
+}
+
+/// OUT of four bytes.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn out32(port: u16, value: u32) -> Result<(), Trap> {
+    // SAFETY: the port used is the debug exit.
+    unsafe {
+        guarded!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack));
+    }
+    trap::result(())
+}
+
+/// UD2.
+///
+/// # Errors
+///
+/// #UD, always.
+pub fn undefined() -> Result<(), Trap> {
+    // SAFETY: raises #UD, which is fixed up.
+    unsafe { guarded!("ud2", options(nomem, nostack)) };
+    trap::result(())
+}
+
+/// VMGEXIT without touching the GHCB register.
+pub fn vmgexit() {
+    // SAFETY: a request the caller has prepared; all guest registers are kept by the
+    // protocol (GHCB 2.1).
+    unsafe { asm!(".byte 0xF3, 0x0F, 0x01, 0xD9", options(nostack)) };
+}
+
+/// VMGEXIT with RAX=`rax`; returns RAX, which whoever serves the request may have changed.
+pub fn vmgexit_with_rax(rax: u64) -> u64 {
+    let mut value = rax;
+    // SAFETY: as for `vmgexit`.
+    unsafe { asm!(".byte 0xF3, 0x0F, 0x01, 0xD9", inout("rax") value, options(nostack)) };
+    value
+}
+
+/// VMMCALL (no prefix) with RAX, RCX, RDX; returns RAX and RDX.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn vmmcall(rax: u64, rcx: u64, rdx: u64) -> Result<(u64, u64), Trap> {
+    let (mut rax, mut rdx) = (rax, rdx);
+    // SAFETY: an oracle call (see `oracle`): it reads state or acts on pages that hold no
+    // Rust object.
+    unsafe {
+        guarded!(".byte 0x0F, 0x01, 0xD9", inout("rax") rax, in("rcx") rcx, inout("rdx") rdx,
+            options(nostack));
+    }
+    trap::result((rax, rdx))
+}
+
+/// HLT with interrupts off, which ends the run ("halted") where nothing else has.
+pub fn halt() {
+    // SAFETY: no interrupt handler exists; the guest is done.
+    unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
+}

@@ -1,0 +1,40 @@
+//! What the two bare-metal test guests have in common.
+//!
+//! - `isa_cases` takes the place of the paravisor (VMPL0, straight from an IGVM image) and
+//!   judges the emulated machine: instructions, RMP, GHCB.
+//! - `svsm_cases` takes the place of the firmware (VMPL1) and judges the paravisor: every
+//!   SVSM call, good and bad.
+//!
+//! Both are tables of [`harness::Case`]s. A case makes something happen and compares what
+//! *others* say about it (results of instructions, replies, the oracle, memory that others
+//! filled) with what the fact sheets promise; it never compares with a value it wrote itself
+//! unless the point is that the value survived. One line per case goes to the second serial
+//! port, then a summary; a write to port 0xF4 ends the run.
+//!
+//! A guest runs on one virtual processor with interrupts off. Everything here relies on that:
+//! the modules keep their state in plain atomics and are not meant for more processors.
+
+#![cfg_attr(not(test), no_std)]
+#![expect(
+    clippy::result_large_err,
+    reason = "there is no heap for findings, and one ends its case: its size costs nothing"
+)]
+
+#[cfg(target_os = "none")]
+pub mod console;
+#[cfg(target_os = "none")]
+pub mod ghcb;
+pub mod harness;
+#[cfg(target_os = "none")]
+pub mod insn;
+#[cfg(target_os = "none")]
+pub mod memory;
+#[cfg(target_os = "none")]
+pub mod oracle;
+#[cfg(target_os = "none")]
+mod panic;
+#[cfg(target_os = "none")]
+pub mod svsm;
+pub mod text;
+#[cfg(target_os = "none")]
+pub mod trap;
