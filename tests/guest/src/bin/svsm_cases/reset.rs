@@ -63,10 +63,9 @@ global_asm!(
     ".code16",
     "low_16:",
     "cli",
-    "movw %cs, %ax",
-    "movw %ax, %ds",
-    // CS is based at 4 GiB - 64 KiB: offsets are the low halves of addresses.
-    "lgdtl (low_gdt_pointer - low_start + 0xF000)",
+    // CS, and only CS, is still based at 4 GiB - 64 KiB: offsets are the low halves of
+    // addresses.
+    "lgdtl %cs:(low_gdt_pointer - low_start + 0xF000)",
     "movl %cr0, %eax",
     "orl ${cr0_pe}, %eax",
     "movl %eax, %cr0",
