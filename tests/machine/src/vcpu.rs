@@ -209,3 +209,85 @@ impl Vcpu {
         self.contexts[self.running?.index()].vmsa
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BLOCK, CPU0, Sparse, platform};
+    use crate::types::PAGE_SIZE;
+
+    const VMSA: Gpa = Gpa::new(BLOCK.get() + PAGE_SIZE);
+
+    /// A platform whose first vCPU has a VMSA at VMPL1 that VMRUN takes.
+    fn ready() -> (Platform<Sparse>, Spa) {
+        let mut platform = platform("");
+        platform.accept(VMSA, 1 << 16 | 1);
+        let spa = platform.spa_of(VMSA).unwrap();
+        platform.memory().write(spa.plus(vmsa::VMPL), &[1]);
+        platform.memory().write_u64(spa.plus(vmsa::EFER), EFER_SVME);
+        platform.memory().write_u64(spa.plus(vmsa::SEV_FEATURES), SEV_FEATURES);
+        platform.set_vmsa(CPU0, Vmpl::VMPL1, Some(VMSA));
+        (platform, spa)
+    }
+
+    /// `snp-isa.md` §11, APM Table 15-41.
+    #[test]
+    fn vmrun_checks_the_vmsa() {
+        let (mut platform, spa) = ready();
+        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Ok(spa));
+        platform.leave(CPU0);
+        assert_eq!(platform.enter(CPU0, Vmpl::VMPL2), Err(EnterError::NoVmsa));
+        assert_eq!(platform.enter(VcpuId(7), Vmpl::VMPL1), Err(EnterError::NoVmsa));
+
+        platform.memory().write_u64(spa.plus(vmsa::EFER), 0x500);
+        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::NotRunnable(VMSA)));
+        assert_eq!(platform.counters.violations.run_without_svme, 1);
+
+        platform.memory().write_u64(spa.plus(vmsa::SEV_FEATURES), 9);
+        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::Features(9)));
+
+        platform.memory().write(spa.plus(vmsa::VMPL), &[0]);
+        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::WrongVmpl(VMSA)));
+
+        platform.adjust(VMSA, PageSize::Size4K, 1);
+        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::NotVmsa(VMSA)));
+
+        let place = platform.layout().place(VMSA).unwrap();
+        let host = &mut platform.host;
+        host.take_away(&platform.memory, &place, VMSA, PageSize::Size4K).unwrap();
+        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::NotOwned(VMSA)));
+    }
+
+    #[test]
+    fn one_vmsa_runs_on_one_vcpu_at_a_time() {
+        let (mut platform, spa) = ready();
+        platform.set_vmsa(VcpuId(1), Vmpl::VMPL1, Some(VMSA));
+        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Ok(spa));
+        assert_eq!(platform.enter(VcpuId(1), Vmpl::VMPL1), Err(EnterError::Busy(VMSA)));
+        platform.leave(CPU0);
+        assert_eq!(platform.enter(VcpuId(1), Vmpl::VMPL1), Ok(spa));
+    }
+
+    #[test]
+    fn stages_are_told_once_and_switches_are_counted() {
+        let (mut platform, _) = ready();
+        let _ = platform.take_events();
+        for _ in 0..3 {
+            platform.enter(CPU0, Vmpl::VMPL1).unwrap();
+            platform.leave(CPU0);
+        }
+        let events = platform.take_events();
+        assert_eq!(events, [Event::Stage(Stage { name: StageName::Firmware, tsc: 42 })]);
+        assert_eq!(platform.counters.level(Vmpl::VMPL1).world_switches, 1);
+    }
+
+    #[test]
+    fn a_new_vmsa_starts_with_a_clean_ghcb() {
+        let (mut platform, _) = ready();
+        platform.register_ghcb_page(Vmpl::VMPL1);
+        platform.set_vmsa(CPU0, Vmpl::VMPL1, Some(VMSA));
+        let context = platform.context(CPU0, Vmpl::VMPL1).unwrap();
+        assert_eq!(context.registered, None);
+        assert_eq!(context.ghcb_msr, platform.sev_info());
+    }
+}

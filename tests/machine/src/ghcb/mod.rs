@@ -151,3 +151,6 @@ impl<P: PhysicalMemory> Platform<P> {
         Some(vmpl)
     }
 }
+
+#[cfg(test)]
+mod tests;
