@@ -2,13 +2,20 @@
 
 #![forbid(unsafe_code)]
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use igvm_build::elf::Program;
 use igvm_build::error::FileError;
+use igvm_build::firmware::Firmware;
 use igvm_build::flat::elf_to_flat;
+use igvm_build::image::{self, Options};
+use igvm_build::show::show;
+use igvm_build::sidecar::Sidecar;
+use protocols::launch::{AcceptPolicy, Fault};
 
 #[derive(Parser)]
 #[command(
@@ -22,6 +29,13 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Build an image and write it, with a description beside it (FILE.json)
+    Build(Build),
+    /// Say what is in an image, and its launch digest
+    Show {
+        /// The IGVM file
+        file: PathBuf,
+    },
     /// Lay an ELF file out as a ROM that ends at 4 GiB
     Flat {
         /// The ELF file
@@ -33,6 +47,43 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+}
+
+#[derive(Args)]
+struct Build {
+    /// The paravisor, an ELF file linked at its region
+    #[arg(long)]
+    paravisor: PathBuf,
+    /// The firmware, an OVMF .fd with SEV-SNP and SVSM support
+    #[arg(long)]
+    firmware: Option<PathBuf>,
+    /// Where to write the image
+    #[arg(long)]
+    out: PathBuf,
+    /// Position of the C-bit: 51 on EPYC, 47 on the emulated machine
+    #[arg(long, default_value_t = Options::default().c_bit)]
+    c_bit: u32,
+    /// When the paravisor accepts memory
+    #[arg(long, value_enum, default_value_t = Accept::Lazy)]
+    accept: Accept,
+    /// Deliberate fault; only test builds of the paravisor obey it
+    #[arg(long, default_value_t = Fault::NONE.0)]
+    fault: u32,
+}
+
+/// The policies the paravisor has; the open type of the wire would let typing errors pass.
+#[derive(Clone, Copy, ValueEnum)]
+enum Accept {
+    /// On request only
+    Lazy,
+}
+
+impl From<Accept> for AcceptPolicy {
+    fn from(accept: Accept) -> Self {
+        match accept {
+            Accept::Lazy => Self::LAZY,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -47,6 +98,11 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<()> {
     match command {
+        Command::Build(arguments) => build(&arguments)?,
+        Command::Show { file } => {
+            let bytes = read(&file, "an IGVM file, build one with `igvm-build build`")?;
+            print!("{}", show(&bytes).map_err(FileError::content(&file))?);
+        }
         Command::Flat { elf, size, out } => {
             let bytes = read(&elf, "an ELF file, build it with `cargo xtask build`")?;
             let image = elf_to_flat(&bytes, size).map_err(FileError::content(&elf))?;
@@ -54,6 +110,51 @@ fn run(command: Command) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn build(arguments: &Build) -> Result<()> {
+    let elf = read(
+        &arguments.paravisor,
+        "the paravisor's ELF file, build it with `cargo xtask build`",
+    )?;
+    let program = Program::parse(&elf).map_err(FileError::content(&arguments.paravisor))?;
+    let firmware_bytes = arguments
+        .firmware
+        .as_deref()
+        .map(|file| read(file, "OVMF.fd of Debian's ovmf-generic 2026.08 or newer"))
+        .transpose()?;
+    let firmware = match (&arguments.firmware, &firmware_bytes) {
+        (Some(file), Some(bytes)) => {
+            Some(Firmware::parse(bytes).map_err(FileError::content(file))?)
+        }
+        _ => None,
+    };
+    let options = Options {
+        c_bit: arguments.c_bit,
+        accept_policy: arguments.accept.into(),
+        fault: Fault(arguments.fault),
+    };
+    let image = image::build(&program, firmware.as_ref(), &options)
+        .map_err(FileError::content(&arguments.paravisor))?;
+    let firmware_name = arguments
+        .firmware
+        .as_deref()
+        .and_then(Path::file_name)
+        .map(|name| name.to_string_lossy().into_owned());
+    let sidecar = Sidecar::new(&image, options.c_bit, firmware_name);
+    write(&arguments.out, &image.bytes)?;
+    let mut description = serde_json::to_vec_pretty(&sidecar)?;
+    description.push(b'\n');
+    write(&with_suffix(&arguments.out, ".json"), &description)?;
+    println!("launch digest {}", sidecar.digest);
+    Ok(())
+}
+
+/// `file` with `suffix` behind its whole name.
+fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(file);
+    name.push(suffix);
+    name.into()
 }
 
 fn read(file: &Path, expected: &'static str) -> Result<Vec<u8>, FileError> {

@@ -1,0 +1,37 @@
+//! The launch parameters: what the paravisor is told about its own image.
+
+use protocols::launch::{LaunchParams, MEMORY_MAP_SIZE, REGION_GPA, REGION_SIZE};
+
+use crate::firmware::Firmware;
+use crate::image::Options;
+use crate::layout::Layout;
+
+/// Fills the launch parameter page.
+pub fn build(layout: &Layout, firmware: Option<&Firmware<'_>>, options: &Options) -> LaunchParams {
+    let mut params = LaunchParams::new();
+    params.c_bit = options.c_bit;
+    params.region_gpa = REGION_GPA;
+    params.region_size = REGION_SIZE;
+    params.image_end = layout.image_end;
+    params.page_table_root = layout.page_tables;
+    params.secrets_gpa = layout.secrets;
+    params.cpuid_gpa = layout.cpuid;
+    params.memory_map_gpa = layout.memory_map;
+    params.memory_map_size = MEMORY_MAP_SIZE;
+    params.general_gpa = layout.general;
+    params.accept_policy = options.accept_policy;
+    params.fault = options.fault;
+    if let Some(firmware) = firmware {
+        params.firmware_gpa = firmware.gpa();
+        params.firmware_size = firmware.bytes().len() as u64;
+        params.firmware_reset_eip = firmware.reset_eip();
+        params.igvm_parameter_gpa = firmware.igvm_parameter_gpa();
+        params.igvm_hob_gpa = firmware.igvm_hob_gpa();
+        for section in firmware.sections() {
+            // `Firmware::parse` refuses more sections than there is room for.
+            let added = params.push_section(*section);
+            debug_assert!(added);
+        }
+    }
+    params
+}
