@@ -56,21 +56,33 @@ impl<B: Backend> Backend for Faulty<B> {
     }
 
     fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
-        let done_before = self.commits(Fault::WRONG_ORDER, block)
-            || self.commits(Fault::SKIP_VALIDATE, block);
-        if done_before { Ok(()) } else { self.inner.rescind(block) }
+        let done_before =
+            self.commits(Fault::WRONG_ORDER, block) || self.commits(Fault::SKIP_VALIDATE, block);
+        if done_before {
+            Ok(())
+        } else {
+            self.inner.rescind(block)
+        }
     }
 
     fn scrub(&self, block: Block) -> Result<(), ScrubFault> {
-        let skipped = self.commits(Fault::SKIP_SCRUB, block)
-            || self.commits(Fault::SKIP_VALIDATE, block);
-        if skipped { Ok(()) } else { self.inner.scrub(block) }
+        let skipped =
+            self.commits(Fault::SKIP_SCRUB, block) || self.commits(Fault::SKIP_VALIDATE, block);
+        if skipped {
+            Ok(())
+        } else {
+            self.inner.scrub(block)
+        }
     }
 
     fn grant(&self, block: Block) -> Result<(), AdjustFault> {
-        let skipped = self.commits(Fault::SKIP_GRANT, block)
-            || self.commits(Fault::SKIP_VALIDATE, block);
-        if skipped { Ok(()) } else { self.inner.grant(block) }
+        let skipped =
+            self.commits(Fault::SKIP_GRANT, block) || self.commits(Fault::SKIP_VALIDATE, block);
+        if skipped {
+            Ok(())
+        } else {
+            self.inner.grant(block)
+        }
     }
 
     fn revoke(&self, block: Block) -> Result<(), AdjustFault> {
@@ -124,5 +136,96 @@ impl<M: GuestMemory> GuestMemory for FaultyMemory<M> {
     fn write_u16(&self, gpa: Gpa, value: u16) -> Result<(), Unreachable> {
         let off_by_one = u16::from(self.fault == Fault::WRONG_NEXT);
         self.inner.write_u16(gpa, value.wrapping_add(off_by_one))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use accept::{Frame, Operation};
+
+    use super::*;
+
+    /// Notes what arrives.
+    #[derive(Default)]
+    struct Witness(RefCell<Vec<Operation>>);
+
+    impl Witness {
+        fn note(&self, operation: Operation) {
+            self.0.borrow_mut().push(operation);
+        }
+    }
+
+    impl Backend for Witness {
+        fn validate(&self, _: Block) -> Result<(), ValidateFault> {
+            self.note(Operation::Validate);
+            Ok(())
+        }
+        fn rescind(&self, _: Block) -> Result<(), ValidateFault> {
+            self.note(Operation::Rescind);
+            Ok(())
+        }
+        fn scrub(&self, _: Block) -> Result<(), ScrubFault> {
+            self.note(Operation::Scrub);
+            Ok(())
+        }
+        fn grant(&self, _: Block) -> Result<(), AdjustFault> {
+            self.note(Operation::Grant);
+            Ok(())
+        }
+        fn revoke(&self, _: Block) -> Result<(), AdjustFault> {
+            self.note(Operation::Revoke);
+            Ok(())
+        }
+        fn flush(&self) {}
+    }
+
+    /// What arrives at the platform when the engine accepts and rescinds a page properly.
+    fn arrives(fault: Fault, gpa: u64) -> Vec<Operation> {
+        let backend = Faulty::new(Witness::default(), fault);
+        let block = Block::page(Frame::containing(gpa));
+        assert_eq!(backend.validate(block), Ok(()));
+        assert_eq!(backend.scrub(block), Ok(()));
+        assert_eq!(backend.grant(block), Ok(()));
+        assert_eq!(backend.revoke(block), Ok(()));
+        assert_eq!(backend.rescind(block), Ok(()));
+        backend.inner().0.take()
+    }
+
+    #[test]
+    fn each_fault_is_one_misbehaviour() {
+        use Operation::{Grant, Rescind, Revoke, Scrub, Validate};
+        for (fault, expected) in [
+            (Fault::NONE, &[Validate, Scrub, Grant, Revoke, Rescind][..]),
+            (
+                Fault::WRONG_NEXT,
+                &[Validate, Scrub, Grant, Revoke, Rescind],
+            ),
+            (Fault::SKIP_SCRUB, &[Validate, Grant, Revoke, Rescind]),
+            (Fault::SKIP_GRANT, &[Validate, Scrub, Revoke, Rescind]),
+            (
+                Fault::VALIDATE_TWICE,
+                &[Validate, Validate, Scrub, Grant, Revoke, Rescind],
+            ),
+            (
+                Fault::GRANT_BEFORE_SCRUB,
+                &[Validate, Grant, Scrub, Grant, Revoke, Rescind],
+            ),
+            (Fault::WRONG_ORDER, &[Validate, Scrub, Grant, Rescind]),
+            (Fault::SKIP_VALIDATE, &[]),
+        ] {
+            assert_eq!(arrives(fault, FIRST_FAULTY_GPA), expected, "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn low_memory_is_left_in_peace() {
+        for fault in [Fault::SKIP_SCRUB, Fault::SKIP_VALIDATE, Fault::WRONG_ORDER] {
+            assert_eq!(
+                arrives(fault, FIRST_FAULTY_GPA - 0x1000),
+                arrives(Fault::NONE, 0)
+            );
+        }
     }
 }

@@ -1,0 +1,185 @@
+//! PVALIDATE: pages are accepted and rescinded by a list in the guest's memory (SVSM 6).
+//!
+//! What the guest relies on:
+//!
+//! * `next` is the number of entries done: after SUCCESS all of them, after an error the index of
+//!   the entry that failed. It is written back whatever the outcome. Guests pass lists whose
+//!   `next` they have advanced themselves, to skip an entry that failed.
+//! * An entry is done as a whole or not at all; the engine sees to that (I9). A 2 MiB entry on
+//!   smaller pages is split there, so a guest never sees a size mismatch.
+//! * INCOMPLETE and BUSY ask for the same call again.
+
+use accept::{Backend, Block, Error, FlushOwed, Frame, OnNoChange};
+use protocols::addr::{Gpa, PageSize};
+use protocols::svsm::{
+    EntryError, LIST_ALIGNMENT, LIST_NEXT_OFFSET, PvalidateAction, PvalidateEntry, PvalidateHeader,
+    PvalidateRequest, ResultCode, entries_that_fit,
+};
+use protocols::terminate::TurnstileReason;
+use zerocopy::transmute;
+
+use super::argument::ArgumentPage;
+use super::{GuestMemory, Service, Stop, VcpuIndex, Vcpus, VmsaPages, stop_for};
+
+/// Bytes that one call changes at most before it answers INCOMPLETE (design §10). Every changed
+/// page costs at least an instruction, so this bounds rescinds and claims as well as scrubbing.
+const WORK_BUDGET: u64 = 32 << 20;
+
+/// A list that the guest has passed: a header whose counts make sense, in a page.
+struct List<'a, B, M> {
+    page: ArgumentPage<'a, B, M>,
+    /// Offset of the header in the page.
+    offset: u64,
+    /// Entries; they all lie in the page.
+    entries: u16,
+}
+
+/// How far a call has come.
+struct Progress {
+    /// Entries done, those of earlier calls included.
+    next: u16,
+    /// Bytes changed by this call.
+    work: u64,
+    /// Entries were done by this call.
+    any: bool,
+    /// A flush is owed.
+    owed: Option<FlushOwed>,
+}
+
+impl<'a, B: Backend, M: GuestMemory> List<'a, B, M> {
+    /// Reads the header at `list` and checks it. Returns the list and its `next`.
+    fn open(page: ArgumentPage<'a, B, M>, list: Gpa) -> Result<(Self, u16), Stop> {
+        if !list.get().is_multiple_of(LIST_ALIGNMENT) {
+            return Err(ResultCode::INVALID_PARAMETER.into());
+        }
+        let offset = list.offset_in_page();
+        let header: PvalidateHeader = transmute!(page.read_u64(offset)?);
+        let fits = u64::from(header.entries) <= entries_that_fit(list);
+        if header.entries == 0 || !fits || header.next >= header.entries {
+            return Err(ResultCode::INVALID_PARAMETER.into());
+        }
+        Ok((
+            Self {
+                page,
+                offset,
+                entries: header.entries,
+            },
+            header.next,
+        ))
+    }
+
+    /// Reads an entry, which must be one of `entries`.
+    fn entry(&self, index: u16) -> Result<PvalidateEntry, Stop> {
+        let header = size_of::<PvalidateHeader>() as u64;
+        let offset = header + u64::from(index) * size_of::<PvalidateEntry>() as u64;
+        self.page.read_u64(self.offset + offset).map(PvalidateEntry)
+    }
+
+    /// Reports how far the list was worked off.
+    fn write_next(&self, next: u16) -> Result<(), Stop> {
+        self.page.write_u16(self.offset + LIST_NEXT_OFFSET, next)
+    }
+}
+
+impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P> {
+    pub(super) fn pvalidate(&self, caller: VcpuIndex, rcx: u64) -> Result<(), Stop> {
+        let gpa = Gpa::new(rcx);
+        let area = self.vcpus.calling_area(caller);
+        let page = ArgumentPage::around(self.engine, &self.memory, area, gpa);
+        let (list, next) = List::open(page, gpa)?;
+
+        let mut progress = Progress {
+            next,
+            work: 0,
+            any: false,
+            owed: None,
+        };
+        let ended = self.work_off(&list, &mut progress);
+        // One exit: whatever happened, what is owed is paid and what was done is reported.
+        if let Some(owed) = progress.owed {
+            self.engine.flush(owed);
+        }
+        if let Err(Stop::Machine(_)) = ended {
+            return ended;
+        }
+        list.write_next(progress.next)?;
+        ended
+    }
+
+    /// Does entry after entry; on return `progress.next` names the first that is not done.
+    fn work_off(&self, list: &List<'_, B, M>, progress: &mut Progress) -> Result<(), Stop> {
+        while progress.next < list.entries {
+            if progress.work >= WORK_BUDGET {
+                return Err(ResultCode::INCOMPLETE.into());
+            }
+            let done = list
+                .entry(progress.next)
+                .and_then(|entry| entry.decode().map_err(malformed))
+                .and_then(|request| self.apply(&request, progress));
+            match done {
+                Ok(()) => {
+                    progress.next += 1;
+                    progress.any = true;
+                }
+                // BUSY says that nothing was done.
+                Err(Stop::Result(ResultCode::BUSY)) if progress.any => {
+                    return Err(ResultCode::INCOMPLETE.into());
+                }
+                Err(stop) => return Err(stop),
+            }
+        }
+        Ok(())
+    }
+
+    /// Does one entry.
+    fn apply(&self, request: &PvalidateRequest, progress: &mut Progress) -> Result<(), Stop> {
+        let size = match request.size {
+            PageSize::Size4K => accept::PageSize::Size4K,
+            PageSize::Size2M => accept::PageSize::Size2M,
+        };
+        let block = Block::try_new(Frame::containing(request.gpa.get()), size)
+            .map_err(|_| ResultCode::INVALID_PARAMETER)?;
+        let on_no_change = match request.ignore_no_change {
+            true => OnNoChange::Ignore,
+            false => OnNoChange::Fail,
+        };
+        let changed_pages = match request.action {
+            PvalidateAction::Validate => {
+                self.engine
+                    .accept(block, on_no_change)
+                    .map_err(|error| self.refused(request, error, TurnstileReason::ALREADY_VALID))?
+                    .changed_pages
+            }
+            PvalidateAction::Rescind => {
+                let rescinded = self.engine.rescind(block, on_no_change).map_err(|error| {
+                    self.refused(request, error, TurnstileReason::NOT_VALIDATED)
+                })?;
+                progress.owed = rescinded.flush.or(progress.owed.take());
+                rescinded.changed_pages
+            }
+        };
+        progress.work += changed_pages * PageSize::Size4K.bytes();
+        Ok(())
+    }
+
+    fn refused(&self, request: &PvalidateRequest, error: Error, on_lie: TurnstileReason) -> Stop {
+        if error == Error::HostLied {
+            log::error!(
+                "{:?} of {} ({:?})",
+                request.action,
+                request.gpa,
+                request.size
+            );
+        }
+        stop_for(error, on_lie)
+    }
+}
+
+/// What the guest is told about an entry without meaning.
+fn malformed(error: EntryError) -> Stop {
+    if let EntryError::ReservedBits(bits) = error {
+        // The one mistake that a real guest makes, and then it dies with no more than a code.
+        log::warn!("PVALIDATE entry with reserved bits {bits:#x}: Linux before 6.12.44?");
+    }
+    ResultCode::INVALID_PARAMETER.into()
+}

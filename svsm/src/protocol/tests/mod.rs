@@ -1,0 +1,11 @@
+//! The calls as a guest makes them, on a model of the rest of the paravisor.
+//!
+//! Each file is about one kind of call: good ones, each bad input with its exact code and `next`,
+//! and proof that a refused call has changed nothing.
+
+mod model;
+
+mod calls;
+mod pvalidate;
+mod races;
+mod vcpu;

@@ -1,0 +1,589 @@
+//! A machine for the tests: pages with contents and RMP state, a registry of processors, and a
+//! guest that makes calls. Single-threaded on purpose; what threads do to the engine is tested
+//! there.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+
+use accept::{
+    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, PageState, Range, Region, RegionLock,
+    RegionLocks, Taken, ValidateFault,
+};
+use protocols::addr::Gpa;
+use protocols::exit_code::ExitCode;
+use protocols::svsm::{CallId, CoreCall, ResultCode};
+use protocols::vmsa::{Efer, SevFeatures, Vmsa};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use crate::protocol::{
+    Answer, DeleteRefusal, GuestMemory, Registers, Service, TableFull, Unreachable, VcpuIndex,
+    VcpuPages, Vcpus, VmsaClaims, VmsaPages,
+};
+
+/// Memory of the machine: 48 MiB from 0, of which the last 2 MiB have no state in the map.
+pub const REGIONS: u64 = 24;
+/// First address without a state.
+pub const END: u64 = (REGIONS - 1) << 21;
+/// Where the boot processor's VMSA and calling area are.
+pub const VMSA: u64 = 0x1000;
+pub const AREA: u64 = 0x2000;
+/// A page of the paravisor.
+pub const OWN_PAGE: u64 = 0x3000;
+/// Accepted pages of the guest: this many from here on.
+pub const GUEST: u64 = 0x10_0000;
+pub const GUEST_PAGES: u64 = 64;
+/// The processor that all calls come from.
+pub const BOOT: VcpuIndex = VcpuIndex(0);
+/// The list in the calling area, where guests put it.
+pub const LIST: u64 = AREA + 8;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    pub validated: bool,
+    pub granted: bool,
+    pub vmsa: bool,
+    /// Permissions were taken and nobody has flushed since.
+    pub stale: bool,
+}
+
+/// What happened to the hardware, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    Validate(u64, accept::PageSize),
+    Rescind(u64),
+    Scrub(u64),
+    Grant(u64),
+    Revoke(u64),
+    Flush,
+    MakeVmsa(u64),
+    WriteNext(u16),
+}
+
+struct Record {
+    apic_id: u32,
+    pages: Option<VcpuPages>,
+    frame: Frame,
+    startup: bool,
+}
+
+pub struct Machine {
+    pages: RefCell<Vec<Page>>,
+    contents: RefCell<Vec<u8>>,
+    pub log: RefCell<Vec<Event>>,
+    records: RefCell<Vec<Record>>,
+    areas: RefCell<Vec<Option<Taken>>>,
+    /// The host holds memory as large pages.
+    pub large: Cell<bool>,
+    /// Statuses to be returned by the next instructions that set permissions.
+    pub adjust_fails: Cell<Option<u32>>,
+    /// A validating instruction on this address fails.
+    pub validate_fails_at: Cell<Option<u64>>,
+    /// The table of processors is full.
+    pub full: Cell<bool>,
+    /// VMSAs that are busy on another processor.
+    pub busy: RefCell<BTreeSet<u64>>,
+}
+
+impl Machine {
+    pub fn new() -> Self {
+        Self {
+            pages: RefCell::new(vec![Page::default(); (REGIONS * 512) as usize]),
+            contents: RefCell::new(vec![0xcc; (REGIONS << 21) as usize]),
+            log: RefCell::default(),
+            records: RefCell::default(),
+            areas: RefCell::new(vec![None, None]),
+            large: Cell::new(true),
+            adjust_fails: Cell::new(None),
+            validate_fails_at: Cell::new(None),
+            full: Cell::new(false),
+            busy: RefCell::default(),
+        }
+    }
+
+    pub fn page(&self, gpa: u64) -> Page {
+        self.pages.borrow()[(gpa >> 12) as usize]
+    }
+
+    pub fn set_page(&self, gpa: u64, page: Page) {
+        self.pages.borrow_mut()[(gpa >> 12) as usize] = page;
+    }
+
+    /// The host takes the page away.
+    pub fn remove(&self, gpa: u64) {
+        self.large.set(false);
+        self.set_page(gpa, Page::default());
+    }
+
+    pub fn bytes(&self, gpa: u64, length: usize) -> Vec<u8> {
+        self.contents.borrow()[gpa as usize..gpa as usize + length].to_vec()
+    }
+
+    pub fn fill(&self, gpa: u64, data: &[u8]) {
+        self.contents.borrow_mut()[gpa as usize..gpa as usize + data.len()].copy_from_slice(data);
+    }
+
+    /// Every byte of the block is `value`.
+    pub fn holds(&self, gpa: u64, length: u64, value: u8) -> bool {
+        self.bytes(gpa, length as usize)
+            .iter()
+            .all(|byte| *byte == value)
+    }
+
+    pub fn take_log(&self) -> Vec<Event> {
+        self.log.take()
+    }
+
+    fn note(&self, event: Event) {
+        self.log.borrow_mut().push(event);
+    }
+
+    fn for_pages<E>(
+        &self,
+        block: Block,
+        mismatch: E,
+        change: impl Fn(&mut Page) -> Result<(), E>,
+    ) -> Result<(), E> {
+        if block.size() == accept::PageSize::Size2M && !self.large.get() {
+            return Err(mismatch);
+        }
+        let first = block.first().number() as usize;
+        let mut pages = self.pages.borrow_mut();
+        pages[first..first + block.size().pages() as usize]
+            .iter_mut()
+            .try_for_each(change)
+    }
+
+    fn reach(&self, gpa: Gpa) -> Result<usize, Unreachable> {
+        let page = self.pages.borrow().get((gpa.get() >> 12) as usize).copied();
+        match page {
+            Some(Page {
+                validated: true, ..
+            }) => Ok(gpa.get() as usize),
+            _ => Err(Unreachable),
+        }
+    }
+
+    /// Map and hardware agree on every page, and nothing is left unflushed.
+    pub fn assert_agrees(&self, engine: &Engine<'_, &Machine>) {
+        for number in 0..(END >> 12) {
+            let page = self.page(number << 12);
+            let state = engine.state(Frame::try_new(number).unwrap()).unwrap();
+            let agrees = match state {
+                PageState::Unaccepted => !page.validated && !page.granted,
+                PageState::Ahead => page.validated && !page.granted,
+                PageState::Accepted => page.validated && page.granted && !page.vmsa,
+                PageState::Owned => page.validated && !(page.vmsa && page.granted),
+            };
+            assert!(agrees, "page {number:#x}: {state:?}, {page:?}");
+            assert!(!page.stale, "page {number:#x} was never flushed");
+        }
+    }
+}
+
+impl Backend for &Machine {
+    fn validate(&self, block: Block) -> Result<(), ValidateFault> {
+        self.note(Event::Validate(block.gpa(), block.size()));
+        if self.validate_fails_at.get() == Some(block.gpa()) {
+            return Err(ValidateFault::Failed(2));
+        }
+        self.for_pages(block, ValidateFault::SizeMismatch, |page| {
+            if page.validated {
+                return Err(ValidateFault::AlreadyDone);
+            }
+            page.validated = true;
+            Ok(())
+        })
+    }
+
+    fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
+        self.note(Event::Rescind(block.gpa()));
+        self.for_pages(block, ValidateFault::SizeMismatch, |page| {
+            assert!(!page.granted, "rescinded under the guest's hands");
+            if !page.validated {
+                return Err(ValidateFault::AlreadyDone);
+            }
+            page.validated = false;
+            Ok(())
+        })
+    }
+
+    fn scrub(&self, block: Block) -> Result<(), Fault> {
+        self.note(Event::Scrub(block.gpa()));
+        let start = block.gpa() as usize;
+        self.contents.borrow_mut()[start..start + block.size().bytes() as usize].fill(0);
+        Ok(())
+    }
+
+    fn grant(&self, block: Block) -> Result<(), AdjustFault> {
+        self.note(Event::Grant(block.gpa()));
+        if let Some(status) = self.adjust_fails.take() {
+            return Err(AdjustFault::Failed(status));
+        }
+        self.for_pages(block, AdjustFault::SizeMismatch, |page| {
+            if !page.validated {
+                return Err(AdjustFault::NotValidated);
+            }
+            (page.granted, page.vmsa) = (true, false);
+            Ok(())
+        })
+    }
+
+    fn revoke(&self, block: Block) -> Result<(), AdjustFault> {
+        self.note(Event::Revoke(block.gpa()));
+        self.for_pages(block, AdjustFault::SizeMismatch, |page| {
+            if !page.validated {
+                return Err(AdjustFault::NotValidated);
+            }
+            (page.granted, page.stale) = (false, true);
+            Ok(())
+        })
+    }
+
+    fn flush(&self) {
+        self.note(Event::Flush);
+        self.pages
+            .borrow_mut()
+            .iter_mut()
+            .for_each(|page| page.stale = false);
+    }
+}
+
+impl GuestMemory for &Machine {
+    fn read_u8(&self, gpa: Gpa) -> Result<u8, Unreachable> {
+        Ok(self.contents.borrow()[self.reach(gpa)?])
+    }
+
+    fn read_u64(&self, gpa: Gpa) -> Result<u64, Unreachable> {
+        assert!(gpa.get().is_multiple_of(8));
+        let start = self.reach(gpa)?;
+        Ok(u64::read_from_bytes(&self.contents.borrow()[start..start + 8]).unwrap())
+    }
+
+    fn write_u8(&self, gpa: Gpa, value: u8) -> Result<(), Unreachable> {
+        let start = self.reach(gpa)?;
+        self.contents.borrow_mut()[start] = value;
+        Ok(())
+    }
+
+    fn write_u16(&self, gpa: Gpa, value: u16) -> Result<(), Unreachable> {
+        let start = self.reach(gpa)?;
+        self.note(Event::WriteNext(value));
+        self.contents.borrow_mut()[start..start + 2].copy_from_slice(&value.to_le_bytes());
+        Ok(())
+    }
+}
+
+impl Vcpus for &Machine {
+    fn has_apic_id(&self, apic_id: u32) -> bool {
+        apic_id < 2
+    }
+
+    fn startup_features(&self) -> SevFeatures {
+        SevFeatures::SNP_ACTIVE
+    }
+
+    fn calling_area(&self, vcpu: VcpuIndex) -> Option<Frame> {
+        self.areas.borrow().get(vcpu.0)?.as_ref().map(Taken::frame)
+    }
+
+    fn exchange_calling_area(&self, vcpu: VcpuIndex, new: Taken) -> Option<Taken> {
+        self.areas.borrow_mut()[vcpu.0].replace(new)
+    }
+
+    fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), TableFull> {
+        if self.full.get() {
+            return Err(TableFull(pages));
+        }
+        let frame = pages.vmsa.frame();
+        let record = Record {
+            apic_id,
+            pages: Some(pages),
+            frame,
+            startup: false,
+        };
+        self.records.borrow_mut().push(record);
+        Ok(())
+    }
+
+    fn begin_delete(&self, _: VcpuIndex, vmsa: Frame) -> Result<VcpuPages, DeleteRefusal> {
+        let mut records = self.records.borrow_mut();
+        let record = records
+            .iter_mut()
+            .find(|record| record.frame == vmsa)
+            .ok_or(DeleteRefusal::Unknown)?;
+        if record.startup {
+            return Err(DeleteRefusal::Startup);
+        }
+        if self.busy.borrow().contains(&vmsa.gpa()) {
+            return Err(DeleteRefusal::InUse);
+        }
+        record.pages.take().ok_or(DeleteRefusal::InUse)
+    }
+
+    fn end_delete(&self, vmsa: Frame) {
+        self.records
+            .borrow_mut()
+            .retain(|record| record.frame != vmsa);
+    }
+
+    fn undo_delete(&self, pages: VcpuPages) {
+        let mut records = self.records.borrow_mut();
+        let record = records
+            .iter_mut()
+            .find(|record| record.frame == pages.vmsa.frame());
+        record.expect("on record").pages = Some(pages);
+    }
+
+    fn runs_from(&self, vcpu: VcpuIndex, vmsa: Frame) -> bool {
+        let records = self.records.borrow();
+        records
+            .iter()
+            .any(|r| r.frame == vmsa && r.apic_id as usize == vcpu.0)
+    }
+}
+
+impl VmsaPages for &Machine {
+    fn guest_vmpl(&self) -> u8 {
+        1
+    }
+
+    fn claims(&self, vmsa: Frame) -> Result<VmsaClaims, Unreachable> {
+        let start = self.reach(Gpa::new(vmsa.gpa()))?;
+        let page = self.page(vmsa.gpa());
+        assert!(
+            !page.granted && !page.stale,
+            "looked at before the guest was shut out"
+        );
+        let contents = self.contents.borrow();
+        let vmsa = Vmsa::read_from_bytes(&contents[start..start + 4096]).unwrap();
+        Ok(VmsaClaims {
+            vmpl: vmsa.vmpl,
+            efer: vmsa.efer,
+            sev_features: vmsa.sev_features,
+        })
+    }
+
+    fn make_vmsa(&self, vmsa: Frame) -> Result<(), AdjustFault> {
+        self.note(Event::MakeVmsa(vmsa.gpa()));
+        if let Some(status) = self.adjust_fails.take() {
+            return Err(AdjustFault::Failed(status));
+        }
+        self.pages.borrow_mut()[vmsa.number() as usize].vmsa = true;
+        Ok(())
+    }
+}
+
+/// The paravisor on the model, and the guest that calls it.
+pub struct World<'a> {
+    pub machine: &'a Machine,
+    pub engine: &'a Engine<'a, &'a Machine>,
+    service: Service<'a, &'a Machine, &'a Machine, &'a Machine, &'a Machine>,
+}
+
+/// Runs `test` in a world whose guest has been started.
+pub fn in_world(test: impl FnOnce(&World<'_>)) {
+    let machine = &Machine::new();
+    let regions: Vec<Region> = (1..REGIONS).map(|_| Region::new()).collect();
+    let ranges = [Range::try_new(Frame::containing(0), END >> 12, &regions).unwrap()];
+    let locks: Vec<RegionLock> = (0..64).map(|_| RegionLock::new()).collect();
+    let locks = RegionLocks::try_new(&locks).unwrap().with_spin_limit(3);
+    let engine = &Engine::new(machine, Map::try_new(&ranges).unwrap(), locks);
+
+    let launch = |gpa: u64, pages: u64, state, page| {
+        engine
+            .record_launch(Frame::starting_at(gpa).unwrap(), pages, state)
+            .unwrap();
+        (0..pages).for_each(|n| machine.set_page(gpa + (n << 12), page));
+    };
+    let own = Page {
+        validated: true,
+        ..Page::default()
+    };
+    launch(VMSA, 1, PageState::Owned, Page { vmsa: true, ..own });
+    launch(
+        AREA,
+        1,
+        PageState::Owned,
+        Page {
+            granted: true,
+            ..own
+        },
+    );
+    launch(OWN_PAGE, 1, PageState::Owned, own);
+    launch(
+        GUEST,
+        GUEST_PAGES,
+        PageState::Accepted,
+        Page {
+            granted: true,
+            ..own
+        },
+    );
+
+    let frame = |gpa| Frame::starting_at(gpa).unwrap();
+    let area = engine
+        .adopt(frame(AREA), accept::Role::CallingArea)
+        .unwrap();
+    machine.areas.borrow_mut()[0] = Some(area);
+    let record = Record {
+        apic_id: 0,
+        pages: None,
+        frame: frame(VMSA),
+        startup: true,
+    };
+    machine.records.borrow_mut().push(record);
+    machine.fill(AREA, &[0; 4096]);
+
+    let world = World {
+        machine,
+        engine,
+        service: Service::new(engine, machine, machine, machine),
+    };
+    test(&world);
+    machine.assert_agrees(engine);
+}
+
+impl World<'_> {
+    /// The processor stops with these registers, whatever is in the calling area.
+    pub fn exit(&self, exit: ExitCode, registers: &Registers) -> Answer {
+        self.exit_on(BOOT, exit, registers)
+    }
+
+    /// The same on another processor.
+    pub fn exit_on(&self, vcpu: VcpuIndex, exit: ExitCode, registers: &Registers) -> Answer {
+        self.service.handle(vcpu, exit, registers)
+    }
+
+    /// The guest's side of a call: pending flag, call, and what is left of the flag.
+    pub fn call_raw(&self, registers: &Registers) -> Answer {
+        let area = (&self.machine)
+            .calling_area(BOOT)
+            .expect("the boot processor has one")
+            .gpa();
+        self.machine.fill(area, &[1]);
+        let answer = self.exit(ExitCode::VMGEXIT, registers);
+        if let Answer::Return(_) = answer {
+            let area = (&self.machine)
+                .calling_area(BOOT)
+                .expect("still has one")
+                .gpa();
+            assert_eq!(self.machine.bytes(area, 1), [0], "the call was executed");
+        }
+        answer
+    }
+
+    /// A call that must come back.
+    pub fn call(&self, registers: Registers) -> (ResultCode, Registers) {
+        match self.call_raw(&registers) {
+            Answer::Return(answer) => {
+                let code = ResultCode::decode(answer.rax);
+                (
+                    code,
+                    Registers {
+                        rax: registers.rax,
+                        ..answer
+                    },
+                )
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A core call whose registers do not change; its result.
+    pub fn core(&self, call: CoreCall, arguments: [u64; 3]) -> ResultCode {
+        let registers = core_registers(call, arguments);
+        let (code, after) = self.call(registers);
+        assert_eq!(after, registers, "registers are preserved");
+        code
+    }
+
+    /// Writes a list and passes it; the result and `next`.
+    pub fn pvalidate_at(&self, list: u64, next: u16, entries: &[u64]) -> (ResultCode, u16) {
+        self.write_list(list, entries.len() as u16, next, entries);
+        self.pvalidate_again(list)
+    }
+
+    /// Passes a list in the calling area from its beginning.
+    pub fn pvalidate(&self, entries: &[u64]) -> (ResultCode, u16) {
+        self.pvalidate_at(LIST, 0, entries)
+    }
+
+    /// Passes the list that is there already.
+    pub fn pvalidate_again(&self, list: u64) -> (ResultCode, u16) {
+        let code = self.core(CoreCall::PVALIDATE, [list, 0, 0]);
+        (code, self.next_of(list))
+    }
+
+    pub fn next_of(&self, list: u64) -> u16 {
+        u16::read_from_bytes(&self.machine.bytes(list + 2, 2)).unwrap()
+    }
+
+    pub fn write_list(&self, list: u64, count: u16, next: u16, entries: &[u64]) {
+        self.machine.fill(list, &count.to_le_bytes());
+        self.machine.fill(list + 2, &next.to_le_bytes());
+        self.machine.fill(list + 4, &[0; 4]);
+        self.machine.fill(list + 8, entries.as_bytes());
+    }
+
+    pub fn state(&self, gpa: u64) -> Option<PageState> {
+        self.engine.state(Frame::containing(gpa))
+    }
+
+    /// `act` changes no state and executes nothing.
+    pub fn nothing_changes<T>(&self, act: impl FnOnce() -> T) -> T {
+        let states = || {
+            (0..END >> 12)
+                .map(|n| self.state(n << 12))
+                .collect::<Vec<_>>()
+        };
+        let pages = || self.machine.pages.borrow().clone();
+        let before = (states(), pages());
+        self.machine.take_log();
+        let result = act();
+        let events = self.machine.take_log();
+        assert!(
+            events.iter().all(|e| matches!(e, Event::WriteNext(_))),
+            "{events:?}"
+        );
+        assert!((states(), pages()) == before, "a state changed");
+        result
+    }
+
+    /// A page of the guest that holds a VMSA which would be taken, changed by `spoil`.
+    pub fn write_vmsa(&self, gpa: u64, spoil: impl FnOnce(&mut Vmsa)) {
+        let mut vmsa = Vmsa::new_zeroed();
+        vmsa.vmpl = 1;
+        vmsa.efer = Efer::SVME;
+        vmsa.sev_features = SevFeatures::SNP_ACTIVE;
+        spoil(&mut vmsa);
+        self.machine.fill(gpa, vmsa.as_bytes());
+    }
+}
+
+pub fn core_registers(call: CoreCall, [rcx, rdx, r8]: [u64; 3]) -> Registers {
+    Registers {
+        rax: CallId::core(call).encode(),
+        rcx,
+        rdx,
+        r8,
+        r9: 0x99,
+    }
+}
+
+/// Entries of a list.
+pub fn validate_4k(gpa: u64) -> u64 {
+    gpa | 4
+}
+pub fn validate_2m(gpa: u64) -> u64 {
+    gpa | 5
+}
+pub fn rescind_4k(gpa: u64) -> u64 {
+    gpa
+}
+pub fn rescind_2m(gpa: u64) -> u64 {
+    gpa | 1
+}
+/// The same entry with "no change is success".
+pub fn ignoring(entry: u64) -> u64 {
+    entry | 8
+}

@@ -1,0 +1,300 @@
+//! Calling areas and VMSAs, good and bad.
+
+use accept::PageState;
+use protocols::svsm::{CoreCall, ResultCode};
+use protocols::terminate::TurnstileReason;
+use protocols::vmsa::{Efer, SevFeatures};
+
+use super::model::{
+    AREA, BOOT, END, Event, GUEST, OWN_PAGE, Page, VMSA, core_registers, in_world, rescind_4k,
+    validate_4k,
+};
+use crate::protocol::{Answer, Vcpus};
+
+/// Where the tests put a VMSA and its calling area, as OVMF does: one after the other.
+const NEW_VMSA: u64 = GUEST + 0x5000;
+const NEW_AREA: u64 = GUEST + 0x6000;
+const UNACCEPTED: u64 = 0x40_1000;
+
+#[test]
+fn a_calling_area_moves_and_the_old_one_is_the_guest_s_again() {
+    in_world(|world| {
+        world.machine.fill(NEW_AREA, &[1, 1]);
+        assert_eq!(
+            world.core(CoreCall::REMAP_CA, [NEW_AREA, 0, 0]),
+            ResultCode::SUCCESS
+        );
+        assert_eq!(world.state(NEW_AREA), Some(PageState::Owned));
+        assert_eq!(world.state(AREA), Some(PageState::Accepted));
+        assert_eq!(world.machine.bytes(NEW_AREA, 1), [0]);
+        assert_eq!(
+            world.machine.bytes(AREA, 1),
+            [0],
+            "cleared in the old one as well"
+        );
+        // The next call comes from the new one, and the old one may even be rescinded.
+        assert_eq!(
+            world.pvalidate_at(NEW_AREA + 8, 0, &[rescind_4k(AREA)]).0,
+            ResultCode::SUCCESS
+        );
+        let (code, next) = world.pvalidate_at(NEW_AREA + 8, 0, &[rescind_4k(NEW_AREA)]);
+        assert_eq!((code, next), (ResultCode::INVALID_ADDRESS, 0));
+    });
+}
+
+#[test]
+fn moving_a_calling_area_to_where_it_is_changes_nothing() {
+    in_world(|world| {
+        let code = world.nothing_changes(|| world.core(CoreCall::REMAP_CA, [AREA, 0, 0]));
+        assert_eq!(code, ResultCode::SUCCESS);
+        assert_eq!(world.state(AREA), Some(PageState::Owned));
+    });
+}
+
+#[test]
+fn a_calling_area_cannot_move_to_a_bad_page() {
+    in_world(|world| {
+        for (gpa, code) in [
+            (GUEST + 8, ResultCode::INVALID_PARAMETER),
+            (u64::MAX, ResultCode::INVALID_PARAMETER),
+            (UNACCEPTED, ResultCode::INVALID_ADDRESS),
+            (OWN_PAGE, ResultCode::INVALID_ADDRESS),
+            (VMSA, ResultCode::INVALID_ADDRESS),
+            (END, ResultCode::INVALID_ADDRESS),
+            (1 << 52, ResultCode::INVALID_ADDRESS),
+        ] {
+            let answer = world.nothing_changes(|| world.core(CoreCall::REMAP_CA, [gpa, 0, 0]));
+            assert_eq!(answer, code, "{gpa:#x}");
+            assert_eq!(
+                (&world.machine).calling_area(BOOT).map(|f| f.gpa()),
+                Some(AREA)
+            );
+        }
+    });
+}
+
+#[test]
+fn a_calling_area_cannot_move_to_a_page_that_is_gone() {
+    in_world(|world| {
+        let page = world.machine.page(NEW_AREA);
+        world.machine.set_page(NEW_AREA, Page::default());
+        let code = world.core(CoreCall::REMAP_CA, [NEW_AREA, 0, 0]);
+        assert_eq!(code, ResultCode::INVALID_ADDRESS);
+        assert_eq!(
+            world.state(NEW_AREA),
+            Some(PageState::Accepted),
+            "as before"
+        );
+        world.machine.set_page(NEW_AREA, page);
+    });
+}
+
+fn create(vmsa: u64, area: u64, apic_id: u64) -> (CoreCall, [u64; 3]) {
+    (CoreCall::CREATE_VCPU, [vmsa, area, apic_id])
+}
+
+#[test]
+fn a_vmsa_is_shut_off_before_it_is_looked_at() {
+    in_world(|world| {
+        world.write_vmsa(NEW_VMSA, |_| {});
+        world.machine.take_log();
+        let (call, arguments) = create(NEW_VMSA, NEW_AREA, 0xffff_ffff_0000_0001);
+        // The model asserts that the page was flushed when it is looked at.
+        assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
+        assert_eq!(
+            world.machine.take_log(),
+            [
+                Event::Revoke(NEW_VMSA),
+                Event::Flush,
+                Event::MakeVmsa(NEW_VMSA)
+            ]
+        );
+        let page = world.machine.page(NEW_VMSA);
+        assert!(page.vmsa && !page.granted && page.validated);
+        assert!(
+            world.machine.page(NEW_AREA).granted,
+            "both sides use a calling area"
+        );
+        for gpa in [NEW_VMSA, NEW_AREA] {
+            assert_eq!(world.state(gpa), Some(PageState::Owned));
+            for entry in [rescind_4k(gpa), validate_4k(gpa)] {
+                let answer = world.nothing_changes(|| world.pvalidate(&[entry]));
+                assert_eq!(answer, (ResultCode::INVALID_ADDRESS, 0));
+            }
+        }
+        // Neither page can be used a second time.
+        world.write_vmsa(GUEST, |_| {});
+        for (vmsa, area) in [(NEW_VMSA, GUEST), (GUEST, NEW_AREA), (GUEST, NEW_VMSA)] {
+            let (call, arguments) = create(vmsa, area, 1);
+            assert_eq!(world.core(call, arguments), ResultCode::INVALID_ADDRESS);
+        }
+    });
+}
+
+#[test]
+fn a_bad_vmsa_is_refused_and_given_back_as_it_was() {
+    in_world(|world| {
+        let spoils: [fn(&mut protocols::vmsa::Vmsa); 6] = [
+            |vmsa| vmsa.vmpl = 0,
+            |vmsa| vmsa.vmpl = 2,
+            |vmsa| vmsa.vmpl = 0x81,
+            |vmsa| vmsa.efer.remove(Efer::SVME),
+            |vmsa| vmsa.sev_features = SevFeatures(0),
+            |vmsa| vmsa.sev_features.insert(SevFeatures::REFLECT_VC),
+        ];
+        for (number, spoil) in spoils.into_iter().enumerate() {
+            world.write_vmsa(NEW_VMSA, spoil);
+            let content = world.machine.bytes(NEW_VMSA, 4096);
+            let (call, arguments) = create(NEW_VMSA, NEW_AREA, 1);
+            assert_eq!(
+                world.core(call, arguments),
+                ResultCode::INVALID_PARAMETER,
+                "{number}"
+            );
+            for gpa in [NEW_VMSA, NEW_AREA] {
+                assert_eq!(world.state(gpa), Some(PageState::Accepted));
+                assert!(world.machine.page(gpa).granted && !world.machine.page(gpa).vmsa);
+            }
+            assert_eq!(world.machine.bytes(NEW_VMSA, 4096), content);
+        }
+    });
+}
+
+#[test]
+fn bad_arguments_of_create_change_nothing() {
+    in_world(|world| {
+        world.write_vmsa(NEW_VMSA, |_| {});
+        for (vmsa, area, apic_id, code) in [
+            (NEW_VMSA + 8, NEW_AREA, 1, ResultCode::INVALID_PARAMETER),
+            (NEW_VMSA, NEW_AREA + 1, 1, ResultCode::INVALID_PARAMETER),
+            (0x20_0000, NEW_AREA, 1, ResultCode::INVALID_PARAMETER),
+            (NEW_VMSA, NEW_AREA, 2, ResultCode::INVALID_PARAMETER),
+            (
+                NEW_VMSA,
+                NEW_AREA,
+                0xffff_ffff,
+                ResultCode::INVALID_PARAMETER,
+            ),
+            (OWN_PAGE, NEW_AREA, 1, ResultCode::INVALID_ADDRESS),
+            (VMSA, NEW_AREA, 1, ResultCode::INVALID_ADDRESS),
+            (AREA, NEW_AREA, 1, ResultCode::INVALID_ADDRESS),
+            (UNACCEPTED, NEW_AREA, 1, ResultCode::INVALID_ADDRESS),
+            (END + 0x1000, NEW_AREA, 1, ResultCode::INVALID_ADDRESS),
+        ] {
+            let (call, arguments) = create(vmsa, area, apic_id);
+            let answer = world.nothing_changes(|| world.core(call, arguments));
+            assert_eq!(answer, code, "{vmsa:#x} {area:#x} {apic_id:#x}");
+        }
+        // A bad calling area is found when the VMSA is taken already.
+        for area in [OWN_PAGE, VMSA, AREA, UNACCEPTED, END, NEW_VMSA] {
+            let (call, arguments) = create(NEW_VMSA, area, 1);
+            assert_eq!(
+                world.core(call, arguments),
+                ResultCode::INVALID_ADDRESS,
+                "{area:#x}"
+            );
+            assert_eq!(world.state(NEW_VMSA), Some(PageState::Accepted));
+            assert!(world.machine.page(NEW_VMSA).granted);
+        }
+    });
+}
+
+#[test]
+fn a_create_that_fails_late_gives_both_pages_back() {
+    in_world(|world| {
+        world.write_vmsa(NEW_VMSA, |_| {});
+        let (call, arguments) = create(NEW_VMSA, NEW_AREA, 1);
+        world.machine.adjust_fails.set(Some(1));
+        assert_eq!(world.core(call, arguments), ResultCode::FAIL_INPUT);
+        world.machine.full.set(true);
+        assert_eq!(world.core(call, arguments), ResultCode::INVALID_REQUEST);
+        for gpa in [NEW_VMSA, NEW_AREA] {
+            assert_eq!(world.state(gpa), Some(PageState::Accepted));
+            assert!(world.machine.page(gpa).granted && !world.machine.page(gpa).vmsa);
+        }
+        world.machine.full.set(false);
+        assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
+    });
+}
+
+#[test]
+fn a_deleted_vmsa_is_the_guest_s_again() {
+    in_world(|world| {
+        world.write_vmsa(NEW_VMSA, |_| {});
+        let (call, arguments) = create(NEW_VMSA, NEW_AREA, 1);
+        assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
+        assert_eq!(
+            world.core(CoreCall::DELETE_VCPU, [NEW_VMSA, 0, 0]),
+            ResultCode::SUCCESS
+        );
+        for gpa in [NEW_VMSA, NEW_AREA] {
+            assert_eq!(world.state(gpa), Some(PageState::Accepted));
+            assert!(world.machine.page(gpa).granted && !world.machine.page(gpa).vmsa);
+        }
+        let again = world.core(CoreCall::DELETE_VCPU, [NEW_VMSA, 0, 0]);
+        assert_eq!(again, ResultCode::INVALID_PARAMETER);
+        assert_eq!(
+            world.core(call, arguments),
+            ResultCode::SUCCESS,
+            "and can be used again"
+        );
+    });
+}
+
+#[test]
+fn what_cannot_be_deleted_is_told_apart() {
+    in_world(|world| {
+        world.write_vmsa(NEW_VMSA, |_| {});
+        let (call, arguments) = create(NEW_VMSA, NEW_AREA, 1);
+        assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
+        world.machine.busy.borrow_mut().insert(NEW_VMSA);
+        for (gpa, code) in [
+            (NEW_VMSA + 1, ResultCode::INVALID_PARAMETER),
+            (VMSA, ResultCode::INVALID_PARAMETER),
+            (GUEST, ResultCode::INVALID_PARAMETER),
+            (OWN_PAGE, ResultCode::INVALID_PARAMETER),
+            (END, ResultCode::INVALID_PARAMETER),
+            (NEW_VMSA, ResultCode::FAIL_IN_USE),
+        ] {
+            let answer = world.nothing_changes(|| world.core(CoreCall::DELETE_VCPU, [gpa, 0, 0]));
+            assert_eq!(answer, code, "{gpa:#x}");
+        }
+        world.machine.busy.borrow_mut().clear();
+        // The hardware has the last word.
+        world.machine.adjust_fails.set(Some(3));
+        let code = world.core(CoreCall::DELETE_VCPU, [NEW_VMSA, 0, 0]);
+        assert_eq!(code, ResultCode::FAIL_IN_USE);
+        assert_eq!(world.state(NEW_VMSA), Some(PageState::Owned));
+        assert_eq!(
+            world.core(CoreCall::DELETE_VCPU, [NEW_VMSA, 0, 0]),
+            ResultCode::SUCCESS
+        );
+    });
+}
+
+#[test]
+fn a_processor_that_deletes_itself_does_not_return() {
+    in_world(|world| {
+        world.write_vmsa(NEW_VMSA, |_| {});
+        let (call, arguments) = create(NEW_VMSA, NEW_AREA, 0);
+        assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
+        let registers = core_registers(CoreCall::DELETE_VCPU, [NEW_VMSA, 0, 0]);
+        assert_eq!(world.call_raw(&registers), Answer::Gone);
+        assert_eq!(world.state(NEW_VMSA), Some(PageState::Accepted));
+    });
+}
+
+#[test]
+fn i6_a_vmsa_that_vanishes_after_it_was_taken_ends_the_machine() {
+    in_world(|world| {
+        world.write_vmsa(NEW_VMSA, |_| {});
+        let (call, arguments) = create(NEW_VMSA, NEW_AREA, 1);
+        assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
+        let page = world.machine.page(NEW_VMSA);
+        world.machine.set_page(NEW_VMSA, Page::default());
+        let registers = core_registers(CoreCall::DELETE_VCPU, [NEW_VMSA, 0, 0]);
+        let answer = world.call_raw(&registers);
+        assert_eq!(answer, Answer::Terminate(TurnstileReason::NOT_VALIDATED));
+        world.machine.set_page(NEW_VMSA, page);
+    });
+}

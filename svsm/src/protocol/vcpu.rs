@@ -1,0 +1,195 @@
+//! REMAP_CA, CREATE_VCPU and DELETE_VCPU: pages that the guest lends as calling areas and VMSAs
+//! (SVSM 6).
+//!
+//! A page is taken from the guest *before* anybody looks at what is in it: its state becomes Owned
+//! under the region's lock, and for a VMSA the guest's access is revoked and flushed. What is
+//! found good can then not change any more. Whatever fails afterwards gives the page back.
+
+use accept::{AdjustFault, Backend, Error, Frame, NotReturned, Role, Taken};
+use protocols::addr::LARGE_PAGE_SIZE;
+use protocols::svsm::ResultCode;
+use protocols::terminate::TurnstileReason;
+use protocols::vmsa::Efer;
+
+use super::environment::{
+    DeleteRefusal, GuestMemory, TableFull, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaPages,
+};
+use super::{Finished, LOST, Service, Stop, pending_flag, stop_for};
+
+/// How often a page is tried to be given back although another processor holds the lock.
+const RETURN_TRIES: u32 = 64;
+
+/// EAX of RMPADJUST: the VMSA is running (APM 15.36.12).
+const STATUS_IN_USE: u32 = 3;
+
+/// EAX of RMPADJUST on a small page that "mismatches", which no processor says.
+const STATUS_SIZE_MISMATCH: u32 = 6;
+
+impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P> {
+    /// Moves the caller's calling area to the page at `gpa`.
+    pub(super) fn remap_calling_area(&self, caller: VcpuIndex, gpa: u64) -> Result<(), Stop> {
+        let new = Frame::starting_at(gpa).ok_or(ResultCode::INVALID_PARAMETER)?;
+        let old = self.vcpus.calling_area(caller);
+        if old == Some(new) {
+            return Ok(());
+        }
+        let new = self.take(new, Role::CallingArea)?;
+        if self.memory.write_u8(pending_flag(new.frame()), 0).is_err() {
+            // Accepted a moment ago and gone now: as with any argument page, the guest's error.
+            self.give_back(new)?;
+            return Err(ResultCode::INVALID_ADDRESS.into());
+        }
+        // The old area is ours for the last time: afterwards it may be anything of the guest's.
+        if let Some(old) = old {
+            self.memory
+                .write_u8(pending_flag(old), 0)
+                .map_err(|Unreachable| LOST)?;
+        }
+        match self.vcpus.exchange_calling_area(caller, new) {
+            Some(old) => self.give_back(old),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the page at `vmsa` the VMSA of a processor with the calling area at `area`.
+    pub(super) fn create_vcpu(&self, vmsa: u64, area: u64, apic_id: u32) -> Result<(), Stop> {
+        let frames = (Frame::starting_at(vmsa), Frame::starting_at(area));
+        let (Some(vmsa_frame), Some(area_frame)) = frames else {
+            return Err(ResultCode::INVALID_PARAMETER.into());
+        };
+        // Processor erratum: such a VMSA makes the host take false RMP faults, and hosts refuse it.
+        if vmsa.is_multiple_of(LARGE_PAGE_SIZE) || !self.vcpus.has_apic_id(apic_id) {
+            return Err(ResultCode::INVALID_PARAMETER.into());
+        }
+        let vmsa = self.take(vmsa_frame, Role::Vmsa)?;
+        let calling_area = match self.take(area_frame, Role::CallingArea) {
+            Ok(area) => area,
+            Err(stop) => {
+                self.give_back(vmsa)?;
+                return Err(stop);
+            }
+        };
+        let pages = VcpuPages { vmsa, calling_area };
+        match self
+            .inspect(vmsa_frame)
+            .and_then(|()| self.make_vmsa(vmsa_frame))
+        {
+            Ok(()) => self
+                .vcpus
+                .register(apic_id, pages)
+                .or_else(|TableFull(pages)| {
+                    self.give_back_both(pages)?;
+                    Err(ResultCode::INVALID_REQUEST.into())
+                }),
+            Err(stop @ Stop::Machine(_)) => Err(stop),
+            Err(stop) => {
+                self.give_back_both(pages)?;
+                Err(stop)
+            }
+        }
+    }
+
+    /// Whether the page, which the guest cannot reach any more, would make a good VMSA.
+    fn inspect(&self, vmsa: Frame) -> Result<(), Stop> {
+        let claims = self.vmsa_pages.claims(vmsa).map_err(|Unreachable| LOST)?;
+        // The level: a VMSA of level 0 would be a second paravisor. SVME: without it the guest
+        // meant nothing runnable. The features: with others the guest could, for instance, have
+        // its exceptions reflected to nobody, or its registers hidden from us.
+        let good = claims.vmpl == self.vmsa_pages.guest_vmpl()
+            && claims.efer.contains(Efer::SVME)
+            && claims.sev_features == self.vcpus.startup_features();
+        if good {
+            Ok(())
+        } else {
+            Err(ResultCode::INVALID_PARAMETER.into())
+        }
+    }
+
+    fn make_vmsa(&self, vmsa: Frame) -> Result<(), Stop> {
+        self.vmsa_pages
+            .make_vmsa(vmsa)
+            .map_err(|fault| match fault {
+                AdjustFault::NotValidated => LOST,
+                AdjustFault::SizeMismatch => {
+                    ResultCode::of_instruction(STATUS_SIZE_MISMATCH).into()
+                }
+                AdjustFault::Failed(status) => ResultCode::of_instruction(status).into(),
+            })
+    }
+
+    /// Gives the VMSA at `gpa` and its calling area back to the guest.
+    pub(super) fn delete_vcpu(&self, caller: VcpuIndex, gpa: u64) -> Result<Finished, Stop> {
+        let frame = Frame::starting_at(gpa).ok_or(ResultCode::INVALID_PARAMETER)?;
+        let own = self.vcpus.runs_from(caller, frame);
+        let pages = self
+            .vcpus
+            .begin_delete(caller, frame)
+            .map_err(|refusal| match refusal {
+                DeleteRefusal::Unknown | DeleteRefusal::Startup => ResultCode::INVALID_PARAMETER,
+                DeleteRefusal::InUse => ResultCode::FAIL_IN_USE,
+            })?;
+        let VcpuPages { vmsa, calling_area } = pages;
+        if let Err(NotReturned { taken, error }) = self.engine.give_back(vmsa) {
+            self.vcpus.undo_delete(VcpuPages {
+                vmsa: taken,
+                calling_area,
+            });
+            return Err(match error {
+                Error::Backend {
+                    status: STATUS_IN_USE,
+                    ..
+                } => ResultCode::FAIL_IN_USE.into(),
+                error => stop_for(error, TurnstileReason::NOT_VALIDATED),
+            });
+        }
+        let returned = self.give_back(calling_area);
+        self.vcpus.end_delete(frame);
+        returned?;
+        Ok(if own {
+            Finished::CallerGone
+        } else {
+            Finished::Returns
+        })
+    }
+
+    fn take(&self, frame: Frame, role: Role) -> Result<Taken, Stop> {
+        self.engine.take(frame, role).map_err(|error| match error {
+            // The page is the guest's on record, but lost: an argument page, so the guest's error.
+            Error::HostLied => ResultCode::INVALID_ADDRESS.into(),
+            error => stop_for(error, TurnstileReason::NOT_VALIDATED),
+        })
+    }
+
+    fn give_back_both(&self, pages: VcpuPages) -> Result<(), Stop> {
+        self.give_back(pages.vmsa)?;
+        self.give_back(pages.calling_area)
+    }
+
+    /// Gives a page back. One that the platform does not let us give stays Owned: the guest has
+    /// lost a page, nobody has gained one.
+    fn give_back(&self, page: Taken) -> Result<(), Stop> {
+        let mut page = page;
+        for _ in 0..RETURN_TRIES {
+            match self.engine.give_back(page) {
+                Ok(()) => return Ok(()),
+                Err(NotReturned {
+                    taken,
+                    error: Error::Busy,
+                }) => page = taken,
+                Err(NotReturned {
+                    error: Error::HostLied,
+                    ..
+                }) => return Err(LOST),
+                Err(NotReturned { taken, error }) => {
+                    log::error!("{:?} cannot be given back: {error:?}", taken.frame());
+                    return Ok(());
+                }
+            }
+        }
+        log::error!(
+            "{:?} cannot be given back: its region stays locked",
+            page.frame()
+        );
+        Ok(())
+    }
+}
