@@ -14,7 +14,11 @@
     reason = "assembly of the reset path, and the statics it fills"
 )]
 
+use alloc::boxed::Box;
 use core::arch::global_asm;
+use core::ptr;
+
+use super::memory;
 
 /// Where the image is linked and mapped.
 pub const VBASE: u64 = 0xFFFF_FFFF_8000_0000;
@@ -63,6 +67,119 @@ static mut BOOT_PD_IMAGE: Page = Page::zeroed();
 #[unsafe(no_mangle)]
 static mut BOOT_STACK_PAGES: [Page; BOOT_STACK / 4096] =
     [const { Page::zeroed() }; BOOT_STACK / 4096];
+
+/// Runs `action` with the first 512 GiB mapped at 0 as well, for code that turns paging on.
+pub fn with_identity_map(action: impl FnOnce()) {
+    let root = memory::virt(root_table_physical()).cast::<u64>();
+    // SAFETY: entry 256 maps the same memory in the direct map; entry 0 is unused otherwise.
+    unsafe { root.write_volatile(root.add(256).read()) };
+    action();
+    // SAFETY: as above; the other CPUs have left the trampoline.
+    unsafe { root.write_volatile(0) };
+    x86_64::instructions::tlb::flush_all();
+}
+
+/// Copies the trampoline to its page and gives what was there.
+pub fn install_trampoline() -> Box<Page> {
+    let mut saved = Box::new(Page::zeroed());
+    let page = memory::virt(TRAMPOLINE);
+    // SAFETY: conventional memory that the guest does not use yet; the blob lies in the image.
+    unsafe {
+        ptr::copy_nonoverlapping(page, saved.0.as_mut_ptr(), 4096);
+        let blob = &raw const trampoline_start;
+        let end = &raw const trampoline_end;
+        ptr::copy_nonoverlapping(blob, page, end as usize - blob as usize);
+    }
+    saved
+}
+
+/// Puts back what [`install_trampoline`] gave.
+pub fn remove_trampoline(saved: &Page) {
+    // SAFETY: no CPU is in the trampoline any more.
+    unsafe { ptr::copy_nonoverlapping(saved.0.as_ptr(), memory::virt(TRAMPOLINE), 4096) };
+}
+
+/// Tells the trampoline what the next CPU needs: the stack's end and the argument of
+/// [`super::smp::other_start`].
+pub fn arm_trampoline(stack: u64, argument: u64) {
+    let values = [root_table_physical(), stack, argument];
+    // SAFETY: the three words at the end of the blob, inside the trampoline's page.
+    unsafe {
+        let offset = (&raw const trampoline_values) as usize - (&raw const trampoline_start) as usize;
+        memory::virt(TRAMPOLINE).add(offset).cast::<[u64; 3]>().write_volatile(values);
+    }
+}
+
+unsafe extern "C" {
+    static trampoline_start: u8;
+    static trampoline_values: u8;
+    static trampoline_end: u8;
+}
+
+// Runs at TRAMPOLINE (CS = TRAMPOLINE >> 4, IP = 0); every address in it is computed from there.
+global_asm!(
+    r#"
+    .pushsection .rodata.trampoline, "a", @progbits
+    .balign 16
+    .globl trampoline_start
+trampoline_start:
+    .code16
+    cli
+    cld
+    movw %cs, %ax
+    movw %ax, %ds
+    lgdtl trampoline_gdtr - trampoline_start
+    movl %cr0, %eax
+    andl $0x9FFFFFFF, %eax
+    orl $1, %eax
+    movl %eax, %cr0
+    ljmpl $0x08, $({base} + 2f - trampoline_start)
+    .code32
+2:  movw $0x10, %ax
+    movw %ax, %ds
+    movw %ax, %ss
+    movl {base} + trampoline_values - trampoline_start, %eax
+    movl %eax, %cr3
+    movl $0x6A0, %eax
+    movl %eax, %cr4
+    movl $0xC0000080, %ecx
+    rdmsr
+    orl $0x900, %eax
+    wrmsr
+    movl $0x80010033, %eax
+    movl %eax, %cr0
+    ljmpl $0x18, $({base} + 3f - trampoline_start)
+    .code64
+3:  xorl %eax, %eax
+    movw %ax, %ds
+    movw %ax, %es
+    movw %ax, %ss
+    movw %ax, %fs
+    movw %ax, %gs
+    movq {base} + trampoline_values - trampoline_start + 8, %rsp
+    movq {base} + trampoline_values - trampoline_start + 16, %rdi
+    movabsq ${start}, %rax
+    pushq $0
+    jmpq *%rax
+    .balign 8
+4:  .quad 0
+    .quad 0x00CF9B000000FFFF
+    .quad 0x00CF93000000FFFF
+    .quad 0x00AF9B000000FFFF
+trampoline_gdtr:
+    .word 31
+    .long {base} + 4b - trampoline_start
+    .balign 8
+trampoline_values:
+    .quad 0, 0, 0
+trampoline_end:
+    .code64
+    .popsection
+    "#,
+    base = const TRAMPOLINE,
+    start = sym super::smp::other_start,
+    options(att_syntax),
+);
 
 // Everything below runs from the ROM's last page, where offset 0 is 0xFFFF_F000 and the reset
 // vector is offset 0xFF0. Real-mode code sees the page at F000:F000.

@@ -17,8 +17,8 @@ pub mod msr {
     pub const APIC_BASE: u32 = 0x1B;
     /// x2APIC interrupt command register.
     pub const X2APIC_ICR: u32 = 0x830;
-    /// x2APIC spurious vector register: bit 8 enables the APIC.
-    pub const X2APIC_SVR: u32 = 0x80F;
+    /// x2APIC identifier.
+    pub const X2APIC_ID: u32 = 0x802;
     /// Extended feature enables.
     pub const EFER: u32 = 0xC000_0080;
     /// Page attribute table.

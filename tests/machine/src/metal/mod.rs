@@ -33,9 +33,12 @@ pub extern "C" fn start(image: u64, low_end: u64) -> ! {
     let layout = memory::init(image, low_end);
     heap::init(layout.heap);
     mask_pic();
-    setup::launch(layout);
     apic::enable_x2apic();
-    Vcpu::new(VcpuId(0), Permissions::new()).run(Vmpl::VMPL0)
+    setup::launch(layout);
+    let permissions = Permissions::new();
+    let mut first = Vcpu::new(VcpuId(0), permissions);
+    smp::start_others(permissions);
+    first.run(Vmpl::VMPL0)
 }
 
 /// Masks both interrupt controllers: QEMU leaves them open, and vector 8 would be a double fault.

@@ -8,7 +8,7 @@ use core::ops::{Deref, DerefMut};
 
 use machine::access::{Mapping, Region};
 use machine::cpuid::Table;
-use machine::types::{Alias, Gpa, Kind, PageSize, Spa, Vmpl};
+use machine::types::{Alias, Gpa, Kind, PageSize, Spa, VcpuId, Vmpl};
 use machine::{Platform, Verdict};
 use protocols::report::Event;
 use spin::{Mutex, MutexGuard, Once};
@@ -16,7 +16,7 @@ use spin::{Mutex, MutexGuard, Once};
 use super::memory::DirectMap;
 use super::npt::{C_BIT, Mode, Slot, Tables};
 use super::ports::Ports;
-use super::{console, smp};
+use super::{console, cpu, smp};
 
 /// Everything behind the lock.
 pub struct Machine {
@@ -68,6 +68,11 @@ impl Drop for Guard {
     }
 }
 
+/// The CPU that runs this: its x2APIC id.
+fn this_cpu() -> VcpuId {
+    VcpuId(cpu::rdmsr(cpu::msr::X2APIC_ID) as u32)
+}
+
 /// Splits a nested address as the view of `mode` means it.
 pub fn split(address: u64, mode: Mode) -> (Gpa, Alias) {
     let gpa = Gpa::new(address & !C_BIT & !0xFFF);
@@ -91,7 +96,7 @@ impl Machine {
                     platform.peek(vmpl, alias, gpa)
                 });
             }
-            smp::shoot_down();
+            smp::shoot_down(this_cpu());
         }
         for mut event in self.platform.take_events() {
             if let Event::Refusal(refusal) = &mut event {
@@ -104,7 +109,7 @@ impl Machine {
     /// Makes sure that the next fault finds tables to grow with.
     pub fn reserve_tables(&mut self) {
         if self.tables.is_exhausted() {
-            smp::shoot_down();
+            smp::shoot_down(this_cpu());
             self.tables.recycle();
         }
     }

@@ -1,50 +1,295 @@
-//! The other CPUs: starting and stopping what they run, and getting their attention.
+//! The other CPUs: starting them, giving them something to run, getting their attention.
+//!
+//! Every CPU of QEMU is one vCPU of the guest. At boot all but the first are started once with
+//! a real INIT and start-up IPI; from then on they are either inside a guest, inside the
+//! machine, or parked (in a guest of one HLT, see [`Park`]). The only signal between CPUs is an
+//! NMI: it is held off in the machine (GIF is 0) and ends any guest, parked ones included, so a
+//! signal is never lost.
+//!
+//! Invariants:
+//! * `in_guest` is set with the machine's lock held, before nested tables are chosen, and
+//!   cleared after the exit: a CPU seen outside needs the lock before it can use any mapping;
+//! * a request to a CPU is answered (its slot is empty again) before the requester goes on, so
+//!   a VMSA that was stopped or replaced is at rest when the guest hears so.
 
+#![expect(unsafe_code, reason = "the trampoline is copied to conventional memory")]
+
+use alloc::boxed::Box;
 use alloc::format;
+use alloc::vec::Vec;
+use core::hint;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use machine::ghcb::ApAction;
+use machine::ghcb::{ApAction, ApKind};
 use machine::types::{VcpuId, Vmpl};
+use spin::{Mutex, Once};
 
-use super::cpu;
+use super::boot::{self, Page, TRAMPOLINE};
 use super::console::log;
+use super::cpu::{self, msr};
+use super::permissions::Permissions;
+use super::vcpu::Vcpu;
+use super::{apic, memory, shared};
 
-/// Called with the lock held, right before a CPU enters its guest.
-pub fn enter_guest(_id: VcpuId) {}
+/// Bytes of stack of a CPU.
+const STACK: usize = 64 << 10;
 
-/// Called right after an exit.
-pub fn left_guest(_id: VcpuId) {}
-
-/// Returns when no CPU can use a mapping that was withdrawn before the call.
-pub fn shoot_down() {}
-
-/// Whether an NMI exit of this CPU was for the machine.
-pub fn was_kicked(_id: VcpuId) -> bool {
-    false
+/// What one CPU is asked to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// Run this level's VMSA.
+    Start(Vmpl),
+    /// Stop running this level.
+    Stop(Vmpl),
+    /// A start-up IPI arrived.
+    Startup,
 }
 
-/// Whether no other CPU could ever wake this one.
-pub fn is_alone_awake(_id: VcpuId) -> bool {
-    true
+/// What the others know about a CPU.
+#[derive(Default)]
+struct Slot {
+    /// Between VMRUN and the exit, or about to be.
+    in_guest: AtomicBool,
+    /// Exits so far: tells a CPU that has left from one that has entered again.
+    exits: AtomicU64,
+    /// An NMI of the machine is on its way or has arrived.
+    kicked: AtomicBool,
+    /// Parked, or held by a HLT with interrupts off: only another CPU can wake it.
+    asleep: AtomicBool,
+    /// Looked at before the lock of `request` is taken.
+    pending: AtomicBool,
+    request: Mutex<Option<Request>>,
+}
+
+static SLOTS: Once<Vec<Slot>> = Once::new();
+
+fn slots() -> &'static [Slot] {
+    SLOTS.get().map_or(&[], Vec::as_slice)
+}
+
+fn slot(id: VcpuId) -> &'static Slot {
+    &slots()[id.index()]
+}
+
+/// Makes the table of CPUs, all of them asleep but the first.
+pub fn init_table(vcpus: u32) {
+    SLOTS.call_once(|| {
+        (0..vcpus)
+            .map(|n| Slot { asleep: AtomicBool::new(n != 0), ..Slot::default() })
+            .collect()
+    });
+}
+
+/// Starts all other CPUs, one after the other, and gives their trampoline's page back.
+pub fn start_others(permissions: Permissions) {
+    let vcpus = slots().len() as u32;
+    if vcpus < 2 {
+        return;
+    }
+    boot::with_identity_map(|| {
+        let saved = boot::install_trampoline();
+        for id in 1..vcpus {
+            let stack: Box<[Page]> = (0..STACK / 4096).map(|_| Page::zeroed()).collect();
+            let top = Box::leak(stack).as_ptr_range().end as u64;
+            let start = Box::leak(Box::new(Start { id, permissions, ready: AtomicBool::new(false) }));
+            boot::arm_trampoline(top, core::ptr::from_ref(start) as u64);
+            send_ipi(id, DELIVERY_INIT | LEVEL_ASSERT, 0);
+            send_ipi(id, DELIVERY_STARTUP, (TRAMPOLINE >> 12) as u8);
+            while !start.ready.load(Ordering::Acquire) {
+                hint::black_box(());
+            }
+        }
+        boot::remove_trampoline(&saved);
+    });
+}
+
+/// What a starting CPU is given.
+struct Start {
+    id: u32,
+    permissions: Permissions,
+    ready: AtomicBool,
+}
+
+/// Where the trampoline ends up, on the CPU's own stack.
+pub extern "sysv64" fn other_start(start: u64) -> ! {
+    // SAFETY: the address of the `Start` that `start_others` leaked for this CPU.
+    let start = unsafe { &*(start as *const Start) };
+    apic::enable_x2apic();
+    let id = VcpuId(start.id);
+    let mut vcpu = Vcpu::new(id, start.permissions);
+    start.ready.store(true, Ordering::Release);
+    let first = vcpu.wait_for_start();
+    vcpu.run(first)
+}
+
+const DELIVERY_NMI: u64 = 4 << 8;
+const DELIVERY_INIT: u64 = 5 << 8;
+const DELIVERY_STARTUP: u64 = 6 << 8;
+const LEVEL_ASSERT: u64 = 1 << 14;
+
+fn send_ipi(to: u32, command: u64, vector: u8) {
+    cpu::wrmsr(msr::X2APIC_ICR, u64::from(to) << 32 | command | u64::from(vector));
+}
+
+fn kick(id: usize) {
+    slots()[id].kicked.store(true, Ordering::SeqCst);
+    send_ipi(id as u32, DELIVERY_NMI, 0);
+}
+
+/// Called with the machine's lock held, right before a CPU enters its guest.
+pub fn enter_guest(id: VcpuId) {
+    slot(id).in_guest.store(true, Ordering::SeqCst);
+}
+
+/// Called right after an exit.
+pub fn left_guest(id: VcpuId) {
+    let slot = slot(id);
+    slot.exits.fetch_add(1, Ordering::SeqCst);
+    slot.in_guest.store(false, Ordering::SeqCst);
+}
+
+/// Gets every other CPU out of its guest once. With the machine's lock held none can enter
+/// again, so afterwards no CPU uses a mapping that was withdrawn before the call.
+pub fn shoot_down(id: VcpuId) {
+    let waiting: Vec<(usize, u64)> = slots()
+        .iter()
+        .enumerate()
+        .filter(|&(n, slot)| n != id.index() && slot.in_guest.load(Ordering::SeqCst))
+        .map(|(n, slot)| (n, slot.exits.load(Ordering::SeqCst)))
+        .collect();
+    for &(n, _) in &waiting {
+        kick(n);
+    }
+    for (n, exits) in waiting {
+        let slot = &slots()[n];
+        // A plain spin: PAUSE takes QEMU's big lock (facts: tcg-svm.md §7).
+        while slot.in_guest.load(Ordering::SeqCst) && slot.exits.load(Ordering::SeqCst) == exits {
+            hint::black_box(());
+        }
+    }
+}
+
+/// Whether an NMI exit of this CPU was for the machine; the question is asked once per NMI.
+pub fn was_kicked(id: VcpuId) -> bool {
+    slot(id).kicked.swap(false, Ordering::SeqCst)
+}
+
+/// Marks whether only another CPU can wake this one.
+pub fn set_asleep(id: VcpuId, asleep: bool) {
+    slot(id).asleep.store(asleep, Ordering::SeqCst);
+}
+
+/// Whether no other CPU is awake to wake this one.
+pub fn is_alone_awake(id: VcpuId) -> bool {
+    slots()
+        .iter()
+        .enumerate()
+        .all(|(n, slot)| n == id.index() || slot.asleep.load(Ordering::SeqCst))
+}
+
+/// The request to this CPU, if there is one. It stays in the slot until [`answer`].
+pub fn request(id: VcpuId) -> Option<Request> {
+    let slot = slot(id);
+    if !slot.pending.load(Ordering::SeqCst) {
+        return None;
+    }
+    *slot.request.lock()
+}
+
+/// Says that the request has been carried out.
+pub fn answer(id: VcpuId) {
+    let slot = slot(id);
+    *slot.request.lock() = None;
+    slot.pending.store(false, Ordering::SeqCst);
+}
+
+/// Asks a CPU and waits until it has answered. Never with the machine's lock held.
+fn ask(from: VcpuId, to: VcpuId, request: Request) {
+    let Some(slot) = slots().get(to.index()).filter(|_| to != from) else { return };
+    loop {
+        let mut pending = slot.request.lock();
+        if pending.is_none() {
+            *pending = Some(request);
+            slot.pending.store(true, Ordering::SeqCst);
+            break;
+        }
+        drop(pending);
+        if self::slot(from).pending.load(Ordering::SeqCst) {
+            // Two CPUs ask each other: give way, or neither would ever answer.
+            return;
+        }
+    }
+    kick(to.index());
+    while slot.pending.load(Ordering::SeqCst) && !self::slot(from).pending.load(Ordering::SeqCst) {
+        hint::black_box(());
+    }
 }
 
 /// Carries out AP creation or destruction.
-pub fn start_or_stop(_from: VcpuId, action: ApAction) {
-    log!("{}", format!("{action:?}"));
+pub fn start_or_stop(from: VcpuId, action: ApAction) {
+    let request = match action.kind {
+        ApKind::Start => Request::Start(action.vmpl),
+        ApKind::Stop => Request::Stop(action.vmpl),
+    };
+    ask(from, action.target, request);
 }
 
-/// Calls `act` for each vCPU an interrupt command addresses.
-pub fn for_each_target(_from: VcpuId, _icr: u64, _act: fn(VcpuId)) {}
+/// Calls `act` for each vCPU an x2APIC interrupt command addresses.
+pub fn for_each_target(from: VcpuId, icr: u64, act: fn(VcpuId, VcpuId)) {
+    /// Destination shorthand: 2 is all, 3 is all but the sender.
+    const ALL: u64 = 2;
+    let shorthand = icr >> 18 & 3;
+    let destination = (icr >> 32) as u32;
+    for n in 0..slots().len() as u32 {
+        let addressed = match shorthand {
+            0 => destination == n || destination == u32::MAX,
+            shorthand => shorthand >= ALL,
+        };
+        if addressed && n != from.0 {
+            act(from, VcpuId(n));
+        }
+    }
+}
 
-/// INIT for one vCPU.
-pub fn init(_id: VcpuId) {}
+/// INIT for one vCPU. An SNP guest's vCPU cannot be reset by the host; firmware sends INIT out
+/// of habit before the start-up IPI, which is what counts.
+pub fn init(_from: VcpuId, to: VcpuId) {
+    log!("{}", format!("INIT for vCPU {} is not emulated", to.0));
+}
 
 /// Start-up IPI for one vCPU.
-pub fn startup(_id: VcpuId) {}
-
-/// Waits until another CPU gives this one something to run.
-pub fn wait_for_start(_id: VcpuId) -> Vmpl {
-    cpu::stop()
+pub fn startup(from: VcpuId, to: VcpuId) {
+    ask(from, to, Request::Startup);
 }
 
-/// Makes the table of CPUs.
-pub fn init_table(_vcpus: u32) {}
+/// Releases what a start-up IPI releases: the context of this vCPU that waits for it.
+pub fn released_by_startup(id: VcpuId) -> Option<Vmpl> {
+    let mut machine = shared::lock(0);
+    Vmpl::ALL.into_iter().find(|&vmpl| machine.platform.release_hold(id, vmpl, true))
+}
+
+/// The parked guest: real mode, one page with a HLT and a jump back to it.
+///
+/// A CPU waits for an NMI inside it, because in the machine itself GIF is 0 and a HLT would
+/// sleep through every signal. Its nested tables map that page alone.
+pub struct Park {
+    /// Root of its nested page tables.
+    pub root: u64,
+}
+
+impl Park {
+    /// Builds the page and its tables.
+    pub fn new() -> Self {
+        /// HLT; JMP back.
+        const CODE: [u8; 3] = [0xF4, 0xEB, 0xFD];
+        const TABLE: u64 = 0x27;
+        let pages: [memory::OwnPages; 5] = core::array::from_fn(|_| memory::OwnPages::new(1));
+        for pair in pages.windows(2) {
+            // SAFETY: pages just allocated; each table's first entry leads to the next page.
+            unsafe { pair[0].pointer::<u64>().write(pair[1].physical() | TABLE) };
+        }
+        // SAFETY: the last page, just allocated.
+        unsafe { pages[4].pointer::<[u8; 3]>().write(CODE) };
+        Park { root: pages[0].physical() }
+    }
+}

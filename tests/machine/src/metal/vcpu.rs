@@ -21,12 +21,14 @@ use machine::platform::End;
 use machine::settings::Reflection;
 use machine::types::{Gpa, Kind, PageSize, Spa, VcpuId, Vmpl};
 use protocols::exit_code::ExitCode;
+use protocols::vmsa::{Efer, Segment, SegmentAttributes, Vmsa};
 
 use super::console::log;
 use super::guest_memory::{View, fetch};
 use super::memory::OwnPages;
 use super::npt::Mode;
 use super::permissions::Permissions;
+use super::smp::{Park, Request};
 use super::svm::{self, Registers, Save, Vmcb, intercept, seg};
 use super::world::{self, Reason};
 use super::{exit, finish, shared, smp};
@@ -79,6 +81,7 @@ pub struct Vcpu {
     /// Where the running VMSA is.
     vmsa: Spa,
     vmcb: OwnPages,
+    park: Park,
     permissions: Permissions,
     reflection: Reflection,
     trace: bool,
@@ -98,6 +101,7 @@ impl Vcpu {
             registers: Registers::default(),
             vmsa: Spa::new(0),
             vmcb: OwnPages::new(1),
+            park: Park::new(),
             permissions,
             reflection: settings.reflection,
             trace: settings.trace,
@@ -162,22 +166,111 @@ impl Vcpu {
         }
     }
 
-    /// Runs the guest on this CPU, starting with VMPL0, until the run ends.
+    /// Runs the guest on this CPU, starting with one level, until the run ends.
     pub fn run(&mut self, first: Vmpl) -> ! {
         let mut next = first;
         loop {
             self.enter_world(next);
-            let (target, why) = loop {
+            let flow = loop {
+                if let Some(flow) = self.serve_request() {
+                    break flow;
+                }
                 match self.step() {
                     Flow::Resume => {}
-                    Flow::Run(vmpl, why) => break (Some(vmpl), why),
-                    Flow::Hold(why) => break (None, why),
-                    Flow::End(end) => finish::end(end, self.rip()),
+                    flow => break flow,
                 }
             };
-            self.leave_world(&why);
-            next = target.unwrap_or_else(|| smp::wait_for_start(self.id));
+            next = match flow {
+                Flow::Resume => next,
+                Flow::Run(vmpl, why) => {
+                    self.leave_world(&why);
+                    vmpl
+                }
+                Flow::Hold(why) => {
+                    self.leave_world(&why);
+                    self.wait_for_start()
+                }
+                Flow::End(end) => finish::end(end, self.rip()),
+            };
         }
+    }
+
+    /// Does what another CPU asked for, if it changes what this one runs.
+    ///
+    /// A level that is more privileged than the one to be started is not interrupted: it finds
+    /// the new VMSA when it asks for that level.
+    fn serve_request(&mut self) -> Option<Flow> {
+        let nothing = Reason { code: ExitCode::NMI.0, info_1: 0, info_2: 0 };
+        match smp::request(self.id)? {
+            Request::Start(vmpl) if !self.vmpl.is_more_privileged_than(vmpl) => {
+                // The answer follows when the old world has been left.
+                Some(Flow::Run(vmpl, nothing))
+            }
+            Request::Stop(vmpl) if vmpl == self.vmpl => Some(Flow::Hold(nothing)),
+            Request::Start(_) | Request::Stop(_) | Request::Startup => {
+                smp::answer(self.id);
+                None
+            }
+        }
+    }
+
+    /// Waits, parked, until another CPU gives this one something to run.
+    pub fn wait_for_start(&mut self) -> Vmpl {
+        if smp::request(self.id).is_some_and(|request| matches!(request, Request::Stop(_))) {
+            smp::answer(self.id);
+        }
+        smp::set_asleep(self.id, true);
+        self.init_park();
+        let next = loop {
+            let started = match smp::request(self.id) {
+                Some(Request::Start(vmpl)) => Some(vmpl),
+                Some(Request::Startup) => smp::released_by_startup(self.id),
+                Some(Request::Stop(_)) | None => None,
+            };
+            if let Some(vmpl) = started {
+                break vmpl;
+            }
+            if smp::request(self.id).is_some() {
+                smp::answer(self.id);
+            }
+            let at = self.vmcb.physical();
+            // SAFETY: (1) the parked guest's nested tables map one page of its own code; (2) and
+            // (3) as in `step`.
+            unsafe { svm::vmrun(at, &mut self.registers) };
+            smp::was_kicked(self.id);
+        };
+        smp::set_asleep(self.id, false);
+        next
+    }
+
+    /// The state of a CPU that waits for an NMI in real mode.
+    fn init_park(&mut self) {
+        let root = self.park.root;
+        let data = Segment {
+            selector: 0,
+            attributes: SegmentAttributes::DATA16,
+            limit: 0xFFFF,
+            base: 0,
+        };
+        let vmcb = self.vmcb_mut();
+        vmcb.control.intercept_misc1 = intercept::NMI | intercept::INIT | intercept::SHUTDOWN;
+        vmcb.control.intercept_misc2 = intercept::SVM;
+        vmcb.control.asid = 1;
+        vmcb.control.np_enable = 1;
+        vmcb.control.n_cr3 = root;
+        vmcb.control.int_ctl = 0;
+        vmcb.control.int_state = 0;
+        vmcb.control.event_inj = 0;
+        let save = &mut vmcb.save;
+        save.segments = [data; 10];
+        save.segments[seg::CS].attributes = SegmentAttributes::CODE16;
+        save.cr0 = Vmsa::CR0_RESET;
+        save.cr3 = 0;
+        save.cr4 = 0;
+        save.efer = Efer::SVME.0;
+        save.rflags = 2;
+        save.rip = 0;
+        save.rsp = 0;
     }
 
     fn enter_world(&mut self, vmpl: Vmpl) {
@@ -193,6 +286,10 @@ impl Vcpu {
         self.vmpl = vmpl;
         self.vmsa = spa;
         self.strict = vmpl == Vmpl::VMPL0 || self.reflection == Reflection::Strict;
+        // A request to start this level, or to replace its VMSA, has now been carried out.
+        if smp::request(self.id) == Some(Request::Start(vmpl)) {
+            smp::answer(self.id);
+        }
         self.init_control();
         let at = self.vmcb.physical();
         let mut registers = Registers::default();
