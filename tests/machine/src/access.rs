@@ -241,3 +241,189 @@ impl<P: PhysicalMemory> Platform<P> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BLOCK, Sparse, platform};
+    use crate::types::PAGE_SIZE;
+
+    const GUEST: Vmpl = Vmpl::VMPL1;
+    const DEVICE: Gpa = Gpa::new(0xFEE0_0000);
+
+    fn access(platform: &mut Platform<Sparse>, alias: Alias, kind: Kind) -> Verdict {
+        platform.access(GUEST, alias, BLOCK, kind)
+    }
+
+    /// §9: nothing behind the page: devices live in the shared alias.
+    #[test]
+    fn without_memory_shared_is_a_device_and_private_is_refused() {
+        let mut platform = platform("");
+        let shared = platform.access(GUEST, Alias::Shared, DEVICE, Kind::Read);
+        assert_eq!(shared, Verdict::Mmio(Spa::new(DEVICE.get())));
+        for (alias, kind) in [(Alias::Private, Kind::Read), (Alias::Shared, Kind::Execute)] {
+            let verdict = platform.access(GUEST, alias, DEVICE, kind);
+            assert_eq!(verdict, Verdict::Denied(Denial::NotCovered));
+        }
+    }
+
+    /// §9 priority: ownership before Validated before VMPL.
+    #[test]
+    fn the_order_of_the_checks() {
+        let mut platform = platform("");
+        let place = platform.layout().place(BLOCK).unwrap();
+        platform.host.assign_for_launch(&place, BLOCK).unwrap();
+        let verdict = access(&mut platform, Alias::Private, Kind::Read);
+        assert_eq!(verdict, Verdict::Denied(Denial::Immutable));
+        platform.host.rmp_mut().finish_launch(&place, false);
+        platform.host.rmp_mut().set_validated(&place, false);
+        assert_eq!(
+            access(&mut platform, Alias::Private, Kind::Read),
+            Verdict::NotValidated
+        );
+        platform.host.rmp_mut().set_validated(&place, true);
+        let verdict = access(&mut platform, Alias::Private, Kind::Read);
+        assert_eq!(verdict, Verdict::Denied(Denial::Permissions(0)));
+    }
+
+    /// §10: what each permission mask allows.
+    #[test]
+    fn vmpl_permissions_decide_by_kind() {
+        // mask, read, write, execute, walk
+        for (mask, expected) in [
+            (0x1, [true, false, false, false]),
+            (0x2, [false, false, false, false]),
+            (0x3, [true, true, false, true]),
+            (0x4, [false, false, false, false]),
+            (0x5, [true, false, false, false]),
+            (0xC, [false, false, true, false]),
+            (0xD, [true, false, true, false]),
+            (0xF, [true, true, true, true]),
+        ] {
+            let mut platform = platform("");
+            platform.accept(BLOCK, mask << 8 | 1);
+            let kinds = [Kind::Read, Kind::Write, Kind::Execute, Kind::Walk];
+            let allowed = kinds
+                .map(|kind| matches!(access(&mut platform, Alias::Private, kind), Verdict::Map(_)));
+            assert_eq!(allowed, expected, "mask {mask:#x}");
+        }
+    }
+
+    #[test]
+    fn a_mapping_grants_what_the_rmp_grants() {
+        let mut platform = platform("");
+        platform.accept(BLOCK, 0x101);
+        let verdict = access(&mut platform, Alias::Private, Kind::Read);
+        let spa = Spa::new(BLOCK.get());
+        assert_eq!(
+            verdict,
+            Verdict::Map(Mapping {
+                spa,
+                write: false,
+                execute: false
+            })
+        );
+        platform.adjust(BLOCK, PageSize::Size4K, 0xF01);
+        let verdict = access(&mut platform, Alias::Private, Kind::Read);
+        assert_eq!(
+            verdict,
+            Verdict::Map(Mapping {
+                spa,
+                write: true,
+                execute: true
+            })
+        );
+    }
+
+    /// §9: fetches and walks ignore the C-bit; data does not, and the host converts.
+    #[test]
+    fn the_wrong_alias_converts_for_data_only() {
+        let mut platform = platform("");
+        platform.accept(BLOCK, 0xF01);
+        for kind in [Kind::Execute, Kind::Walk] {
+            assert!(matches!(
+                access(&mut platform, Alias::Shared, kind),
+                Verdict::Map(_)
+            ));
+        }
+        assert_eq!(platform.counters.violations.implicit_conversion, 0);
+        let verdict = access(&mut platform, Alias::Shared, Kind::Read);
+        assert!(matches!(
+            verdict,
+            Verdict::Map(Mapping { execute: false, .. })
+        ));
+        assert_eq!(platform.counters.violations.implicit_conversion, 1);
+        let spa = platform.spa_of(BLOCK).unwrap();
+        assert_ne!(platform.memory().read_u64(spa), 0, "the contents are lost");
+        // And back: the host gives a fresh page, which the guest has not validated.
+        assert_eq!(
+            access(&mut platform, Alias::Private, Kind::Read),
+            Verdict::NotValidated
+        );
+        assert_eq!(platform.counters.violations.implicit_conversion, 2);
+    }
+
+    #[test]
+    fn peeking_changes_nothing_and_agrees_with_access() {
+        let mut platform = platform("");
+        assert_eq!(platform.peek(GUEST, Alias::Private, BLOCK), None);
+        assert!(
+            !platform
+                .host
+                .rmp()
+                .entry(&platform.layout().place(BLOCK).unwrap())
+                .is_assigned()
+        );
+        platform.accept(BLOCK, 0x301);
+        let peeked = platform.peek(GUEST, Alias::Private, BLOCK).unwrap();
+        let verdict = access(&mut platform, Alias::Private, Kind::Read);
+        assert_eq!(verdict, Verdict::Map(peeked));
+        assert_eq!(platform.peek(GUEST, Alias::Shared, BLOCK), None);
+        assert_eq!(platform.peek(GUEST, Alias::Shared, DEVICE), None);
+    }
+
+    #[test]
+    fn a_region_is_uniform_only_if_every_page_is() {
+        for settings in ["backing=2m", "backing=4k"] {
+            let mut platform = platform(settings);
+            for page in 0..512 {
+                platform.accept(Gpa::new(BLOCK.get() + page * PAGE_SIZE), 0xF01);
+                if page >= 510 {
+                    let region = platform.peek_region(GUEST, Alias::Private, BLOCK);
+                    assert_eq!(matches!(region, Region::Uniform(_)), page == 511);
+                }
+            }
+            let middle = Gpa::new(BLOCK.get() + 77 * PAGE_SIZE);
+            platform.adjust(middle, PageSize::Size4K, 0x101);
+            let region = platform.peek_region(GUEST, Alias::Private, middle);
+            assert_eq!(region, Region::Mixed);
+            assert!(matches!(
+                platform.peek_region(Vmpl::VMPL0, Alias::Private, middle),
+                Region::Mixed
+            ));
+        }
+        let mut platform = platform("backing=2m");
+        platform.pval(BLOCK, PageSize::Size2M, true);
+        let region = platform.peek_region(Vmpl::VMPL0, Alias::Private, BLOCK);
+        assert!(matches!(region, Region::Uniform(mapping) if mapping.spa.get() == BLOCK.get()));
+        // The block at 0 has a hole.
+        assert_eq!(
+            platform.peek_region(GUEST, Alias::Shared, Gpa::new(0)),
+            Region::Mixed
+        );
+    }
+
+    #[test]
+    fn conversions_name_what_is_stale() {
+        let mut platform = platform("");
+        platform.accept(BLOCK, 0xF01);
+        let _ = platform.take_invalidations();
+        access(&mut platform, Alias::Shared, Kind::Write);
+        let stale = platform.take_invalidations();
+        assert!(
+            stale
+                .iter()
+                .any(|s| s.gpa == BLOCK && s.views.contains(GUEST))
+        );
+    }
+}

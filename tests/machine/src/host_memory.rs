@@ -227,7 +227,12 @@ impl HostMemory {
         if self.attribute(place) == Alias::Shared || self.rmp.entry(place).is_assigned() {
             return Err(UpdateError::Overlap);
         }
-        self.rmp.assign(place, gpa.align_down(PageSize::Size4K), PageSize::Size4K, true)
+        self.rmp.assign(
+            place,
+            gpa.align_down(PageSize::Size4K),
+            PageSize::Size4K,
+            true,
+        )
     }
 
     /// Splits the large entry that speaks for the page, if one does.
@@ -290,5 +295,119 @@ impl HostMemory {
             page.shared = shared;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::scramble_word;
+    use crate::testing::Sparse;
+
+    const BLOCK: Gpa = Gpa::new(0x20_0000);
+    const SMALL: PageSize = PageSize::Size4K;
+    const LARGE: PageSize = PageSize::Size2M;
+
+    fn host(backing: HostBacking) -> (HostMemory, Sparse, Place) {
+        let mut host = HostMemory::new(backing);
+        host.add_ram(Gpa::new(0), 0x80_0000).unwrap();
+        let place = host.layout().place(BLOCK).unwrap();
+        (host, Sparse::default(), place)
+    }
+
+    /// `unaccepted-memory.md` §7, first private fault: 2 MiB only if the whole block is free.
+    #[test]
+    fn the_first_private_use_decides_the_size() {
+        for (backing, neighbour_used, expected) in [
+            (HostBacking::Size4K, false, SMALL),
+            (HostBacking::Size2M, false, LARGE),
+            (HostBacking::Size2M, true, SMALL),
+        ] {
+            let (mut host, memory, place) = host(backing);
+            if neighbour_used {
+                let gpa = Gpa::new(BLOCK.get() + 5 * PAGE_SIZE);
+                let other = host.layout().place(gpa).unwrap();
+                host.convert(&memory, &other, gpa, SMALL, Alias::Shared)
+                    .unwrap();
+            }
+            host.prepare(&memory, &place, BLOCK).unwrap();
+            assert_eq!(host.rmp().entry(&place).size(), expected);
+        }
+    }
+
+    #[test]
+    fn a_page_that_has_an_entry_keeps_it() {
+        let (mut host, memory, place) = host(HostBacking::Size4K);
+        host.prepare(&memory, &place, BLOCK).unwrap();
+        host.rmp_mut().set_validated(&place, true);
+        host.prepare(&memory, &place, BLOCK).unwrap();
+        assert!(host.rmp().entry(&place).is_validated());
+    }
+
+    #[test]
+    fn contents_are_lost_on_every_change_of_owner() {
+        let (mut host, memory, place) = host(HostBacking::Size4K);
+        memory.write(place.spa, &[7; 4096]);
+        host.prepare(&memory, &place, BLOCK).unwrap();
+        assert_eq!(memory.read_u64(place.spa), scramble_word(1, BLOCK.get()));
+        host.convert(&memory, &place, BLOCK, SMALL, Alias::Shared)
+            .unwrap();
+        assert_eq!(memory.read_u64(place.spa), scramble_word(2, BLOCK.get()));
+        // To the attribute it has: nothing happens.
+        memory.write(place.spa, &[7; 4096]);
+        host.convert(&memory, &place, BLOCK, SMALL, Alias::Shared)
+            .unwrap();
+        assert_eq!(memory.read_u64(place.spa), 0x0707_0707_0707_0707);
+        host.convert(&memory, &place, BLOCK, SMALL, Alias::Private)
+            .unwrap();
+        host.prepare(&memory, &place, BLOCK).unwrap();
+        assert_eq!(memory.read_u64(place.spa), scramble_word(3, BLOCK.get()));
+        assert_eq!(host.scrambled_bytes(), 3 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn a_clean_page_is_not_looked_at_again() {
+        let (mut host, memory, place) = host(HostBacking::Size4K);
+        host.prepare(&memory, &place, BLOCK).unwrap();
+        let mut find = |memory: &Sparse| host.find_scrambled(memory, &place, BLOCK, SMALL);
+        assert_eq!(find(&memory), Some(BLOCK));
+        memory.write(place.spa, &[0; 4096]);
+        assert_eq!(find(&memory), None);
+        memory.fill_scramble(place.spa, PAGE_SIZE, 1);
+        assert_eq!(find(&memory), None, "it was the owner's doing");
+    }
+
+    #[test]
+    fn a_large_entry_is_split_for_one_page_and_taken_whole_for_a_block() {
+        let (mut host, memory, place) = host(HostBacking::Size2M);
+        host.prepare(&memory, &place, BLOCK).unwrap();
+        let gpa = Gpa::new(BLOCK.get() + 9 * PAGE_SIZE);
+        let page = host.layout().place(gpa).unwrap();
+        host.convert(&memory, &page, gpa, SMALL, Alias::Shared)
+            .unwrap();
+        assert_eq!(host.psmashes(), 1);
+        assert!(!host.rmp().entry(&page).is_assigned());
+        assert!(host.rmp().entry(&place).is_assigned());
+        host.convert(&memory, &place, BLOCK, LARGE, Alias::Shared)
+            .unwrap();
+        assert!(host.rmp().is_block_free(&place));
+        assert!(host.is_block(&place, Alias::Shared));
+        host.convert(&memory, &place, BLOCK, LARGE, Alias::Private)
+            .unwrap();
+        host.prepare(&memory, &place, BLOCK).unwrap();
+        assert_eq!(host.rmp().entry(&place).size(), LARGE);
+    }
+
+    #[test]
+    fn neighbouring_invalidations_become_one() {
+        let (mut host, _, _) = host(HostBacking::Size4K);
+        for page in 0..4 {
+            host.invalidate(Gpa::new(BLOCK.get() + page * PAGE_SIZE), SMALL, Views::ALL);
+        }
+        host.invalidate(Gpa::new(0), SMALL, Views::ALL);
+        let queue = host.take_invalidations();
+        assert_eq!(queue.len(), 2);
+        assert_eq!((queue[0].gpa, queue[0].bytes), (BLOCK, 4 * PAGE_SIZE));
+        assert!(host.take_invalidations().is_empty());
     }
 }

@@ -153,7 +153,7 @@ impl Completion {
         if self.eax == 0 {
             value |= flags::ZF;
         }
-        if (self.eax as u8).count_ones() % 2 == 0 {
+        if (self.eax as u8).count_ones().is_multiple_of(2) {
             value |= flags::PF;
         }
         if self.eax >> 31 != 0 {

@@ -126,3 +126,76 @@ impl<P: PhysicalMemory> Platform<P> {
         result.ok()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BLOCK, Sparse, platform};
+
+    fn ask(platform: &mut Platform<Sparse>, call: Call, rcx: u64, rdx: u64) -> Answer {
+        platform.ask_oracle(call.rax(), rcx, rdx).unwrap()
+    }
+
+    fn flags(platform: &mut Platform<Sparse>) -> PageFlags {
+        PageFlags::from_bits_truncate(ask(platform, Call::PAGE, BLOCK.get(), 0).rax)
+    }
+
+    #[test]
+    fn it_is_silent_unless_asked_for() {
+        assert_eq!(platform("").ask_oracle(Call::PAGE.rax(), 0, 0), None);
+        assert_eq!(platform("oracle=on").ask_oracle(7, 0, 0), None);
+    }
+
+    #[test]
+    fn a_page_is_described_in_full() {
+        let mut platform = platform("oracle=on");
+        assert_eq!(flags(&mut platform), PageFlags::HOST_PRIVATE);
+        platform.accept(BLOCK, 0x301);
+        let expected = PageFlags::HOST_PRIVATE | PageFlags::ASSIGNED | PageFlags::VALIDATED;
+        assert_eq!(flags(&mut platform), expected);
+        let answer = ask(&mut platform, Call::PAGE, BLOCK.get(), 0);
+        assert_eq!(answer.rdx, Some(0x0000_030F));
+        assert_eq!(ask(&mut platform, Call::PAGE, 0xFE00_0000, 0).rax, 0);
+    }
+
+    #[test]
+    fn counters_are_those_of_vmpl0() {
+        let mut platform = platform("oracle=on");
+        platform.accept(BLOCK, 0xF01);
+        platform.pval(BLOCK, PageSize::Size4K, true);
+        let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
+        assert_eq!(count(Counter::PVALIDATE_4K_VALIDATE), 2);
+        assert_eq!(count(Counter::RMPADJUST), 1);
+        assert_eq!(count(Counter::DOUBLE_VALIDATION), 1);
+        assert_eq!(count(Counter(999)), u64::MAX);
+    }
+
+    #[test]
+    fn host_acts_are_done_or_refused_by_the_pages_state() {
+        let mut platform = platform("oracle=on");
+        let act = |platform: &mut Platform<Sparse>, act: HostAct| {
+            ask(platform, Call::HOST_ACT, BLOCK.get(), act.0).rax
+        };
+        assert_eq!(act(&mut platform, HostAct::BACK_BY_2M), HOST_ACT_DONE);
+        assert!(flags(&mut platform).contains(PageFlags::SIZE_2M));
+        assert_eq!(
+            act(&mut platform, HostAct::BACK_BY_2M),
+            HOST_ACT_NOT_POSSIBLE
+        );
+        assert_eq!(platform.pval(BLOCK, PageSize::Size2M, true), (0, false));
+        assert_eq!(act(&mut platform, HostAct::TAKE_AWAY), HOST_ACT_DONE);
+        assert_eq!(flags(&mut platform), PageFlags::HOST_PRIVATE);
+        assert_eq!(
+            act(&mut platform, HostAct::CONVERT_TO_SHARED),
+            HOST_ACT_DONE
+        );
+        assert_eq!(flags(&mut platform), PageFlags::empty());
+        assert_eq!(act(&mut platform, HostAct(9)), HOST_ACT_NOT_POSSIBLE);
+    }
+
+    #[test]
+    fn without_a_map_there_is_no_agreement() {
+        let mut platform = platform("oracle=on");
+        assert_eq!(ask(&mut platform, Call::REFEREE, 0, 0).rax, u64::MAX);
+    }
+}

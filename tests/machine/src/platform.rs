@@ -290,3 +290,65 @@ impl End {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BLOCK, platform};
+    use crate::types::PageSize;
+
+    #[test]
+    fn the_report_adds_up() {
+        let mut platform = platform("backing=2m");
+        platform.pval(BLOCK, PageSize::Size2M, true);
+        let report = platform.report(End::PowerOff);
+        assert_eq!(report.outcome, Outcome::PowerOff);
+        assert_eq!(
+            (report.memory.assigned_pages, report.memory.validated_pages),
+            (512, 512)
+        );
+        assert_eq!(report.memory.guest_pages, (0xA_0000 + 0xF0_0000) / 4096);
+        assert_eq!(report.memory.scrambled_bytes, 2 << 20);
+        assert_eq!(report.counters[0].pvalidate.validate_2m.ok, 1);
+        assert!(report.referee.is_none());
+    }
+
+    #[test]
+    fn ends_say_why() {
+        let platform = platform("");
+        let terminated = End::Terminated {
+            vmpl: Vmpl::VMPL0,
+            set: 5,
+            code: 8,
+        };
+        let report = platform.report(terminated);
+        assert!(report.reason.contains("MAP_OVERLAP"));
+        assert_eq!(report.termination.map(|t| (t.set, t.code)), Some((5, 8)));
+        let halted = End::Halted {
+            vmpl: Vmpl::VMPL1,
+            rip: 0x1000,
+            rsp: LINUX_C_BIT_CHECK_RSP,
+        };
+        assert!(platform.report(halted).reason.contains("C-bit"));
+        assert_eq!(platform.report(End::GuestExit(0x2A)).code, 0x2A);
+    }
+
+    #[test]
+    fn progress_is_told_in_steps() {
+        let mut platform = platform("");
+        for _ in 0..3 {
+            platform.book_validated(48 << 20, true);
+        }
+        platform.book_validated(48 << 20, false);
+        platform.book_validated(48 << 20, true);
+        let steps: Vec<u64> = platform
+            .take_events()
+            .iter()
+            .filter_map(|event| match event {
+                Event::Progress(progress) => Some(progress.validated_bytes >> 20),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(steps, [96, 144]);
+    }
+}

@@ -85,7 +85,8 @@ impl<P: PhysicalMemory> Platform<P> {
     fn read_roles(&self, descriptor: &MapDescriptor) -> Result<Roles, String> {
         let mut roles = Roles::default();
         for index in 0..u64::from(descriptor.vcpu_count) {
-            let at = Gpa::new(descriptor.vcpu_table_gpa + index * size_of::<VcpuEntry>() as u64);
+            let offset = index * size_of::<VcpuEntry>() as u64;
+            let at = Gpa::new(descriptor.vcpu_table_gpa.saturating_add(offset));
             let mut bytes = [0; size_of::<VcpuEntry>()];
             self.read_guest(at, &mut bytes)
                 .ok_or_else(|| format!("vCPU table entry at {at} is outside memory"))?;
@@ -260,4 +261,197 @@ fn describe(entry: &Entry, valid: bool) -> String {
             ""
         },
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BLOCK, CPU0, Sparse, platform};
+    use protocols::map::MapRange;
+
+    /// Where the tests keep descriptor, states and vCPU table: launched pages of "the
+    /// paravisor".
+    const DESCRIPTOR: Gpa = Gpa::new(0x20_0000);
+    const STATES: Gpa = Gpa::new(0x20_1000);
+    const VCPUS: Gpa = Gpa::new(0x20_2000);
+    const VMSA: u64 = 1;
+    const CALLING_AREA: u64 = 2;
+
+    /// A map that covers the paravisor's block and [`BLOCK`], all states as given.
+    fn mapped() -> Platform<Sparse> {
+        let mut platform = platform("referee=0x200000");
+        let mut descriptor = MapDescriptor::new();
+        for (gpa, states) in [(DESCRIPTOR, STATES), (BLOCK, Gpa::new(STATES.get() + 128))] {
+            let range = MapRange {
+                gpa: gpa.get(),
+                pages: 512,
+                states_gpa: states.get(),
+            };
+            assert!(descriptor.push_range(range));
+        }
+        descriptor.vcpu_count = 1;
+        descriptor.guest_vmpl = 1;
+        descriptor.vcpu_table_gpa = VCPUS.get();
+        let write = |gpa: Gpa, bytes: &[u8]| {
+            platform
+                .memory()
+                .write(platform.spa_of(gpa).unwrap(), bytes);
+        };
+        write(DESCRIPTOR, descriptor.as_bytes());
+        let entry = VcpuEntry {
+            vmsa_gpa: BLOCK.get() + VMSA * PAGE_SIZE,
+            ca_gpa: BLOCK.get() + CALLING_AREA * PAGE_SIZE + 8,
+        };
+        write(VCPUS, entry.as_bytes());
+        for page in [DESCRIPTOR, STATES, VCPUS] {
+            let place = platform.layout().place(page).unwrap();
+            platform.host.assign_for_launch(&place, page).unwrap();
+            platform.host.rmp_mut().finish_launch(&place, false);
+        }
+        for page in 0..3 {
+            set(&platform, 0, page, PageState::Owned);
+        }
+        platform
+    }
+
+    fn set(platform: &Platform<Sparse>, region: u64, page: u64, state: PageState) {
+        let at = STATES.get() + region * BYTES_PER_REGION + page / 4;
+        let spa = platform.spa_of(Gpa::new(at)).unwrap();
+        let mut byte = [0];
+        platform.memory().read(spa, &mut byte);
+        let shift = 2 * (page % 4);
+        byte[0] = byte[0] & !(3 << shift) | (state as u8) << shift;
+        platform.memory().write(spa, &byte);
+    }
+
+    fn disagreements(platform: &Platform<Sparse>) -> u64 {
+        platform.judge().unwrap().disagreements
+    }
+
+    fn page(index: u64) -> Gpa {
+        Gpa::new(BLOCK.get() + index * PAGE_SIZE)
+    }
+
+    #[test]
+    fn a_map_that_is_right_is_agreed_with_page_by_page() {
+        let mut platform = mapped();
+        platform.accept(page(VMSA), 1 << 16 | 1);
+        platform.accept(page(CALLING_AREA), 0xF01);
+        platform.accept(page(3), 0xF01);
+        platform.accept(page(4), 1);
+        platform.accept(page(5), 1);
+        for (index, state) in [
+            (VMSA, PageState::Owned),
+            (CALLING_AREA, PageState::Owned),
+            (3, PageState::Accepted),
+            (4, PageState::Ahead),
+            (5, PageState::Owned),
+        ] {
+            set(&platform, 1, index, state);
+        }
+        let verdict = platform.judge().unwrap();
+        assert_eq!(verdict.first, []);
+        assert_eq!((verdict.disagreements, verdict.checked), (0, 1024));
+        assert_eq!(
+            platform.calling_area(CPU0).unwrap().get(),
+            page(CALLING_AREA).get() + 8
+        );
+    }
+
+    /// Every state against every kind of page: only the right ones agree.
+    #[test]
+    fn every_wrong_combination_is_seen() {
+        // RDX of RMPADJUST for a validated page; None = not validated.
+        let kinds = [
+            None,
+            Some(1),
+            Some(0xF01),
+            Some(0x301),
+            Some(0xF02),
+            Some(1 << 16 | 1),
+        ];
+        for kind in kinds {
+            for state in [
+                PageState::Unaccepted,
+                PageState::Ahead,
+                PageState::Accepted,
+                PageState::Owned,
+            ] {
+                let mut platform = mapped();
+                if let Some(rdx) = kind {
+                    platform.accept(page(7), rdx);
+                }
+                set(&platform, 1, 7, state);
+                let right = match state {
+                    PageState::Unaccepted => kind.is_none(),
+                    PageState::Ahead => kind == Some(1),
+                    PageState::Accepted => kind == Some(0xF01),
+                    // A VMSA nobody knows of is nobody's.
+                    PageState::Owned => kind == Some(1) || kind == Some(1 << 16 | 1),
+                };
+                assert_eq!(disagreements(&platform) == 0, right, "{state:?} {kind:x?}");
+            }
+        }
+    }
+
+    #[test]
+    fn roles_need_their_marks() {
+        for (index, rdx) in [(VMSA, 1), (VMSA, 1 << 16 | 0x101), (CALLING_AREA, 1)] {
+            let mut platform = mapped();
+            platform.accept(page(index), rdx);
+            set(&platform, 1, index, PageState::Owned);
+            assert_eq!(disagreements(&platform), 1, "page {index} {rdx:#x}");
+        }
+    }
+
+    #[test]
+    fn a_page_the_host_took_away_disagrees() {
+        let mut platform = mapped();
+        platform.accept(page(3), 0xF01);
+        set(&platform, 1, 3, PageState::Accepted);
+        let place = platform.layout().place(page(3)).unwrap();
+        platform
+            .host
+            .take_away(&platform.memory, &place, page(3), PageSize::Size4K)
+            .unwrap();
+        let verdict = platform.judge().unwrap();
+        assert_eq!(verdict.disagreements, 1);
+        assert_eq!(verdict.first[0].gpa, page(3).get());
+        assert_eq!(verdict.first[0].map, "Accepted");
+        assert!(verdict.first[0].rmp.contains("not validated"));
+    }
+
+    #[test]
+    fn a_validated_page_outside_the_map_is_a_stray() {
+        let mut platform = mapped();
+        platform.accept(Gpa::new(0x40_0000), 0xF01);
+        let verdict = platform.judge().unwrap();
+        assert_eq!(
+            (verdict.disagreements, verdict.first[0].gpa),
+            (1, 0x40_0000)
+        );
+    }
+
+    #[test]
+    fn an_unfinished_or_wild_descriptor_is_one_disagreement() {
+        let platform = mapped();
+        let spa = platform.spa_of(DESCRIPTOR).unwrap();
+        platform.memory().write(spa, &[0; 8]);
+        assert_eq!(disagreements(&platform), 1);
+        let mut platform = mapped();
+        platform.settings.referee = Some(Gpa::new(0xFE00_0000));
+        assert_eq!(disagreements(&platform), 1);
+        platform.settings.referee = None;
+        assert!(platform.judge().is_none());
+    }
+
+    #[test]
+    fn only_the_first_few_are_told() {
+        let platform = mapped();
+        for index in 0..100 {
+            set(&platform, 1, index, PageState::Accepted);
+        }
+        let verdict = platform.judge().unwrap();
+        assert_eq!((verdict.disagreements, verdict.first.len()), (100, TOLD));
+    }
 }

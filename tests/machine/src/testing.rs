@@ -35,12 +35,14 @@ impl Sparse {
 impl PhysicalMemory for Sparse {
     fn read(&self, spa: Spa, out: &mut [u8]) {
         let pages = self.0.borrow();
-        Self::pieces(spa, out.len(), |frame, offset, range| match pages.get(&frame) {
-            Some(page) => {
-                let len = range.len();
-                out[range].copy_from_slice(&page[offset..offset + len]);
+        Self::pieces(spa, out.len(), |frame, offset, range| {
+            match pages.get(&frame) {
+                Some(page) => {
+                    let len = range.len();
+                    out[range].copy_from_slice(&page[offset..offset + len]);
+                }
+                None => out[range].fill(0),
             }
-            None => out[range].fill(0),
         });
     }
     fn write(&self, spa: Spa, data: &[u8]) {
@@ -70,7 +72,13 @@ pub(crate) fn platform(settings: &str) -> Platform<Sparse> {
 
 /// Operands in order for a privileged instruction.
 pub(crate) const fn operands(gva: u64, rcx: u64, rdx: u64) -> Operands {
-    Operands { rax: gva, rcx, rdx, cpl: 0, long_mode: true }
+    Operands {
+        rax: gva,
+        rcx,
+        rdx,
+        cpl: 0,
+        long_mode: true,
+    }
 }
 
 impl Platform<Sparse> {

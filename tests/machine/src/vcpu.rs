@@ -225,7 +225,9 @@ mod tests {
         let spa = platform.spa_of(VMSA).unwrap();
         platform.memory().write(spa.plus(vmsa::VMPL), &[1]);
         platform.memory().write_u64(spa.plus(vmsa::EFER), EFER_SVME);
-        platform.memory().write_u64(spa.plus(vmsa::SEV_FEATURES), SEV_FEATURES);
+        platform
+            .memory()
+            .write_u64(spa.plus(vmsa::SEV_FEATURES), SEV_FEATURES);
         platform.set_vmsa(CPU0, Vmpl::VMPL1, Some(VMSA));
         (platform, spa)
     }
@@ -237,25 +239,44 @@ mod tests {
         assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Ok(spa));
         platform.leave(CPU0);
         assert_eq!(platform.enter(CPU0, Vmpl::VMPL2), Err(EnterError::NoVmsa));
-        assert_eq!(platform.enter(VcpuId(7), Vmpl::VMPL1), Err(EnterError::NoVmsa));
+        assert_eq!(
+            platform.enter(VcpuId(7), Vmpl::VMPL1),
+            Err(EnterError::NoVmsa)
+        );
 
         platform.memory().write_u64(spa.plus(vmsa::EFER), 0x500);
-        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::NotRunnable(VMSA)));
+        assert_eq!(
+            platform.enter(CPU0, Vmpl::VMPL1),
+            Err(EnterError::NotRunnable(VMSA))
+        );
         assert_eq!(platform.counters.violations.run_without_svme, 1);
 
         platform.memory().write_u64(spa.plus(vmsa::SEV_FEATURES), 9);
-        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::Features(9)));
+        assert_eq!(
+            platform.enter(CPU0, Vmpl::VMPL1),
+            Err(EnterError::Features(9))
+        );
 
         platform.memory().write(spa.plus(vmsa::VMPL), &[0]);
-        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::WrongVmpl(VMSA)));
+        assert_eq!(
+            platform.enter(CPU0, Vmpl::VMPL1),
+            Err(EnterError::WrongVmpl(VMSA))
+        );
 
         platform.adjust(VMSA, PageSize::Size4K, 1);
-        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::NotVmsa(VMSA)));
+        assert_eq!(
+            platform.enter(CPU0, Vmpl::VMPL1),
+            Err(EnterError::NotVmsa(VMSA))
+        );
 
         let place = platform.layout().place(VMSA).unwrap();
         let host = &mut platform.host;
-        host.take_away(&platform.memory, &place, VMSA, PageSize::Size4K).unwrap();
-        assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Err(EnterError::NotOwned(VMSA)));
+        host.take_away(&platform.memory, &place, VMSA, PageSize::Size4K)
+            .unwrap();
+        assert_eq!(
+            platform.enter(CPU0, Vmpl::VMPL1),
+            Err(EnterError::NotOwned(VMSA))
+        );
     }
 
     #[test]
@@ -263,7 +284,10 @@ mod tests {
         let (mut platform, spa) = ready();
         platform.set_vmsa(VcpuId(1), Vmpl::VMPL1, Some(VMSA));
         assert_eq!(platform.enter(CPU0, Vmpl::VMPL1), Ok(spa));
-        assert_eq!(platform.enter(VcpuId(1), Vmpl::VMPL1), Err(EnterError::Busy(VMSA)));
+        assert_eq!(
+            platform.enter(VcpuId(1), Vmpl::VMPL1),
+            Err(EnterError::Busy(VMSA))
+        );
         platform.leave(CPU0);
         assert_eq!(platform.enter(VcpuId(1), Vmpl::VMPL1), Ok(spa));
     }
@@ -277,7 +301,13 @@ mod tests {
             platform.leave(CPU0);
         }
         let events = platform.take_events();
-        assert_eq!(events, [Event::Stage(Stage { name: StageName::Firmware, tsc: 42 })]);
+        assert_eq!(
+            events,
+            [Event::Stage(Stage {
+                name: StageName::Firmware,
+                tsc: 42
+            })]
+        );
         assert_eq!(platform.counters.level(Vmpl::VMPL1).world_switches, 1);
     }
 

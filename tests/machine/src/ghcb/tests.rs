@@ -35,7 +35,9 @@ fn malformed(platform: &mut Platform<Sparse>, fields: &[(Field, u64)]) -> u64 {
 }
 
 fn attribute(platform: &Platform<Sparse>, gpa: Gpa) -> Alias {
-    platform.host.attribute(&platform.layout().place(gpa).unwrap())
+    platform
+        .host
+        .attribute(&platform.layout().place(gpa).unwrap())
 }
 
 // --- MSR protocol ---
@@ -63,7 +65,10 @@ fn msr_006_waits_for_a_start_up_ipi() {
     assert_eq!(platform.msr(VMPL1, 0x006).0, Reply::Hold);
     assert!(platform.release_hold(CPU0, VMPL1, true));
     assert_eq!(platform.ghcb_msr(CPU0, VMPL1), 0x1007);
-    assert!(!platform.release_hold(CPU0, VMPL1, true), "it waits no longer");
+    assert!(
+        !platform.release_hold(CPU0, VMPL1, true),
+        "it waits no longer"
+    );
 }
 
 #[test]
@@ -80,7 +85,13 @@ fn msr_012_registers_shared_memory_only() {
     assert_eq!(platform.refusals().len(), 2);
     platform.register_ghcb_page(VMPL1);
     // The registration is the context's own.
-    assert!(platform.context(CPU0, Vmpl::VMPL0).unwrap().registered.is_none());
+    assert!(
+        platform
+            .context(CPU0, Vmpl::VMPL0)
+            .unwrap()
+            .registered
+            .is_none()
+    );
 }
 
 #[test]
@@ -130,15 +141,27 @@ fn msr_unknown_requests_are_left_as_they_are() {
 
 #[test]
 fn hostile_hosts_lie_as_their_names_say() {
-    assert_eq!(platform("hostile=ghcb-version").msr(VMPL1, 0x002).1, 0x0003_0003_2F00_0001);
-    assert_eq!(platform("hostile=ghcb-features").msr(VMPL1, 0x080).1, 0x13081);
+    assert_eq!(
+        platform("hostile=ghcb-version").msr(VMPL1, 0x002).1,
+        0x0003_0003_2F00_0001
+    );
+    assert_eq!(
+        platform("hostile=ghcb-features").msr(VMPL1, 0x080).1,
+        0x13081
+    );
     assert_eq!(platform("hostile=ghcb-unknown").msr(VMPL1, 0x080).1, 0xEEE);
     let mut lying = platform("hostile=ghcb-register");
     lying.msr(VMPL1, 2 << 52 | GHCB.get() | 0x014);
     let (_, response) = lying.msr(VMPL1, GHCB.get() | 0x012);
-    assert_eq!((response & 0xFFF, response >> 12), (0x013, GHCB.frame() ^ 1));
+    assert_eq!(
+        (response & 0xFFF, response >> 12),
+        (0x013, GHCB.frame() ^ 1)
+    );
     let mut refusing = platform("hostile=ghcb-psc");
-    assert_eq!(refusing.msr(VMPL1, 2 << 52 | BLOCK.get() | 0x014).1, 1 << 63 | 0x015);
+    assert_eq!(
+        refusing.msr(VMPL1, 2 << 52 | BLOCK.get() | 0x014).1,
+        1 << 63 | 0x015
+    );
     // Nobody can be kept from terminating.
     let reply = platform("hostile=ghcb-unknown").msr(VMPL1, 0x100).0;
     assert_eq!(reply, Reply::Terminate { set: 0, code: 0 });
@@ -194,7 +217,12 @@ fn error_4_for_each_missing_field() {
         &[(CODE, 0x72), (Field::RAX, 1)],
         &[(CODE, 0x72), (Field::RCX, 0)],
         &[(CODE, 0x72), (Field::RAX, 0xD), (Field::RCX, 0)],
-        &[(CODE, 0x72), (Field::RAX, 0xD), (Field::RCX, 1), (Field::XCR0, 1)],
+        &[
+            (CODE, 0x72),
+            (Field::RAX, 0xD),
+            (Field::RCX, 1),
+            (Field::XCR0, 1),
+        ],
         &[(CODE, 0x7B), (I1, 0x80 << 16 | 1 << 4)],
         &[(CODE, 0x7C)],
         &[(CODE, 0x7C), (I1, 1), (Field::RCX, 0x10), (Field::RAX, 0)],
@@ -231,7 +259,10 @@ fn only_documented_outputs_are_marked_valid() {
     valid(&page, &[Field::RAX, Field::RDX]);
     let (_, _, page) = served(&mut platform, &[(CODE, 0x87)]);
     valid(&page, &[Field::RAX, Field::RDX, Field::RCX]);
-    let (_, _, page) = served(&mut platform, &[(CODE, 0x72), (Field::RAX, 1), (Field::RCX, 0)]);
+    let (_, _, page) = served(
+        &mut platform,
+        &[(CODE, 0x72), (Field::RAX, 1), (Field::RCX, 0)],
+    );
     valid(&page, &[Field::RAX, Field::RBX, Field::RCX, Field::RDX]);
     let (_, _, page) = served(&mut platform, &[(CODE, 0x89), (Field::RAX, 1)]);
     valid(&page, &[]);
@@ -246,8 +277,10 @@ fn instructions_are_served_with_their_registers() {
     assert_eq!((page.rax, page.rdx, page.rcx), (6, 5, 7));
     let (_, _, page) = served(&mut platform, &[(CODE, 0x6F), (Field::RCX, 2)]);
     assert_eq!((page.rax, page.rdx), (9, 0));
-    let (_, _, page) =
-        served(&mut platform, &[(CODE, 0x72), (Field::RAX, 0xB), (Field::RCX, 1)]);
+    let (_, _, page) = served(
+        &mut platform,
+        &[(CODE, 0x72), (Field::RAX, 0xB), (Field::RCX, 1)],
+    );
     assert_eq!((page.rax, page.rbx, page.rcx, page.rdx), (0xB, 1, 0xC, 0xD));
     let (_, _, page) = served(&mut platform, &[(CODE, 0x27)]);
     assert_eq!(page.rax, 0x400);
@@ -267,11 +300,26 @@ fn instructions_are_served_with_their_registers() {
 fn writes_reach_the_cpu() {
     let mut platform = ready("");
     let mut cpu = FakeCpu::default();
-    let write = [(CODE, 0x7C), (I1, 1), (Field::RCX, 0x10), (Field::RAX, 2), (Field::RDX, 1)];
+    let write = [
+        (CODE, 0x7C),
+        (I1, 1),
+        (Field::RCX, 0x10),
+        (Field::RAX, 2),
+        (Field::RDX, 1),
+    ];
     platform.ask(VMPL1, &write, &[], &mut cpu);
     platform.ask(VMPL1, &[(CODE, 0x37), (Field::RAX, 0x455)], &[], &mut cpu);
     platform.ask(VMPL1, &[(CODE, 0x76)], &[], &mut cpu);
-    platform.ask(VMPL1, &[(CODE, 0x7B), (I1, 0x3F8 << 16 | 1 << 4), (Field::RAX, 0xABCD)], &[], &mut cpu);
+    platform.ask(
+        VMPL1,
+        &[
+            (CODE, 0x7B),
+            (I1, 0x3F8 << 16 | 1 << 4),
+            (Field::RAX, 0xABCD),
+        ],
+        &[],
+        &mut cpu,
+    );
     let expected = [
         ("msr", 0x10, 8, 0x1_0000_0002),
         ("dr7", 0, 8, 0x455),
@@ -286,7 +334,13 @@ fn faulting_registers_become_general_protection() {
     let mut platform = ready("");
     let requests: [&[(Field, u64)]; 4] = [
         &[(CODE, 0x7C), (Field::RCX, 0xBAD)],
-        &[(CODE, 0x7C), (I1, 1), (Field::RCX, 0xBAD), (Field::RAX, 0), (Field::RDX, 0)],
+        &[
+            (CODE, 0x7C),
+            (I1, 1),
+            (Field::RCX, 0xBAD),
+            (Field::RAX, 0),
+            (Field::RDX, 0),
+        ],
         &[(CODE, 0x6F), (Field::RCX, 99)],
         &[(CODE, 0x37), (Field::RAX, 1 << 32)],
     ];
@@ -294,17 +348,29 @@ fn faulting_registers_become_general_protection() {
         let (info_1, info_2, _) = served(&mut platform, fields);
         assert_eq!((info_1, info_2), (1, 0x8000_0B0D), "{fields:x?}");
     }
-    assert_eq!(malformed(&mut platform, &[(CODE, 0x7C), (I1, 2), (Field::RCX, 0x10)]), 5);
+    assert_eq!(
+        malformed(&mut platform, &[(CODE, 0x7C), (I1, 2), (Field::RCX, 0x10)]),
+        5
+    );
 }
 
 #[test]
 fn a_port_read_fills_its_width_only() {
     let mut platform = ready("");
     for (width, expected) in [(1, 0x01), (2, 0xCC01), (4, 0xAABB_CC01)] {
-        let (_, _, page) = served(&mut platform, &[(CODE, 0x7B), (I1, 0x71 << 16 | width << 4 | 1)]);
+        let (_, _, page) = served(
+            &mut platform,
+            &[(CODE, 0x7B), (I1, 0x71 << 16 | width << 4 | 1)],
+        );
         assert_eq!(page.get(Field::RAX), Some(expected));
     }
-    assert_eq!(malformed(&mut platform, &[(CODE, 0x7B), (I1, 0x71 << 16 | 3 << 4 | 1)]), 5);
+    assert_eq!(
+        malformed(
+            &mut platform,
+            &[(CODE, 0x7B), (I1, 0x71 << 16 | 3 << 4 | 1)]
+        ),
+        5
+    );
 }
 
 #[test]
@@ -312,16 +378,38 @@ fn string_ports_use_the_shared_buffer() {
     let mut platform = ready("");
     let mut cpu = FakeCpu::default();
     let input = 0x511 << 16 | 1 << 9 | 1 << 4 | 1 << 3 | 1 << 2 | 1;
-    let fields = [(CODE, 0x7B), (I1, input), (I2, 3), (Field::SCRATCH, BUFFER + 8)];
+    let fields = [
+        (CODE, 0x7B),
+        (I1, input),
+        (I2, 3),
+        (Field::SCRATCH, BUFFER + 8),
+    ];
     let (_, page) = platform.ask(VMPL1, &fields, &[0xFF; 16], &mut cpu);
     assert_eq!(page.shared_buffer[7..12], [0xFF, 1, 2, 3, 0xFF]);
     let output = 0x402 << 16 | 1 << 9 | 2 << 4 | 1 << 3 | 1 << 2;
-    let fields = [(CODE, 0x7B), (I1, output), (I2, 2), (Field::SCRATCH, BUFFER)];
+    let fields = [
+        (CODE, 0x7B),
+        (I1, output),
+        (I2, 2),
+        (Field::SCRATCH, BUFFER),
+    ];
     platform.ask(VMPL1, &fields, &[1, 2, 3, 4], &mut cpu);
-    assert_eq!(cpu.writes, [("port", 0x402, 2, 0x201), ("port", 0x402, 2, 0x403)]);
-    for (count, scratch) in [(2033, BUFFER), (1, BUFFER - 1), (1, BUFFER + 2032), (u64::MAX, BUFFER)]
-    {
-        let fields = [(CODE, 0x7B), (I1, input), (I2, count), (Field::SCRATCH, scratch)];
+    assert_eq!(
+        cpu.writes,
+        [("port", 0x402, 2, 0x201), ("port", 0x402, 2, 0x403)]
+    );
+    for (count, scratch) in [
+        (2033, BUFFER),
+        (1, BUFFER - 1),
+        (1, BUFFER + 2032),
+        (u64::MAX, BUFFER),
+    ] {
+        let fields = [
+            (CODE, 0x7B),
+            (I1, input),
+            (I2, count),
+            (Field::SCRATCH, scratch),
+        ];
         let error = malformed(&mut platform, &fields);
         assert_eq!(error, 3, "{count:#x} at {scratch:#x}");
     }
@@ -331,16 +419,36 @@ fn string_ports_use_the_shared_buffer() {
 fn mmio_goes_to_devices_and_shared_memory_only() {
     let mut platform = ready("");
     let mut cpu = FakeCpu::default();
-    let read = |gpa, len| [(CODE, 0x8000_0001), (I1, gpa), (I2, len), (Field::SCRATCH, BUFFER)];
+    let read = |gpa, len| {
+        [
+            (CODE, 0x8000_0001),
+            (I1, gpa),
+            (I2, len),
+            (Field::SCRATCH, BUFFER),
+        ]
+    };
     let (_, page) = platform.ask(VMPL1, &read(0xFEC0_0000, 4), &[0xEE; 8], &mut cpu);
     assert_eq!(page.shared_buffer[..5], [0x11, 0x22, 0x33, 0x44, 0xEE]);
-    let write = [(CODE, 0x8000_0002), (I1, 0xFEC0_0010), (I2, 2), (Field::SCRATCH, BUFFER)];
+    let write = [
+        (CODE, 0x8000_0002),
+        (I1, 0xFEC0_0010),
+        (I2, 2),
+        (Field::SCRATCH, BUFFER),
+    ];
     platform.ask(VMPL1, &write, &[0x34, 0x12], &mut cpu);
     assert_eq!(cpu.writes, [("mmio", 0xFEC0_0010, 2, 0x1234)]);
     // Shared memory, through the host's emulator.
     let (_, page) = platform.ask(VMPL1, &read(GHCB.get() + 0x398, 8), &[0xEE; 8], &mut cpu);
-    assert_eq!(page.shared_buffer[..8], GHCB.get().wrapping_add(0x398).to_le_bytes());
-    for (gpa, len) in [(BLOCK.get(), 4), (0xFEC0_0000, 3), (0xFEC0_0000, 16), (0xFEC0_0FFE, 4)] {
+    assert_eq!(
+        page.shared_buffer[..8],
+        GHCB.get().wrapping_add(0x398).to_le_bytes()
+    );
+    for (gpa, len) in [
+        (BLOCK.get(), 4),
+        (0xFEC0_0000, 3),
+        (0xFEC0_0000, 16),
+        (0xFEC0_0FFE, 4),
+    ] {
         assert_eq!(malformed(&mut platform, &read(gpa, len)), 5);
     }
 }
@@ -373,7 +481,10 @@ fn the_rest_of_the_table() {
     let reply = end(&mut platform, &[(CODE, 0x8000_FFFF), (I1, 0x99)]);
     assert!(matches!(reply, Reply::Refused(why) if why.contains("0x99")));
     platform.set_vmsa(CPU0, Vmpl::VMPL0, Some(BLOCK));
-    assert_eq!(end(&mut platform, &[(CODE, 0x8000_0018)]), Reply::Run(Vmpl::VMPL0));
+    assert_eq!(
+        end(&mut platform, &[(CODE, 0x8000_0018)]),
+        Reply::Run(Vmpl::VMPL0)
+    );
     assert_eq!(malformed(&mut platform, &[(CODE, 0x8000_0018), (I1, 2)]), 5);
 }
 
@@ -388,7 +499,11 @@ fn guest_requests_reach_firmware_that_does_not_support_them() {
     let fields = |a, b| [(CODE, 0x8000_0011), (I1, a), (I2, b)];
     let (info_1, info_2, _) = served(&mut platform, &fields(request, response));
     assert_eq!((info_1, info_2), (0, 0x15));
-    for (a, b) in [(request, request), (BLOCK.get(), response), (request + 8, response)] {
+    for (a, b) in [
+        (request, request),
+        (BLOCK.get(), response),
+        (request + 8, response),
+    ] {
         assert_eq!(malformed(&mut platform, &fields(a, b)), 5);
     }
     let extended = [(CODE, 0x8000_0012), (I1, request), (I2, response)];
@@ -406,7 +521,9 @@ fn apic_ids_are_counted_first_and_listed_then() {
     platform.msr(VMPL1, 2 << 52 | list | 0x014);
     served(&mut platform, &fields);
     let mut words = [0; 12];
-    platform.memory().read(platform.spa_of(Gpa::new(list)).unwrap(), &mut words);
+    platform
+        .memory()
+        .read(platform.spa_of(Gpa::new(list)).unwrap(), &mut words);
     assert_eq!(words, [2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
 }
 
@@ -414,13 +531,22 @@ fn apic_ids_are_counted_first_and_listed_then() {
 
 /// Sends a list; returns SW_EXITINFO2 and the list as it came back.
 fn change(platform: &mut Platform<Sparse>, header: u64, entries: &[u64]) -> (u64, Vec<u64>) {
-    let words: Vec<u8> =
-        [header].iter().chain(entries).flat_map(|word| word.to_le_bytes()).collect();
+    let words: Vec<u8> = [header]
+        .iter()
+        .chain(entries)
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
     let fields = [(CODE, 0x8000_0010), (Field::SCRATCH, BUFFER)];
     let (reply, page) = platform.ask(VMPL1, &fields, &words, &mut FakeCpu::default());
-    assert_eq!((reply, page.get(I1)), (Reply::Resume, Some(0)), "errors are in exit info 2");
+    assert_eq!(
+        (reply, page.get(I1)),
+        (Reply::Resume, Some(0)),
+        "errors are in exit info 2"
+    );
     let back = page.shared_buffer.chunks_exact(8).take(1 + entries.len());
-    let back = back.map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
+    let back = back
+        .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
+        .collect();
     (page.get(I2).unwrap(), back)
 }
 
@@ -445,8 +571,14 @@ fn a_list_is_worked_to_its_last_entry() {
 fn a_block_that_was_begun_is_finished_page_by_page() {
     let mut platform = ready("");
     change(&mut platform, 0, &[BLOCK.get() | SHARE | LARGE | 510]);
-    assert_eq!(attribute(&platform, Gpa::new(BLOCK.get() + 509 * PAGE_SIZE)), Alias::Private);
-    assert_eq!(attribute(&platform, Gpa::new(BLOCK.get() + 510 * PAGE_SIZE)), Alias::Shared);
+    assert_eq!(
+        attribute(&platform, Gpa::new(BLOCK.get() + 509 * PAGE_SIZE)),
+        Alias::Private
+    );
+    assert_eq!(
+        attribute(&platform, Gpa::new(BLOCK.get() + 510 * PAGE_SIZE)),
+        Alias::Shared
+    );
 }
 
 #[test]
@@ -461,7 +593,10 @@ fn a_block_with_a_hole_is_changed_where_there_is_memory() {
 fn bad_lists_and_entries_stop_where_they_are() {
     let mut platform = ready("");
     for header in [253 << 16, 1 << 32] {
-        assert_eq!(change(&mut platform, header, &[BLOCK.get() | SHARE]).0, 1 << 32 | 1);
+        assert_eq!(
+            change(&mut platform, header, &[BLOCK.get() | SHARE]).0,
+            1 << 32 | 1
+        );
     }
     assert_eq!(attribute(&platform, BLOCK), Alias::Private);
     let bad = [
@@ -479,7 +614,10 @@ fn bad_lists_and_entries_stop_where_they_are() {
     let (error, _) = change(&mut platform, 0, &[0xFE00_0000 | 1 << 52]);
     assert_eq!(error, 0x100 << 32);
     let mut refusing = platform_with_ghcb("hostile=ghcb-psc");
-    assert_eq!(change(&mut refusing, 0, &[BLOCK.get() | SHARE]).0, 0x100 << 32);
+    assert_eq!(
+        change(&mut refusing, 0, &[BLOCK.get() | SHARE]).0,
+        0x100 << 32
+    );
 }
 
 /// A registered GHCB on a host that refuses page state changes.
@@ -487,7 +625,14 @@ fn platform_with_ghcb(settings: &str) -> Platform<Sparse> {
     let mut platform = platform(settings);
     let place = platform.layout().place(GHCB).unwrap();
     let host = &mut platform.host;
-    host.convert(&platform.memory, &place, GHCB, PageSize::Size4K, Alias::Shared).unwrap();
+    host.convert(
+        &platform.memory,
+        &place,
+        GHCB,
+        PageSize::Size4K,
+        Alias::Shared,
+    )
+    .unwrap();
     platform.msr(VMPL1, GHCB.get() | 0x012);
     platform
 }
@@ -496,7 +641,10 @@ fn platform_with_ghcb(settings: &str) -> Platform<Sparse> {
 fn hints_are_taken_as_done() {
     let mut platform = ready("backing=2m");
     platform.pval(BLOCK, PageSize::Size2M, true);
-    assert_eq!(change(&mut platform, 0, &[BLOCK.get() | 3 << 52 | LARGE]).0, 0);
+    assert_eq!(
+        change(&mut platform, 0, &[BLOCK.get() | 3 << 52 | LARGE]).0,
+        0
+    );
     assert_eq!(platform.host.psmashes(), 0);
 }
 
@@ -537,7 +685,12 @@ fn make_vmsa(platform: &mut Platform<Sparse>, gpa: Gpa, vmpl: u8) {
 
 fn creation(apic: u64, vmpl: u64, request: u64, vmsa: Gpa) -> [(Field, u64); 4] {
     let info_1 = apic << 32 | vmpl << 16 | request;
-    [(CODE, 0x8000_0013), (I1, info_1), (I2, vmsa.get()), (Field::RAX, 1)]
+    [
+        (CODE, 0x8000_0013),
+        (I1, info_1),
+        (I2, vmsa.get()),
+        (Field::RAX, 1),
+    ]
 }
 
 #[test]
@@ -549,15 +702,31 @@ fn a_vmsa_is_taken_replaced_and_given_up() {
         platform.ask(VMPL1, &fields, &[], &mut FakeCpu::default()).0
     };
     let target = VcpuId(1);
-    let start = Reply::Ap(ApAction { target, vmpl: VMPL1, kind: ApKind::Start });
+    let start = Reply::Ap(ApAction {
+        target,
+        vmpl: VMPL1,
+        kind: ApKind::Start,
+    });
     assert_eq!(ask(&mut platform, creation(1, 1, 1, vmsa)), start);
-    assert_eq!(ask(&mut platform, creation(1, 1, 1, vmsa)), start, "a second one replaces it");
+    assert_eq!(
+        ask(&mut platform, creation(1, 1, 1, vmsa)),
+        start,
+        "a second one replaces it"
+    );
     assert_eq!(platform.context(target, VMPL1).unwrap().vmsa, Some(vmsa));
     assert!(platform.enter(target, VMPL1).is_ok());
-    let stop = Reply::Ap(ApAction { target, vmpl: VMPL1, kind: ApKind::Stop });
+    let stop = Reply::Ap(ApAction {
+        target,
+        vmpl: VMPL1,
+        kind: ApKind::Stop,
+    });
     assert_eq!(ask(&mut platform, creation(1, 1, 2, Gpa::new(0))), stop);
     assert!(platform.enter(target, VMPL1).is_err());
-    assert_eq!(ask(&mut platform, creation(0, 1, 0, vmsa)), Reply::Resume, "on INIT");
+    assert_eq!(
+        ask(&mut platform, creation(0, 1, 0, vmsa)),
+        Reply::Resume,
+        "on INIT"
+    );
 }
 
 #[test]
@@ -569,14 +738,14 @@ fn a_bad_vmsa_is_malformed() {
     platform.accept(plain, 0xF01);
     platform.accept(BLOCK, 1 << 16 | 1);
     let cases = [
-        creation(9, 1, 1, vmsa),                       // no such vCPU
-        creation(1, 0, 1, vmsa),                       // a level above the caller
-        creation(1, 7, 1, vmsa),                       // no such level
-        creation(1, 1, 5, vmsa),                       // no such request
-        creation(1, 1, 1, plain),                      // no VMSA
-        creation(1, 1, 1, BLOCK),                      // 2 MiB aligned
-        creation(1, 1, 1, Gpa::new(vmsa.get() + 8)),   // misaligned
-        creation(1, 1, 1, Gpa::new(0xFE00_1000)),      // no memory
+        creation(9, 1, 1, vmsa),                     // no such vCPU
+        creation(1, 0, 1, vmsa),                     // a level above the caller
+        creation(1, 7, 1, vmsa),                     // no such level
+        creation(1, 1, 5, vmsa),                     // no such request
+        creation(1, 1, 1, plain),                    // no VMSA
+        creation(1, 1, 1, BLOCK),                    // 2 MiB aligned
+        creation(1, 1, 1, Gpa::new(vmsa.get() + 8)), // misaligned
+        creation(1, 1, 1, Gpa::new(0xFE00_1000)),    // no memory
     ];
     for fields in cases {
         assert_eq!(malformed(&mut platform, &fields), 5, "{fields:x?}");
@@ -584,6 +753,10 @@ fn a_bad_vmsa_is_malformed() {
     let mut features = creation(1, 1, 1, vmsa);
     features[3].1 = 0x11;
     assert_eq!(malformed(&mut platform, &features), 5, "features");
-    assert_eq!(malformed(&mut platform, &creation(1, 1, 1, vmsa)[..3]), 5, "no RAX");
+    assert_eq!(
+        malformed(&mut platform, &creation(1, 1, 1, vmsa)[..3]),
+        5,
+        "no RAX"
+    );
     assert!(platform.context(VcpuId(1), VMPL1).unwrap().vmsa.is_none());
 }

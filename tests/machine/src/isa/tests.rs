@@ -19,14 +19,20 @@ fn page(index: u64) -> Gpa {
 
 #[test]
 fn pvalidate_1_outside_long_mode_is_undefined() {
-    let operands = Operands { long_mode: false, ..operands(BLOCK.get(), 0, 1) };
+    let operands = Operands {
+        long_mode: false,
+        ..operands(BLOCK.get(), 0, 1)
+    };
     let early = Request::decode(Opcode::Pvalidate, Vmpl::VMPL0, &operands);
     assert_eq!(early, Err(Instruction::UndefinedOpcode));
 }
 
 #[test]
 fn pvalidate_2_needs_cpl0_and_vmpl0() {
-    let user = Operands { cpl: 3, ..operands(BLOCK.get(), 0, 1) };
+    let user = Operands {
+        cpl: 3,
+        ..operands(BLOCK.get(), 0, 1)
+    };
     let early = Request::decode(Opcode::Pvalidate, Vmpl::VMPL0, &user);
     assert_eq!(early, Err(Instruction::GeneralProtection));
     let lower = operands(BLOCK.get(), 0, 1);
@@ -41,11 +47,17 @@ fn pvalidate_2_needs_cpl0_and_vmpl0() {
 #[test]
 fn pvalidate_3_large_operands_are_aligned() {
     let mut platform = platform("");
-    assert_eq!(platform.pval(page(1), LARGE, true), (status::FAIL_INPUT, false));
+    assert_eq!(
+        platform.pval(page(1), LARGE, true),
+        (status::FAIL_INPUT, false)
+    );
     assert_eq!(platform.pval(page(1), SMALL, true), (0, false));
     // The low 12 bits are ignored.
     let operands = operands(page(2).get() + 0xABC, 0, 1);
-    assert_eq!(platform.codes(Opcode::Pvalidate, Vmpl::VMPL0, operands), (0, false));
+    assert_eq!(
+        platform.codes(Opcode::Pvalidate, Vmpl::VMPL0, operands),
+        (0, false)
+    );
 }
 
 #[test]
@@ -61,8 +73,7 @@ fn pvalidate_5_needs_a_private_mapping() {
 #[test]
 fn pvalidate_6_needs_memory_that_is_covered_and_mutable() {
     let mut platform = platform("");
-    let result =
-        platform.run(Opcode::Pvalidate, Vmpl::VMPL0, operands(0xA_0000, 0, 1));
+    let result = platform.run(Opcode::Pvalidate, Vmpl::VMPL0, operands(0xA_0000, 0, 1));
     assert_eq!(result, Instruction::Refused(Denial::NotCovered));
     let place = platform.layout().place(BLOCK).unwrap();
     platform.host.assign_for_launch(&place, BLOCK).unwrap();
@@ -78,17 +89,30 @@ fn pvalidate_7_small_request_in_large_entry_is_split_silently() {
     assert_eq!(platform.host.psmashes(), 1);
     // The other 511 keep their bits.
     assert_eq!(platform.pval(page(4), SMALL, true), (0, true));
-    assert_eq!(platform.pval(BLOCK, LARGE, true), (status::FAIL_SIZE_MISMATCH, false));
+    assert_eq!(
+        platform.pval(BLOCK, LARGE, true),
+        (status::FAIL_SIZE_MISMATCH, false)
+    );
 }
 
 #[test]
 fn pvalidate_8_large_request_on_small_entry_changes_nothing() {
     let mut platform = platform("backing=4k");
-    assert_eq!(platform.pval(BLOCK, LARGE, true), (status::FAIL_SIZE_MISMATCH, false));
+    assert_eq!(
+        platform.pval(BLOCK, LARGE, true),
+        (status::FAIL_SIZE_MISMATCH, false)
+    );
     for index in 0..512 {
-        assert_eq!(platform.pval(page(index), SMALL, true), (0, false), "page {index}");
+        assert_eq!(
+            platform.pval(page(index), SMALL, true),
+            (0, false),
+            "page {index}"
+        );
     }
-    assert_eq!(platform.pval(BLOCK, LARGE, false), (status::FAIL_SIZE_MISMATCH, false));
+    assert_eq!(
+        platform.pval(BLOCK, LARGE, false),
+        (status::FAIL_SIZE_MISMATCH, false)
+    );
     assert_eq!(platform.pval(page(7), SMALL, true), (0, true));
 }
 
@@ -105,7 +129,11 @@ fn pvalidate_8_a_block_that_the_guest_maps_elsewhere_is_a_mismatch() {
 fn pvalidate_9_says_when_nothing_changes() {
     let mut platform = platform("backing=2m");
     for size in [SMALL, LARGE] {
-        let gpa = if size == SMALL { Gpa::new(0x20_0000) } else { BLOCK };
+        let gpa = if size == SMALL {
+            Gpa::new(0x20_0000)
+        } else {
+            BLOCK
+        };
         assert_eq!(platform.pval(gpa, size, false), (0, true));
         assert_eq!(platform.pval(gpa, size, true), (0, false));
         assert_eq!(platform.pval(gpa, size, true), (0, true));
@@ -126,7 +154,10 @@ fn pvalidate_10_flips_the_bit_for_every_access() {
     let _ = platform.take_invalidations();
     platform.pval(BLOCK, SMALL, false);
     let stale = platform.take_invalidations();
-    assert_eq!((stale[0].gpa, stale[0].bytes, stale[0].views), (BLOCK, PAGE_SIZE, Views::ALL));
+    assert_eq!(
+        (stale[0].gpa, stale[0].bytes, stale[0].views),
+        (BLOCK, PAGE_SIZE, Views::ALL)
+    );
     assert_eq!(read(&mut platform), Verdict::NotValidated);
 }
 
@@ -161,8 +192,15 @@ fn rmpadjust_1_is_privileged() {
         (false, 0, Instruction::UndefinedOpcode),
         (true, 3, Instruction::GeneralProtection),
     ] {
-        let operands = Operands { long_mode, cpl, ..operands(BLOCK.get(), 0, FULL_TO_1) };
-        assert_eq!(Request::decode(Opcode::Rmpadjust, Vmpl::VMPL0, &operands), Err(expected));
+        let operands = Operands {
+            long_mode,
+            cpl,
+            ..operands(BLOCK.get(), 0, FULL_TO_1)
+        };
+        assert_eq!(
+            Request::decode(Opcode::Rmpadjust, Vmpl::VMPL0, &operands),
+            Err(expected)
+        );
     }
 }
 
@@ -171,15 +209,19 @@ fn rmpadjust_2_and_3_check_the_operands() {
     let mut platform = platform("");
     platform.pval(BLOCK, SMALL, true);
     let bad = [
-        (page(1), LARGE, FULL_TO_1),          // misaligned
-        (BLOCK, SMALL, 0xF04),                // no VMPL4
-        (BLOCK, SMALL, 0x2001),               // reserved permission bit
-        (BLOCK, SMALL, 0x1001),               // supervisor shadow stack: not on this platform
-        (BLOCK, SMALL, 1 << 17 | FULL_TO_1),  // reserved bit
-        (BLOCK, LARGE, 1 << 16 | 1),          // a large VMSA
+        (page(1), LARGE, FULL_TO_1),         // misaligned
+        (BLOCK, SMALL, 0xF04),               // no VMPL4
+        (BLOCK, SMALL, 0x2001),              // reserved permission bit
+        (BLOCK, SMALL, 0x1001),              // supervisor shadow stack: not on this platform
+        (BLOCK, SMALL, 1 << 17 | FULL_TO_1), // reserved bit
+        (BLOCK, LARGE, 1 << 16 | 1),         // a large VMSA
     ];
     for (gpa, size, rdx) in bad {
-        assert_eq!(platform.adjust(gpa, size, rdx), status::FAIL_INPUT, "{rdx:#x}");
+        assert_eq!(
+            platform.adjust(gpa, size, rdx),
+            status::FAIL_INPUT,
+            "{rdx:#x}"
+        );
     }
 }
 
@@ -194,14 +236,21 @@ fn rmpadjust_4_only_downwards() {
         (Vmpl::VMPL1, 2, 0),
     ] {
         let operands = operands(BLOCK.get(), 0, 0x100 | target);
-        assert_eq!(platform.codes(Opcode::Rmpadjust, vmpl, operands).0, expected);
+        assert_eq!(
+            platform.codes(Opcode::Rmpadjust, vmpl, operands).0,
+            expected
+        );
     }
 }
 
 #[test]
 fn rmpadjust_6_needs_covered_memory() {
     let mut platform = platform("");
-    let result = platform.run(Opcode::Rmpadjust, Vmpl::VMPL0, operands(0xA_0000, 0, FULL_TO_1));
+    let result = platform.run(
+        Opcode::Rmpadjust,
+        Vmpl::VMPL0,
+        operands(0xA_0000, 0, FULL_TO_1),
+    );
     assert_eq!(result, Instruction::Refused(Denial::NotCovered));
 }
 
@@ -222,7 +271,11 @@ fn rmpadjust_7_small_request_in_large_entry_is_split_silently() {
 #[test]
 fn rmpadjust_8_needs_a_validated_page_before_it_looks_at_the_size() {
     let mut platform = platform("");
-    let result = platform.run(Opcode::Rmpadjust, Vmpl::VMPL0, operands(BLOCK.get(), 1, FULL_TO_1));
+    let result = platform.run(
+        Opcode::Rmpadjust,
+        Vmpl::VMPL0,
+        operands(BLOCK.get(), 1, FULL_TO_1),
+    );
     assert_eq!(result, Instruction::NotValidated);
 }
 
@@ -231,7 +284,10 @@ fn rmpadjust_9_large_request_on_small_entry_changes_nothing() {
     let mut platform = platform("");
     platform.pval(BLOCK, SMALL, true);
     platform.scrub(BLOCK, SMALL);
-    assert_eq!(platform.adjust(BLOCK, LARGE, FULL_TO_1), status::FAIL_SIZE_MISMATCH);
+    assert_eq!(
+        platform.adjust(BLOCK, LARGE, FULL_TO_1),
+        status::FAIL_SIZE_MISMATCH
+    );
     let place = platform.layout().place(BLOCK).unwrap();
     assert!(!platform.host.rmp().entry(&place).has_lower_permissions());
 }
@@ -306,7 +362,12 @@ fn a_grant_without_scrub_is_a_violation_down_to_one_line() {
         assert_eq!(platform.adjust(BLOCK, size, FULL_TO_1), 0);
         assert_eq!(platform.counters.violations.unscrubbed_grant, 1);
         let expected = format!("{:#x}", BLOCK.get() + last_line);
-        assert!(platform.refusals().iter().any(|line| line.contains(&expected)));
+        assert!(
+            platform
+                .refusals()
+                .iter()
+                .any(|line| line.contains(&expected))
+        );
     }
 }
 
@@ -341,7 +402,9 @@ fn rmpquery_does_not_look_up() {
     let mut platform = platform("");
     platform.accept(BLOCK, FULL_TO_1);
     let code = |platform: &mut Platform<_>, rdx| {
-        platform.codes(Opcode::Rmpquery, Vmpl::VMPL1, operands(BLOCK.get(), 0, rdx)).0
+        platform
+            .codes(Opcode::Rmpquery, Vmpl::VMPL1, operands(BLOCK.get(), 0, rdx))
+            .0
     };
     assert_eq!(code(&mut platform, 0), status::FAIL_PERMISSION);
     assert_eq!(code(&mut platform, 9), status::FAIL_INPUT);
@@ -351,7 +414,10 @@ fn rmpquery_does_not_look_up() {
 #[test]
 fn flags_follow_the_code() {
     let all = 0xFFFF;
-    let done = |eax, carry| Completion { carry, ..Completion::code(eax) };
+    let done = |eax, carry| Completion {
+        carry,
+        ..Completion::code(eax)
+    };
     // Bits: OF 11, SF 7, ZF 6, AF 4, PF 2, CF 0.
     let touched = 0x8D5;
     assert_eq!(done(0, false).flags(all) & touched, 0x44);
@@ -373,7 +439,10 @@ fn every_completion_is_counted() {
     let counted = platform.counters.level(Vmpl::VMPL0).pvalidate;
     assert_eq!(counted.validate_2m.size_mismatch, 1);
     assert_eq!(counted.validate_2m.fail_input, 1);
-    assert_eq!((counted.validate_4k.ok, counted.validate_4k.no_change), (1, 1));
+    assert_eq!(
+        (counted.validate_4k.ok, counted.validate_4k.no_change),
+        (1, 1)
+    );
     assert_eq!(counted.rescind_4k.ok, 1);
 }
 
@@ -384,7 +453,10 @@ fn a_page_taken_away_comes_back_unvalidated() {
     platform.accept(BLOCK, FULL_TO_1);
     let place = platform.layout().place(BLOCK).unwrap();
     let host = &mut platform.host;
-    assert_eq!(host.take_away(&platform.memory, &place, BLOCK, SMALL), Ok::<_, UpdateError>(()));
+    assert_eq!(
+        host.take_away(&platform.memory, &place, BLOCK, SMALL),
+        Ok::<_, UpdateError>(())
+    );
     let verdict = platform.access(Vmpl::VMPL1, Alias::Private, BLOCK, Kind::Read);
     assert_eq!(verdict, Verdict::NotValidated);
 }
