@@ -215,6 +215,7 @@ mod tests {
             exec_status: None,
             wall: Duration::from_secs(2),
             timed_out: false,
+            qemu_status: None,
         }
     }
 

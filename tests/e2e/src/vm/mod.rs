@@ -11,7 +11,7 @@ mod exec;
 mod tail;
 
 use std::path::PathBuf;
-use std::process::Child;
+use std::process::{Child, ExitStatus};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -103,6 +103,8 @@ pub struct Finished {
     pub wall: Duration,
     /// Whether the run was ended because its time was up.
     pub timed_out: bool,
+    /// QEMU's exit status, unless it was ended because its time was up.
+    pub qemu_status: Option<ExitStatus>,
 }
 
 impl Config {
@@ -151,6 +153,7 @@ impl Config {
                 exec_status: None,
                 wall: Duration::ZERO,
                 timed_out: false,
+                qemu_status: None,
             },
         })
     }
@@ -260,9 +263,12 @@ impl Finished {
         } else {
             // TCG always warns about the processor features it leaves out.
             let tells = |line: &&str| !line.trim().is_empty() && !line.contains("warning: TCG");
-            match own.lines().rfind(tells) {
-                Some(line) => format!("QEMU ended: {}", line.trim()),
-                None => "QEMU ended".to_owned(),
+            let own_word = own.lines().rfind(tells).map(str::trim).unwrap_or_default();
+            match self.qemu_status {
+                // With -no-reboot QEMU takes a reset, such as a triple fault, for its end.
+                Some(status) if status.success() => "the machine itself was reset".to_owned(),
+                Some(status) => format!("QEMU ended ({status}) {own_word}"),
+                None => format!("QEMU ended {own_word}"),
             }
         };
         bail!(
