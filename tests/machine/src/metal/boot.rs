@@ -31,7 +31,7 @@ const CMOS_LOW_64K: u32 = 0x34;
 /// Where the other CPUs start: a page of conventional memory, given back before the guest runs.
 pub const TRAMPOLINE: u64 = 0x8000;
 
-const BOOT_STACK: usize = 64 << 10;
+const BOOT_STACK: usize = 256 << 10;
 
 /// One page-table page, or one page of stack.
 #[repr(C, align(4096))]

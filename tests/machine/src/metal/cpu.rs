@@ -27,12 +27,8 @@ pub mod msr {
     pub const TSC_AUX: u32 = 0xC000_0103;
     /// Where VMRUN saves the host's state.
     pub const VM_HSAVE_PA: u32 = 0xC001_0117;
-    /// The guest-hypervisor communication block register.
-    pub const GHCB: u32 = 0xC001_0130;
-    /// Active SEV features, read-only to the guest.
-    pub const SEV_STATUS: u32 = 0xC001_0131;
-    /// Software MSR: the guest's calling area (SVSM specification §4.2).
-    pub const SVSM_CAA: u32 = 0xC001_F000;
+    pub use protocols::snp::msr::{GHCB, SEV_STATUS};
+    pub use protocols::svsm::CAA_MSR as SVSM_CAA;
 }
 
 /// Physical address of the root of the page tables in use.

@@ -7,6 +7,7 @@ mod apic;
 mod boot;
 mod console;
 mod cpu;
+mod descriptors;
 mod exit;
 mod finish;
 mod fwcfg;
@@ -30,6 +31,7 @@ use vcpu::Vcpu;
 
 /// The first Rust code, on the first CPU.
 pub extern "C" fn start(image: u64, low_end: u64) -> ! {
+    descriptors::load();
     let layout = memory::init(image, low_end);
     heap::init(layout.heap);
     mask_pic();

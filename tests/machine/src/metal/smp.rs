@@ -29,10 +29,10 @@ use super::console::log;
 use super::cpu::{self, msr};
 use super::permissions::Permissions;
 use super::vcpu::Vcpu;
-use super::{apic, memory, shared};
+use super::{apic, descriptors, memory, shared};
 
 /// Bytes of stack of a CPU.
-const STACK: usize = 64 << 10;
+const STACK: usize = 256 << 10;
 
 /// What one CPU is asked to do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -114,6 +114,7 @@ struct Start {
 pub extern "sysv64" fn other_start(start: u64) -> ! {
     // SAFETY: the address of the `Start` that `start_others` leaked for this CPU.
     let start = unsafe { &*(start as *const Start) };
+    descriptors::load();
     apic::enable_x2apic();
     let id = VcpuId(start.id);
     let mut vcpu = Vcpu::new(id, start.permissions);

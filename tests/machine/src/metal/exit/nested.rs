@@ -5,27 +5,22 @@ use machine::types::{Alias, Gpa, Kind, Spa};
 use machine::access::Mapping;
 use machine::Verdict;
 use protocols::exit_code::ExitCode;
+use protocols::snp::NestedFault;
 
 use crate::metal::npt::Mode;
 use crate::metal::shared;
 use crate::metal::vcpu::{Flow, Vcpu};
 
-/// Bits of EXITINFO1 (facts: snp-isa.md §9.1).
-mod info {
-    pub const WRITE: u64 = 1 << 1;
-    pub const FETCH: u64 = 1 << 4;
-    pub const TABLE_WALK: u64 = 1 << 33;
-}
-
 /// A nested page fault.
 pub fn fault(vcpu: &mut Vcpu) -> Flow {
     let control = &vcpu.vmcb().control;
-    let (why, address) = (control.exit_info1, control.exit_info2 & !0xFFF);
-    let kind = if why & info::TABLE_WALK != 0 {
+    let why = NestedFault::from_bits_retain(control.exit_info1);
+    let address = control.exit_info2 & !0xFFF;
+    let kind = if why.contains(NestedFault::GUEST_WALK) {
         Kind::Walk
-    } else if why & info::FETCH != 0 {
+    } else if why.contains(NestedFault::FETCH) {
         Kind::Execute
-    } else if why & info::WRITE != 0 {
+    } else if why.contains(NestedFault::WRITE) {
         Kind::Write
     } else {
         Kind::Read
