@@ -19,7 +19,7 @@ impl<P: PhysicalMemory> Platform<P> {
         from: Vmpl,
         info_1: u64,
         vmsa: u64,
-        features: Option<u64>,
+        features: u64,
     ) -> Result<Reply, String> {
         let creation = ApCreation::decode(info_1)
             .ok_or_else(|| format!("AP creation with exit info 1 = {info_1:#x}"))?;
@@ -40,7 +40,6 @@ impl<P: PhysicalMemory> Platform<P> {
         }
         match request {
             ApRequest::CREATE | ApRequest::CREATE_ON_INIT => {
-                let features = features.ok_or("AP creation without RAX")?;
                 self.check_new_vmsa(Gpa::new(vmsa), features)?;
                 self.set_vmsa(target, vmpl, Some(Gpa::new(vmsa)));
                 Ok(if request == ApRequest::CREATE {

@@ -10,7 +10,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use protocols::exit_code::ExitCode;
-use protocols::ghcb::event::{EventInjection, IoDirection, IoInfo, MSR_READ, MSR_WRITE};
+use protocols::ghcb::event::{ApRequest, EventInjection, IoDirection, IoInfo, MSR_READ, MSR_WRITE};
 use protocols::ghcb::page::{
     Field, Ghcb, MalformedReason, Response, SHARED_BUFFER_OFFSET, SHARED_BUFFER_SIZE,
     USAGE_STANDARD, ValidBitmap,
@@ -243,7 +243,13 @@ impl<P: PhysicalMemory> Platform<P> {
             }
             ExitCode::AP_CREATION => {
                 let (info_1, vmsa) = (exchange.info_1()?, exchange.info_2()?);
-                let features = exchange.request.get(Field::RAX);
+                // Everything but DESTROY needs RAX, and its absence is found first.
+                let destroys = info_1 as u16 == ApRequest::DESTROY.0;
+                let features = if destroys {
+                    0
+                } else {
+                    exchange.get(Field::RAX, "RAX")?
+                };
                 self.create_ap(vmpl, info_1, vmsa, features)
                     .map_err(Failure::input)
             }
