@@ -169,7 +169,7 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 
     /// What KVM and QEMU do when a guest uses the other alias of a page than the attribute
-    /// says (KVM_EXIT_MEMORY_FAULT): convert, losing the contents. No good guest relies on it.
+    /// says (KVM_EXIT_MEMORY_FAULT): convert, losing the contents.
     pub(crate) fn convert_implicitly(
         &mut self,
         vmpl: Vmpl,
@@ -178,14 +178,15 @@ impl<P: PhysicalMemory> Platform<P> {
         to: Alias,
         kind: Kind,
     ) {
-        self.counters.violations.implicit_conversion += 1;
-        // The first few are told; a guest that lost its way would flood the log.
-        if self.counters.violations.implicit_conversion <= 8 {
-            self.refuse(
-                vmpl,
-                Some(gpa),
-                format!("{kind:?} converts the page to {to:?}"),
-            );
+        // A page that nobody has validated loses nothing: OVMF's first GHCB becomes shared so.
+        let harmless = to == Alias::Shared && !self.host.rmp().entry(place).is_validated();
+        if !harmless {
+            self.counters.violations.implicit_conversion += 1;
+            // The first few are told; a guest that lost its way would flood the log.
+            if self.counters.violations.implicit_conversion <= 8 {
+                let what = format!("{kind:?} converts the page to {to:?}");
+                self.refuse(vmpl, Some(gpa), what);
+            }
         }
         if let Err(error) = self
             .host

@@ -92,7 +92,8 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 
     /// Registers a GHCB and returns the frame to echo. The page has to be memory that is
-    /// shared already; the machine is stricter here than KVM, which looks at the range only.
+    /// shared already, or that nobody has validated: OVMF registers its first GHCB before the
+    /// first use makes the page shared. Stricter than KVM, which looks at the range only.
     fn register_ghcb(&mut self, vcpu: VcpuId, vmpl: Vmpl, frame: u64) -> u64 {
         let gpa = Gpa::from_frame_truncating(frame);
         let place = if gpa.frame() == frame {
@@ -100,12 +101,15 @@ impl<P: PhysicalMemory> Platform<P> {
         } else {
             None
         };
-        let shared = place.is_some_and(|place| self.host.attribute(&place) == Alias::Shared);
-        if !shared {
+        let usable = place.is_some_and(|place| {
+            self.host.attribute(&place) == Alias::Shared
+                || !self.host.rmp().entry(&place).is_validated()
+        });
+        if !usable {
             self.refuse(
                 vmpl,
                 Some(gpa),
-                format!("GHCB frame {frame:#x} is no shared memory"),
+                format!("GHCB frame {frame:#x} is memory in private use"),
             );
             return NO_FRAME;
         }
