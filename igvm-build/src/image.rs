@@ -43,9 +43,6 @@ mod area {
     pub const GENERAL: u32 = 1;
 }
 
-/// Symbol of the paravisor's map descriptor, which the machine's referee reads.
-const MAP_DESCRIPTOR: &str = "TURNSTILE_MAP_DESCRIPTOR";
-
 /// What can be chosen when an image is built.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
@@ -145,7 +142,7 @@ pub fn build(
         bytes: serialize(directives)?,
         digest,
         layout,
-        map_descriptor: program.symbol(MAP_DESCRIPTOR),
+        map_descriptor: program.symbol(protocols::map::SYMBOL),
     })
 }
 

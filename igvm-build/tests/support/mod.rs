@@ -1,89 +1,119 @@
 //! Inputs made by hand, so that the tests need neither a compiler nor a firmware: an ELF file
 //! and an OVMF image, byte by byte.
 
-use protocols::launch::REGION_GPA;
+#![allow(
+    dead_code,
+    reason = "each test program uses another part of this module"
+)]
 
-/// `p_flags` of the three kinds of segments.
+use protocols::guid::Guid;
+use protocols::launch::REGION_GPA;
+use protocols::ovmf::{FOOTER_GUID, RESET_BLOCK_GUID, SEV_METADATA_GUID};
+use zerocopy::IntoBytes;
+
+/// `p_flags` of the kinds of segments.
 pub const TEXT: u32 = 0x5;
 pub const RODATA: u32 = 0x4;
 pub const DATA: u32 = 0x6;
+pub const ALL: u32 = 0x7;
 
 /// A loadable segment to be written into an ELF file.
 #[derive(Clone)]
 pub struct Load {
     pub address: u64,
+    pub load_address: u64,
     pub flags: u32,
     pub data: Vec<u8>,
     pub memory_size: u64,
 }
 
-/// An ELF file with the given segments and one symbol, in the layout of the System V ABI:
-/// header, program headers, section headers (null, symbols, strings), then all bytes.
-pub fn elf(entry: u64, loads: &[Load], symbol: Option<(&str, u64)>) -> Vec<u8> {
-    const HEADER: usize = 64;
-    const PROGRAM_HEADER: usize = 56;
-    const SECTION_HEADER: usize = 64;
-    let sections_at = HEADER + loads.len() * PROGRAM_HEADER;
-    let mut body_at = sections_at + 3 * SECTION_HEADER;
+impl Load {
+    pub fn new(address: u64, flags: u32, data: Vec<u8>, memory_size: u64) -> Self {
+        Self {
+            address,
+            load_address: address,
+            flags,
+            data,
+            memory_size,
+        }
+    }
+}
+
+/// Appends numbers, each in its own width.
+macro_rules! put {
+    ($file:expr, $($value:expr),+ $(,)?) => { $( $file.extend($value.to_le_bytes()); )+ };
+}
+
+/// An ELF file with the given segments and one symbol, laid out as the System V ABI has it:
+/// header, program headers, section headers (none, symbols, strings), then all bytes.
+pub fn elf(entry: u64, loads: &[Load], symbol: (&str, u64)) -> Vec<u8> {
+    let sections_at = 64 + loads.len() * 56;
+    let mut body_at = (sections_at + 3 * 64) as u64;
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
     file.resize(16, 0);
-    for half in [2u16, 62] {
-        file.extend(half.to_le_bytes()); // ET_EXEC, EM_X86_64
-    }
-    file.extend(1u32.to_le_bytes());
-    for word in [entry, HEADER as u64, sections_at as u64] {
-        file.extend(word.to_le_bytes());
-    }
-    file.extend(0u32.to_le_bytes());
-    for half in [HEADER, PROGRAM_HEADER, loads.len(), SECTION_HEADER, 3, 2] {
-        file.extend((half as u16).to_le_bytes());
-    }
+    // Type: executable; machine: x86-64.
+    put!(
+        file,
+        2u16,
+        62u16,
+        1u32,
+        entry,
+        64u64,
+        sections_at as u64,
+        0u32
+    );
+    put!(file, 64u16, 56u16, loads.len() as u16, 64u16, 3u16, 2u16);
     let mut body = Vec::new();
     for load in loads {
-        file.extend(1u32.to_le_bytes()); // PT_LOAD
-        file.extend(load.flags.to_le_bytes());
-        let words =
-            [body_at as u64, load.address, load.address, load.data.len() as u64, load.memory_size];
-        for word in words.into_iter().chain([4096]) {
-            file.extend(word.to_le_bytes());
-        }
+        put!(
+            file,
+            1u32,
+            load.flags,
+            body_at,
+            load.address,
+            load.load_address
+        );
+        put!(file, load.data.len() as u64, load.memory_size, 4096u64);
         body.extend(&load.data);
-        body_at += load.data.len();
+        body_at += load.data.len() as u64;
     }
 
-    let (name, value) = symbol.unwrap_or(("nothing_of_interest", 0));
+    let (name, value) = symbol;
     let mut symbols = vec![0u8; 24];
-    symbols.extend(1u32.to_le_bytes());
-    symbols.extend([0x11, 0]); // global object
-    symbols.extend(1u16.to_le_bytes()); // defined in section 1
-    symbols.extend(value.to_le_bytes());
-    symbols.extend(0u64.to_le_bytes());
+    // A global object, defined in section 1.
+    put!(symbols, 1u32, 0x11u8, 0u8, 1u16, value, 0u64);
     let strings = [b"\0", name.as_bytes(), b"\0"].concat();
 
-    file.extend([0; SECTION_HEADER]);
-    let section = |file: &mut Vec<u8>, kind: u32, at: usize, size: usize, link: u32, entry: u64| {
-        file.extend(0u32.to_le_bytes());
-        file.extend(kind.to_le_bytes());
-        for word in [0, 0, at as u64, size as u64] {
-            file.extend(word.to_le_bytes());
-        }
-        file.extend(link.to_le_bytes());
-        file.extend(1u32.to_le_bytes());
-        file.extend(1u64.to_le_bytes());
-        file.extend(entry.to_le_bytes());
+    file.extend([0; 64]);
+    let mut section = |kind: u32, at: u64, size: usize, link: u32, entry: u64| {
+        put!(
+            file,
+            0u32,
+            kind,
+            0u64,
+            0u64,
+            at,
+            size as u64,
+            link,
+            1u32,
+            1u64,
+            entry
+        );
     };
-    section(&mut file, 2, body_at, symbols.len(), 2, 24); // SHT_SYMTAB
-    section(&mut file, 3, body_at + symbols.len(), strings.len(), 0, 0); // SHT_STRTAB
+    section(2, body_at, symbols.len(), 2, 24);
+    section(3, body_at + symbols.len() as u64, strings.len(), 0, 0);
     [file, body, symbols, strings].concat()
 }
 
-/// Segments like those of the paravisor: code, constants, data with .bss.
+/// Segments like those of the paravisor: code, constants, data with .bss behind it.
 pub fn loads() -> Vec<Load> {
-    let load = |page: u64, flags, byte, bytes: usize, memory_size| Load {
-        address: REGION_GPA + page * 0x1000,
-        flags,
-        data: vec![byte; bytes],
-        memory_size,
+    let load = |page: u64, flags, byte, bytes, memory_size| {
+        Load::new(
+            REGION_GPA + page * 0x1000,
+            flags,
+            vec![byte; bytes],
+            memory_size,
+        )
     };
     vec![
         load(0, TEXT, 0x90, 0x1800, 0x1800),
@@ -92,17 +122,22 @@ pub fn loads() -> Vec<Load> {
     ]
 }
 
+/// Where the symbol of [`paravisor`] points.
+pub const MAP_DESCRIPTOR: u64 = REGION_GPA + 0x3000;
+/// Entry point of [`paravisor`].
+pub const ENTRY: u64 = REGION_GPA + 0x40;
+
 /// The ELF file of [`loads`], with the symbol of the map descriptor.
 pub fn paravisor() -> Vec<u8> {
     elf(
-        REGION_GPA + 0x40,
+        ENTRY,
         &loads(),
-        Some(("TURNSTILE_MAP_DESCRIPTOR", REGION_GPA + 0x3000)),
+        ("TURNSTILE_MAP_DESCRIPTOR", MAP_DESCRIPTOR),
     )
 }
 
-/// The sections of OVMF 2026.08: address, size, type.
-pub const SECTIONS: [(u32, u32, u32); 7] = [
+/// Areas as OVMF 2026.08 has them: address, size, kind.
+pub const AREAS: [(u32, u32, u32); 7] = [
     (0x80_0000, 0x9000, 1),
     (0x80_A000, 0x3000, 1),
     (0x80_D000, 0x1000, 2),
@@ -112,53 +147,41 @@ pub const SECTIONS: [(u32, u32, u32); 7] = [
     (0x81_0000, 0x1000, 0x10),
 ];
 
-/// GUIDs as they lie in the image (mixed endian).
-const FOOTER: &str = "de82b596b21ff745baeaa366c55a082d";
-const RESET_BLOCK: &str = "de71f7007e1acb4f890e68c77e2fb44e";
-const SEV_METADATA: &str = "666588dc4a989847a75e5585a7bf67cc";
-const IGVM_METADATA: &str = "3e17fa8476317746" ;
+/// Size of [`ovmf`]'s images.
+pub const FIRMWARE_SIZE: usize = 0x1_0000;
 
-/// An OVMF image of `size` bytes whose table holds what is asked for.
-pub fn ovmf(size: usize, sections: Option<&[(u32, u32, u32)]>, reset_eip: Option<u32>) -> Vec<u8> {
-    let _ = IGVM_METADATA;
-    let mut image = vec![0u8; size];
-    for (index, byte) in image.iter_mut().enumerate().take(size / 2) {
-        *byte = (index / 4096) as u8;
+/// An OVMF image whose table leads to the given areas, or to none at all.
+pub fn ovmf(areas: Option<&[(u32, u32, u32)]>) -> Vec<u8> {
+    const FROM_END: usize = 2048;
+    let mut image = vec![0u8; FIRMWARE_SIZE];
+    // Half of the pages differ, the other half are zero.
+    for (index, byte) in image.iter_mut().enumerate().take(FIRMWARE_SIZE / 2) {
+        *byte = 1 + (index / 4096) as u8;
     }
-    let mut table = Vec::new();
-    if let Some(sections) = sections {
-        let mut metadata = b"ASEV".to_vec();
-        metadata.extend((16 + 12 * sections.len() as u32).to_le_bytes());
-        metadata.extend(1u32.to_le_bytes());
-        metadata.extend((sections.len() as u32).to_le_bytes());
-        for (gpa, bytes, kind) in sections {
-            for word in [gpa, bytes, kind] {
-                metadata.extend(word.to_le_bytes());
-            }
+    let mut table = entry(RESET_BLOCK_GUID, 0x80_B004);
+    if let Some(areas) = areas {
+        let mut list = b"ASEV".to_vec();
+        put!(list, 16 + 12 * areas.len() as u32, 1u32, areas.len() as u32);
+        for (gpa, size, kind) in areas {
+            put!(list, gpa, size, kind);
         }
-        let from_end = 2048usize;
-        image[size - from_end..][..metadata.len()].copy_from_slice(&metadata);
-        table.extend(entry(SEV_METADATA, &(from_end as u32).to_le_bytes()));
+        image[FIRMWARE_SIZE - FROM_END..][..list.len()].copy_from_slice(&list);
+        table.extend(entry(SEV_METADATA_GUID, FROM_END as u32));
     }
-    if let Some(eip) = reset_eip {
-        table.extend(entry(RESET_BLOCK, &eip.to_le_bytes()));
-    }
-    let total = table.len() as u16 + 18;
-    table.extend(total.to_le_bytes());
-    table.extend(bytes(FOOTER));
-    image[size - 32 - table.len()..size - 32].copy_from_slice(&table);
+    let length = table.len() as u16 + 18;
+    put!(table, length);
+    table.extend(FOOTER_GUID.as_bytes());
+    let end = FIRMWARE_SIZE - 32;
+    image[end - table.len()..end].copy_from_slice(&table);
     image
 }
 
-/// One entry of the table: data, length, GUID.
-fn entry(guid: &str, data: &[u8]) -> Vec<u8> {
-    let length = data.len() as u16 + 18;
-    [data, &length.to_le_bytes(), &bytes(guid)].concat()
-}
-
-fn bytes(hex: &str) -> Vec<u8> {
-    (0..hex.len())
-        .step_by(2)
-        .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
-        .collect()
+/// One entry of the table: value, length, GUID.
+fn entry(guid: Guid, value: u32) -> Vec<u8> {
+    [
+        &value.to_le_bytes()[..],
+        &22u16.to_le_bytes(),
+        guid.as_bytes(),
+    ]
+    .concat()
 }
