@@ -3,16 +3,22 @@
 //! OVMF reads up to eight entries from its IGVM parameter area and then believes nothing else
 //! about memory (facts: guests §1.2). It takes the memory from address 0 up to the first gap as
 //! its low memory and adds every other entry as it is, so leaving the paravisor's ranges out is
-//! all that hides them from firmware and kernel.
+//! all that hides them from firmware and kernel. The hole for video memory and ROMs below 1 MiB
+//! is no gap in that sense: OVMF knows of it and leaves it out by itself, and a host that names
+//! it would make OVMF see 640 KiB of low memory.
 
 use protocols::igvm_map::{EntryKind, MemoryMapEntry};
+use protocols::ovmf::IgvmParameterArea;
 use protocols::terminate::TurnstileReason;
 
-use crate::host_map::HostMap;
+use crate::host_map::{HostMap, Stretch};
 use crate::memory::layout::PageRange;
 
-/// How many entries the firmware has room for.
-pub const MAX_ENTRIES: usize = 8;
+/// Video memory and ROMs of a PC: 640 KiB to 1 MiB.
+const LEGACY_HOLE: PageRange = match PageRange::try_from_frames(0xA0, 0x100) {
+    Some(hole) => hole,
+    None => panic!("the hole is a range"),
+};
 
 /// The entries for the firmware; unused ones are all zero.
 ///
@@ -25,10 +31,18 @@ pub const MAX_ENTRIES: usize = 8;
 pub fn guest_memory_map(
     host_map: &HostMap,
     hidden: [PageRange; 2],
-) -> Result<[MemoryMapEntry; MAX_ENTRIES], TurnstileReason> {
-    let mut entries = [entry(PageRange::EMPTY, EntryKind::MEMORY); MAX_ENTRIES];
+) -> Result<[MemoryMapEntry; IgvmParameterArea::MAX_ENTRIES], TurnstileReason> {
+    let mut entries =
+        [entry(PageRange::EMPTY, EntryKind::MEMORY); IgvmParameterArea::MAX_ENTRIES];
     let mut slots = entries.iter_mut();
-    for stretch in host_map.stretches() {
+    let mut stretches = host_map.stretches().iter().copied().peekable();
+    while let Some(mut stretch) = stretches.next() {
+        if let Some(above) = stretches.peek()
+            && let Some(joined) = joined_over_legacy_hole(stretch, *above)
+        {
+            stretch = joined;
+            stretches.next();
+        }
         let known = stretch.is_memory() || stretch.kind == EntryKind::PLATFORM_RESERVED;
         let pieces = if stretch.is_memory() {
             without_both(stretch.pages, hidden)
@@ -41,6 +55,17 @@ pub fn guest_memory_map(
         }
     }
     Ok(entries)
+}
+
+/// Both stretches as one, if they are the memory around the hole below 1 MiB.
+fn joined_over_legacy_hole(below: Stretch, above: Stretch) -> Option<Stretch> {
+    let around = below.is_memory()
+        && above.is_memory()
+        && below.pages.start_frame() == 0
+        && below.pages.end_frame() == LEGACY_HOLE.start_frame()
+        && above.pages.start_frame() == LEGACY_HOLE.end_frame();
+    let pages = PageRange::try_from_frames(0, above.pages.end_frame())?;
+    around.then_some(Stretch { pages, ..below })
 }
 
 /// What two holes leave of a range, ascending; the holes do not overlap.
@@ -106,6 +131,24 @@ mod tests {
         assert_eq!(
             shown(&map, [pages(0x7_7000, 0x7_7200), pages(0x8000, 0x8400)]),
             [(0, 0x8000), (0x8400, 0x7_7000), (0x7_7200, 0x7_8000), (0x10_0000, 0x18_0000)]
+        );
+    }
+
+    #[test]
+    fn the_hole_below_1_mib_is_not_shown() {
+        let map = host_map(&[
+            (0, 0xA0, EntryKind::MEMORY),
+            (0x100, 0x7_8000, EntryKind::MEMORY),
+            (0x10_0000, 0x18_0000, EntryKind::MEMORY),
+        ]);
+        assert_eq!(
+            shown(&map, [pages(0x8000, 0x8400), PageRange::EMPTY]),
+            [(0, 0x8000), (0x8400, 0x7_8000), (0x10_0000, 0x18_0000)]
+        );
+        let map = host_map(&[(0, 0xA1, EntryKind::MEMORY), (0x100, 0x7_8000, EntryKind::MEMORY)]);
+        assert_eq!(
+            shown(&map, [pages(0x8000, 0x8400), PageRange::EMPTY]),
+            [(0, 0xA1), (0x100, 0x8000), (0x8400, 0x7_8000)]
         );
     }
 

@@ -10,7 +10,7 @@ use core::arch::asm;
 use crate::trap::{self, Trap};
 
 /// The model-specific register with the GHCB address or request (APM 15.35.7).
-pub const GHCB_MSR: u32 = 0xC001_0130;
+pub use protocols::snp::msr::GHCB as GHCB_MSR;
 
 /// Assembles `$code` with an entry in the fix-up table and its operands. The entry covers the
 /// first instruction of `$code`.

@@ -17,6 +17,7 @@ use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use protocols::exit_code::ExitCode;
 use x86_64::VirtAddr;
 use x86_64::registers::control::Cr2;
 use x86_64::structures::DescriptorTablePointer;
@@ -75,14 +76,11 @@ impl Trap {
     pub const fn not_validated(address: u64) -> Self {
         Self {
             vector: VMM_COMMUNICATION,
-            error: NOT_VALIDATED,
+            error: ExitCode::PAGE_NOT_VALIDATED.0,
             address,
         }
     }
 }
-
-/// Exit code of an access to a page that is not validated (snp-isa.md §9).
-const NOT_VALIDATED: u64 = 0x404;
 
 /// What the entry code pushed, lowest address first.
 #[repr(C)]
@@ -157,8 +155,8 @@ fn resume_address(rip: u64) -> Option<u64> {
 
 extern "C" fn on_exception(frame: &mut Frame) {
     let vector = frame.vector as u8;
-    let has_address =
-        vector == PAGE_FAULT || (vector == VMM_COMMUNICATION && frame.error == NOT_VALIDATED);
+    let has_address = vector == PAGE_FAULT
+        || (vector == VMM_COMMUNICATION && frame.error == ExitCode::PAGE_NOT_VALIDATED.0);
     let address = if has_address { Cr2::read_raw() } else { 0 };
     let resume = if frame.rip == WATCHED_FETCH.load(Ordering::Relaxed) {
         // SAFETY: `watch_fetch` is used around one CALL, so the interrupted stack pointer is

@@ -97,6 +97,8 @@ const _: () = assert!(LEAVES.len() <= MAX_ENTRIES);
 
 /// Bits that are taken away or added (APM volume 3, appendix E).
 mod bits {
+    use protocols::snp::{SevCpuid, SevCpuidEbx};
+
     /// Leaf 1: initial APIC id, bits 31:24.
     pub const LEAF1_EBX_APIC: u32 = 0xFF << 24;
     /// Leaf 1: OSXSAVE, which mirrors CR4.
@@ -134,11 +136,16 @@ mod bits {
     /// 0x8000_0008: XSAVEERPTR 2, INVLPGB 3.
     pub const EXTENDED8_EBX_OFF: u32 = 1 << 2 | 1 << 3;
     /// 0x8000_001F (`snp-isa.md` §13): SEV 1, SEV-ES 3, SEV-SNP 4, VMPL 5, RMPQUERY 6.
-    pub const SEV_EAX: u32 = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6;
+    pub const SEV_EAX: u32 = SevCpuid::SEV
+        .union(SevCpuid::SEV_ES)
+        .union(SevCpuid::SEV_SNP)
+        .union(SevCpuid::VMPL)
+        .union(SevCpuid::RMPQUERY)
+        .bits();
     /// 0x8000_001F: an SVSM is present. Set by software only, for lower levels.
-    pub const SEV_EAX_SVSM: u32 = 1 << 28;
+    pub const SEV_EAX_SVSM: u32 = SevCpuid::SVSM.bits();
     /// 0x8000_001F: four VMPLs (15:12), no coherency mitigation needed (31).
-    pub const SEV_EBX: u32 = 4 << 12 | 1 << 31;
+    pub const SEV_EBX: u32 = 4 << 12 | SevCpuidEbx::COHERENCY_SFW_NO;
 }
 
 /// The table.

@@ -4,14 +4,17 @@
 //! `target/i386/sev.c`); KVM launches every VMSA at one address. On top of that the machine
 //! refuses what it could not run.
 
+use core::mem::offset_of;
 use core::ops::Range;
+
+use protocols::vmsa::{Efer, LAUNCH_GPA, Vmsa};
 
 use super::LaunchError;
 use crate::types::Gpa;
 use crate::vcpu::SEV_FEATURES;
 
 /// Where KVM launches VMSAs.
-pub const VMSA_GPA: Gpa = Gpa::new(protocols::vmsa::LAUNCH_GPA);
+pub const VMSA_GPA: Gpa = Gpa::new(LAUNCH_GPA);
 
 /// Fields that may be set (APM volume 2, appendix B, table B-4; QEMU
 /// `check_vmsa_supported`). Ascending.
@@ -31,9 +34,8 @@ const ALLOWED: [Range<usize>; 13] = [
     0x410..0x412, // x87 FCW
 ];
 
-const EFER: usize = 0xD0;
-const EFER_SVME: u64 = 1 << 12;
-const FEATURES: usize = 0x3B0;
+const EFER: usize = offset_of!(Vmsa, efer);
+const FEATURES: usize = offset_of!(Vmsa, sev_features);
 
 /// Checks the context of one virtual processor.
 pub fn check(gpa: Gpa, vp_index: u16, vmsa: &[u8; 4096]) -> Result<(), LaunchError> {
@@ -54,7 +56,7 @@ pub fn check(gpa: Gpa, vp_index: u16, vmsa: &[u8; 4096]) -> Result<(), LaunchErr
     if word(vmsa, FEATURES) != SEV_FEATURES {
         return Err(LaunchError::VmsaField(FEATURES));
     }
-    if word(vmsa, EFER) & EFER_SVME == 0 {
+    if word(vmsa, EFER) & Efer::SVME.bits() == 0 {
         return Err(LaunchError::VmsaField(EFER));
     }
     Ok(())

@@ -16,6 +16,7 @@ use protocols::addr::{Gpa, PAGE_SIZE, PAGES_PER_LARGE_PAGE};
 use protocols::exit_code::ExitCode;
 use protocols::ghcb::PageOperation;
 use protocols::oracle::{Counter, HostAct, PageFlags};
+use protocols::snp::msr;
 
 use crate::setup::{
     RESCIND, VALIDATE, expect_pvalidate, shared_page, small_region, valid_large_region, valid_page,
@@ -272,7 +273,6 @@ fn vc_out() -> Verdict {
 
 /// The APIC base register: exists everywhere, not one of those that must not raise #VC.
 const APIC_BASE: u32 = 0x1B;
-const SEV_STATUS: u32 = 0xC001_0131;
 
 fn vc_rdmsr() -> Verdict {
     expect(
@@ -292,7 +292,7 @@ fn vc_wrmsr() -> Verdict {
 
 fn sev_status() -> Verdict {
     // SEV, SEV-ES, SEV-SNP and nothing else (contract §2).
-    expect("SEV_STATUS", insn::rdmsr(SEV_STATUS), Ok(7))
+    expect("SEV_STATUS", insn::rdmsr(msr::SEV_STATUS), Ok(7))
 }
 
 fn invalid_opcode() -> Verdict {

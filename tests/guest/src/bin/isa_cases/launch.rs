@@ -1,10 +1,14 @@
 //! What the AMD-SP left behind: states of launched pages, secrets and CPUID page.
 
+use core::mem::offset_of;
+
 use guest::harness::{Case, Verdict, case, expect, expect_not};
 use guest::memory;
 use guest::oracle::{self, expect_flags, expect_validated};
 use protocols::addr::{Gpa, PAGE_SIZE};
+use protocols::cpuid::{CpuidEntry, CpuidPage};
 use protocols::oracle::PageFlags;
+use protocols::secrets::SecretsPage;
 use protocols::snp::{CPUID_SEV_LEAF, SevCpuidEbx};
 
 use crate::start;
@@ -63,9 +67,9 @@ fn elsewhere() -> Verdict {
 }
 
 fn secrets() -> Verdict {
-    const VMPCK0: u64 = 0x20;
+    const VMPCK0: u64 = offset_of!(SecretsPage, vmpck) as u64;
     const VMPCK_SIZE: u64 = 32;
-    const SVSM_FIELDS: u64 = 0x140;
+    const SVSM_FIELDS: u64 = offset_of!(SecretsPage, svsm_base) as u64;
     let page = start::launch().secrets_gpa;
     expect("version >= 2", memory::read(page)? as u32 >= 2, true)?;
     let key = |level: u64| memory::read(page + VMPCK0 + level * VMPCK_SIZE);
@@ -87,8 +91,9 @@ fn secrets() -> Verdict {
 }
 
 fn cpuid() -> Verdict {
-    const ENTRIES: u64 = 16;
-    const ENTRY_SIZE: u64 = 48;
+    const ENTRIES: u64 = offset_of!(CpuidPage, entries) as u64;
+    const ENTRY_SIZE: u64 = size_of::<CpuidEntry>() as u64;
+    const EAX: u64 = offset_of!(CpuidEntry, eax) as u64;
     let page = start::launch().cpuid_gpa;
     let count = memory::read(page)? as u32;
     expect("count in 1..=64", (1..=64).contains(&count), true)?;
@@ -96,8 +101,8 @@ fn cpuid() -> Verdict {
     for index in 0..u64::from(count) {
         let entry = page + ENTRIES + index * ENTRY_SIZE;
         if memory::read(entry)? as u32 == CPUID_SEV_LEAF {
-            // EAX and EBX follow EAX_IN, ECX_IN, XCR0_IN and XSS_IN.
-            let ebx = SevCpuidEbx((memory::read(entry + 24)? >> 32) as u32);
+            // EBX follows EAX.
+            let ebx = SevCpuidEbx((memory::read(entry + EAX)? >> 32) as u32);
             expect("C-bit", ebx.c_bit(), start::launch().c_bit)?;
             return expect("VMPLs", ebx.vmpl_count(), 4);
         }

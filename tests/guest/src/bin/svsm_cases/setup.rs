@@ -1,51 +1,46 @@
 //! What the tables share: entries, pages in a wanted state, and the proof that nothing changed.
 
+use core::mem::offset_of;
+
 use guest::harness::{Finding, Verdict, expect};
 use guest::svsm::{self, Outcome};
 use guest::{memory, oracle};
 use protocols::addr::{Gpa, PAGE_SIZE, PageSize};
 use protocols::oracle::{Counter, PageFlags};
+use protocols::secrets::SecretsPage;
 use protocols::svsm::{PvalidateAction, PvalidateEntry, ResultCode};
 
 use crate::reset;
 
-/// Offsets in the secrets page (svsm.md §1).
-mod secrets {
-    pub const SVSM_BASE: u64 = 0x140;
-    pub const SVSM_SIZE: u64 = 0x148;
-    pub const SVSM_CAA: u64 = 0x150;
-    pub const SVSM_MAX_VERSION: u64 = 0x158;
-}
-
-fn secret(offset: u64) -> u64 {
-    memory::read(reset::SECRETS + offset)
+/// The quadword at an offset in the secrets page.
+fn secret(offset: usize) -> u64 {
+    memory::read(reset::SECRETS + offset as u64)
         .unwrap_or_else(|finding| panic!("the secrets page cannot be read: {finding}"))
 }
 
 /// The calling area the secrets page names.
 pub fn first_calling_area() -> Gpa {
-    Gpa::new(secret(secrets::SVSM_CAA))
+    Gpa::new(secret(offset_of!(SecretsPage, svsm_caa)))
 }
 
 /// First byte and size of the paravisor's range, as the secrets page has them.
 pub fn paravisor() -> (Gpa, u64) {
     (
-        Gpa::new(secret(secrets::SVSM_BASE)),
-        secret(secrets::SVSM_SIZE),
+        Gpa::new(secret(offset_of!(SecretsPage, svsm_base))),
+        secret(offset_of!(SecretsPage, svsm_size)),
     )
 }
 
 /// Highest version of the core protocol and the guest's VMPL, as the secrets page has them.
 pub fn version_and_vmpl() -> (u32, u8) {
-    let word = secret(secrets::SVSM_MAX_VERSION);
+    let word = secret(offset_of!(SecretsPage, svsm_max_version));
     (word as u32, (word >> 32) as u8)
 }
 
 /// The first quadword of a VMPCK in the guest's secrets page.
-pub fn vmpck(level: u64) -> u64 {
-    const VMPCK0: u64 = 0x20;
-    const SIZE: u64 = 32;
-    secret(VMPCK0 + level * SIZE)
+pub fn vmpck(level: usize) -> u64 {
+    const SIZE: usize = 32;
+    secret(offset_of!(SecretsPage, vmpck) + level * SIZE)
 }
 
 /// Memory that is none: the PCI hole of q35 with `-m 4G`, no device at its start.
