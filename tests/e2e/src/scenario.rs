@@ -1,7 +1,7 @@
 //! What a scenario is given and what it returns.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -164,8 +164,8 @@ impl Context {
     /// Builds an image into the scenario's directory.
     pub fn image(
         &self,
-        paravisor: &std::path::Path,
-        firmware: Option<&std::path::Path>,
+        paravisor: &Path,
+        firmware: Option<&Path>,
         fault: Fault,
     ) -> Result<(PathBuf, Sidecar)> {
         let file = self.dir.join("image.igvm");
@@ -195,6 +195,26 @@ impl Context {
             console: Console::File,
             dir: self.dir.clone(),
         }
+    }
+
+    /// The same machine with the test guest for SVSM calls above `paravisor`. That guest creates
+    /// virtual processors, so there is a second one it may create.
+    pub fn svsm_cases(
+        &self,
+        paravisor: &Path,
+        fault: Fault,
+        settings: Settings,
+    ) -> Result<(Config, Sidecar)> {
+        let (image, sidecar) = self.image(paravisor, Some(&self.artefacts.svsm_cases), fault)?;
+        let settings = Settings {
+            oracle: true,
+            ..settings
+        };
+        let config = Config {
+            vcpus: 2,
+            ..self.machine(image, &sidecar, settings)
+        };
+        Ok((config, sidecar))
     }
 
     /// Debian's kernel with a userspace that runs `command`.

@@ -115,18 +115,8 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 fn run(context: &Context, fault: Fault) -> Result<(Finished, igvm_build::sidecar::Sidecar)> {
-    let artefacts = &context.artefacts;
-    let (image, sidecar) = context.image(
-        &artefacts.faulty_paravisor,
-        Some(&artefacts.svsm_cases),
-        fault,
-    )?;
-    let settings = Settings {
-        oracle: true,
-        ..Settings::default()
-    };
-    let finished = context
-        .machine(image, &sidecar, settings)
-        .run(GUEST_LIMIT, |_| {})?;
+    let paravisor = &context.artefacts.faulty_paravisor;
+    let (config, sidecar) = context.svsm_cases(paravisor, fault, Settings::default())?;
+    let finished = config.run(GUEST_LIMIT, |_| {})?;
     Ok((finished, sidecar))
 }

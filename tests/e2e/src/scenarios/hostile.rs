@@ -45,7 +45,6 @@ pub fn scenarios() -> Vec<Scenario> {
                 context,
                 Settings {
                     hostile,
-                    oracle: true,
                     ..Settings::default()
                 },
             )
@@ -56,20 +55,13 @@ pub fn scenarios() -> Vec<Scenario> {
 
 fn meets(lie: &'static str, expected: TurnstileReason) -> Scenario {
     Scenario::new(format!("hostile/{lie}"), move |context| {
-        let artefacts = &context.artefacts;
-        let (image, sidecar) = context.image(
-            &artefacts.paravisor,
-            Some(&artefacts.svsm_cases),
-            Fault::NONE,
-        )?;
         let settings = Settings {
             hostile: Some(lie.to_owned()),
-            oracle: true,
             ..Settings::default()
         };
-        let finished = context
-            .machine(image, &sidecar, settings)
-            .run(GUEST_LIMIT, |_| {})?;
+        let paravisor = &context.artefacts.paravisor;
+        let (config, sidecar) = context.svsm_cases(paravisor, Fault::NONE, settings)?;
+        let finished = config.run(GUEST_LIMIT, |_| {})?;
         let mut findings = Findings::default();
         findings.ended(&finished, Outcome::Terminated)?;
         let termination = finished.report()?.termination.clone().unwrap_or_default();

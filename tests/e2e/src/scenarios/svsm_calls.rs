@@ -23,7 +23,6 @@ pub fn scenarios() -> Vec<Scenario> {
                     Settings {
                         backing,
                         vc,
-                        oracle: true,
                         ..Settings::default()
                     },
                 )
@@ -34,15 +33,9 @@ pub fn scenarios() -> Vec<Scenario> {
 
 /// The whole table under `settings`; a good run.
 pub fn go_through(context: &Context, settings: Settings) -> Result<Findings> {
-    let artefacts = &context.artefacts;
-    let (image, sidecar) = context.image(
-        &artefacts.paravisor,
-        Some(&artefacts.svsm_cases),
-        Fault::NONE,
-    )?;
-    let finished = context
-        .machine(image, &sidecar, settings)
-        .run(GUEST_LIMIT, |_| {})?;
+    let paravisor = &context.artefacts.paravisor;
+    let (config, sidecar) = context.svsm_cases(paravisor, Fault::NONE, settings)?;
+    let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
     cases::judge(&mut findings, &finished, LEAST_CASES)?;
     findings.good_run(&finished, &sidecar)?;
