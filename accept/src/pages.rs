@@ -160,10 +160,15 @@ impl PageSet {
 
     /// The one page at `index` (0 to 511).
     pub(crate) fn single(index: usize) -> Self {
-        let index = index % PAGES_PER_REGION;
         let mut set = Self::EMPTY;
-        set.0[index / PAGES_PER_WORD] = 1 << (2 * (index % PAGES_PER_WORD));
+        set.insert(index);
         set
+    }
+
+    /// Adds the page at `index` (0 to 511).
+    pub(crate) fn insert(&mut self, index: usize) {
+        let index = index % PAGES_PER_REGION;
+        self.0[index / PAGES_PER_WORD] |= 1 << (2 * (index % PAGES_PER_WORD));
     }
 
     /// The pages of `block`, within its region.
@@ -178,7 +183,7 @@ impl PageSet {
     pub(crate) fn span(from: usize, to: usize) -> Self {
         let mut set = Self::EMPTY;
         for index in from..to.min(PAGES_PER_REGION) {
-            set = set.with(&Self::single(index));
+            set.insert(index);
         }
         set
     }

@@ -64,17 +64,17 @@ pub(crate) fn sweep<F: Into<Trouble>>(
         }
     }
     for index in pages.indices() {
-        let at = PageSet::single(index);
         if let Err(fault) = instruction(Block::page(region.at_index(index))) {
+            let stopped = Stopped {
+                at: PageSet::single(index),
+                trouble: fault.into(),
+            };
             return Swept {
                 done,
-                stopped: Some(Stopped {
-                    at,
-                    trouble: fault.into(),
-                }),
+                stopped: Some(stopped),
             };
         }
-        done = done.with(&at);
+        done.insert(index);
     }
     Swept {
         done,
