@@ -9,6 +9,7 @@
 use core::arch::asm;
 
 use x86_64::instructions::port::Port;
+use x86_64::registers::control::Cr4;
 use x86_64::registers::model_specific::Msr;
 
 /// MSR numbers used by the machine (AMD APM volume 2, appendix A).
@@ -37,6 +38,24 @@ pub fn cr3() -> u64 {
         .0
         .start_address()
         .as_u64()
+}
+
+/// Bits of CR4 whose change makes TCG flush all translations, and that the machine can do with
+/// or without: PSE, PGE, SMEP, SMAP.
+const CR4_INDIFFERENT: u64 = 1 << 4 | 1 << 7 | 1 << 20 | 1 << 21;
+
+/// Gives the machine's CR4 the guest's choice of the bits that do not matter to the machine.
+///
+/// TCG compares old and new CR4 at VMRUN and at the exit; where they agree it saves a flush of
+/// its caches each time, which is a good part of the cost of an exit.
+pub fn match_cr4(guest: u64) {
+    let own = Cr4::read_raw();
+    let wanted = own & !CR4_INDIFFERENT | guest & CR4_INDIFFERENT;
+    if own != wanted {
+        // SAFETY: the machine maps no user pages (SMEP, SMAP), uses no 4 MiB pages (PSE) and
+        // no global ones (PGE).
+        unsafe { Cr4::write_raw(wanted) };
+    }
 }
 
 /// Reads the time stamp counter.

@@ -31,7 +31,7 @@ use super::permissions::Permissions;
 use super::smp::{Park, Request};
 use super::svm::{self, Registers, Save, Vmcb, intercept, seg};
 use super::world::{self, Reason};
-use super::{exit, finish, shared, smp};
+use super::{cpu, exit, finish, shared, smp};
 
 /// What an exit asks the run loop to do.
 pub enum Flow {
@@ -341,6 +341,7 @@ impl Vcpu {
             machine.tables.root(self.vmpl, mode)
         };
         self.vmcb_mut().control.n_cr3 = root;
+        cpu::match_cr4(self.save().cr4);
         let at = self.vmcb.physical();
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
