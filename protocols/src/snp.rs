@@ -137,6 +137,12 @@ impl RmpAdjust {
         Permissions::from_bits_retain((self.0 >> 8) as u8)
     }
 
+    /// Whether one of bits 63:17 is set.
+    #[must_use]
+    pub const fn has_reserved_bits(self) -> bool {
+        self.0 >> 17 != 0
+    }
+
     /// Whether the page is to be a VMSA.
     #[must_use]
     pub const fn is_vmsa(self) -> bool {
@@ -233,7 +239,8 @@ mod tests {
         assert_eq!(adjust.0, 0x0F01);
         let vmsa = RmpAdjust::new(Vmpl::VMPL2, Permissions::empty(), true);
         assert_eq!(vmsa.0, 0x1_0002);
-        assert!(vmsa.is_vmsa());
+        assert!(vmsa.is_vmsa() && !vmsa.has_reserved_bits());
+        assert!(RmpAdjust(1 << 17).has_reserved_bits());
         assert_eq!(RmpAdjust(0xFF07).target(), 7);
         assert_eq!(RmpAdjust(0xFF07).permissions().bits(), 0xFF);
     }

@@ -10,6 +10,8 @@
 use alloc::format;
 use alloc::string::String;
 
+use protocols::snp::{self, RmpAdjust};
+
 use crate::access::{Denial, owner_fault};
 use crate::layout::Place;
 use crate::memory::PhysicalMemory;
@@ -19,16 +21,18 @@ use crate::types::{Alias, Gpa, Kind, PageSize, Vmpl};
 
 /// Return codes in EAX (`snp-isa.md` §2).
 pub mod status {
+    use protocols::snp::ReturnCode;
+
     /// Done; for PVALIDATE look at CF.
-    pub const SUCCESS: u32 = 0;
+    pub const SUCCESS: u32 = ReturnCode::SUCCESS.0;
     /// Misaligned operand or a reserved value.
-    pub const FAIL_INPUT: u32 = 1;
+    pub const FAIL_INPUT: u32 = ReturnCode::FAIL_INPUT.0;
     /// Not allowed at this VMPL.
-    pub const FAIL_PERMISSION: u32 = 2;
+    pub const FAIL_PERMISSION: u32 = ReturnCode::FAIL_PERMISSION.0;
     /// The page is a VMSA that runs.
-    pub const FAIL_IN_USE: u32 = 3;
+    pub const FAIL_IN_USE: u32 = ReturnCode::FAIL_IN_USE.0;
     /// The RMP entry is smaller than the request.
-    pub const FAIL_SIZE_MISMATCH: u32 = 6;
+    pub const FAIL_SIZE_MISMATCH: u32 = ReturnCode::FAIL_SIZE_MISMATCH.0;
 }
 
 /// Which instruction, with its decoded operands.
@@ -190,10 +194,11 @@ impl Request {
                 validate: operands.rdx & 1 != 0,
             },
             Opcode::Rmpadjust => {
-                let target = Vmpl::try_new(operands.rdx & 0xFF);
-                let permissions = Permissions::from_mask((operands.rdx >> 8) as u8);
-                let vmsa = operands.rdx >> 16 & 1 != 0;
-                let reserved = operands.rdx >> 17 != 0;
+                let adjust = RmpAdjust(operands.rdx);
+                let target = Vmpl::try_new(adjust.target().into());
+                let permissions = Permissions::from_mask(adjust.permissions().bits());
+                let vmsa = adjust.is_vmsa();
+                let reserved = adjust.has_reserved_bits();
                 let (Some(target), Some(permissions), false, false) =
                     (target, permissions, reserved, misaligned)
                 else {
@@ -427,10 +432,10 @@ impl<P: PhysicalMemory> Platform<P> {
         if !entry.is_validated() {
             return Instruction::NotValidated;
         }
-        let mask = u64::from(entry.permissions(target).mask()) << 8;
+        let permissions = snp::Permissions::from_bits_retain(entry.permissions(target).mask());
         Instruction::Complete(Completion {
             rcx: Some(u64::from(entry.size().encoding())),
-            rdx: Some(u64::from(target.number()) | mask | u64::from(entry.is_vmsa()) << 16),
+            rdx: Some(RmpAdjust::new(target, permissions, entry.is_vmsa()).0),
             ..Completion::code(status::SUCCESS)
         })
     }

@@ -12,6 +12,8 @@
 
 use alloc::vec::Vec;
 
+use protocols::snp;
+
 use crate::layout::{Place, reserve};
 use crate::types::{Gpa, PAGE_SIZE, PageSize, Vmpl};
 
@@ -26,15 +28,15 @@ impl Permissions {
     /// No access.
     pub const NONE: Self = Self(0);
     /// Data read.
-    pub const READ: Self = Self(1 << 0);
+    pub const READ: Self = Self(snp::Permissions::READ.bits());
     /// Data write; without [`Self::READ`] it gives nothing (APM 15.36.7).
-    pub const WRITE: Self = Self(1 << 1);
+    pub const WRITE: Self = Self(snp::Permissions::WRITE.bits());
     /// Instruction fetch at CPL 3.
-    pub const EXECUTE_USER: Self = Self(1 << 2);
+    pub const EXECUTE_USER: Self = Self(snp::Permissions::EXECUTE_USER.bits());
     /// Instruction fetch at CPL 0 to 2.
-    pub const EXECUTE_SUPERVISOR: Self = Self(1 << 3);
+    pub const EXECUTE_SUPERVISOR: Self = Self(snp::Permissions::EXECUTE_SUPERVISOR.bits());
     /// All of the four above: what "full" means on a platform without VMPL shadow stacks.
-    pub const FULL: Self = Self(0xF);
+    pub const FULL: Self = Self(snp::Permissions::FULL.bits());
 
     /// The mask as an RMPADJUST operand has it; `None` if a bit is set that this platform
     /// does not have (supervisor shadow stack, or reserved).

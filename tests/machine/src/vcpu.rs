@@ -5,6 +5,7 @@
 //! and the registered GHCB page belong to the context, not to the vCPU.
 
 use protocols::report::{Event, Stage, StageName};
+use protocols::vmsa::{Efer, SevFeatures};
 
 use crate::access::owner_fault;
 use crate::memory::PhysicalMemory;
@@ -68,13 +69,17 @@ pub enum EnterError {
 
 /// Offsets in the VMSA (APM-B Table B-4).
 mod vmsa {
-    pub const VMPL: u64 = 0xCA;
-    pub const EFER: u64 = 0xD0;
-    pub const SEV_FEATURES: u64 = 0x3B0;
+    use core::mem::offset_of;
+
+    use protocols::vmsa::Vmsa;
+
+    pub const VMPL: u64 = offset_of!(Vmsa, vmpl) as u64;
+    pub const EFER: u64 = offset_of!(Vmsa, efer) as u64;
+    pub const SEV_FEATURES: u64 = offset_of!(Vmsa, sev_features) as u64;
 }
-const EFER_SVME: u64 = 1 << 12;
+const EFER_SVME: u64 = Efer::SVME.bits();
 /// The only SEV_FEATURES value this machine runs: SNPActive.
-pub const SEV_FEATURES: u64 = 1;
+pub const SEV_FEATURES: u64 = SevFeatures::SNP_ACTIVE.bits();
 
 impl<P: PhysicalMemory> Platform<P> {
     /// Number of vCPUs.

@@ -10,13 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
+use protocols::ovmf::SEV_METADATA_GUID;
 
 use crate::scenario::{Context, Findings, Scenario};
 
-/// GUID of OVMF's SEV metadata block, dc886566-984a-4798-a75e-5585a7bf67cc, as it is stored.
-const SEV_METADATA: [u8; 16] = [
-    0x66, 0x65, 0x88, 0xdc, 0x4a, 0x98, 0x98, 0x47, 0xa7, 0x5e, 0x55, 0x85, 0xa7, 0xbf, 0x67, 0xcc,
-];
+/// GUID of OVMF's SEV metadata block, as it is stored.
+const SEV_METADATA: [u8; 16] = SEV_METADATA_GUID.to_bytes();
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![

@@ -10,6 +10,7 @@ use protocols::ghcb::PageOperation;
 use protocols::ghcb::event::{IoDirection, IoInfo, IoWidth};
 use protocols::ghcb::page::Field;
 use protocols::oracle::{HostAct, PageFlags};
+use protocols::snp::{Permissions, ReturnCode};
 use spin::Once;
 
 /// PVALIDATE's EDX: validate.
@@ -18,14 +19,14 @@ pub const VALIDATE: u64 = 1;
 pub const RESCIND: u64 = 0;
 
 /// Return code FAIL_INPUT (snp-isa.md §2).
-pub const FAIL_INPUT: u32 = 1;
+pub const FAIL_INPUT: u32 = ReturnCode::FAIL_INPUT.0;
 /// Return code FAIL_PERMISSION.
-pub const FAIL_PERMISSION: u32 = 2;
+pub const FAIL_PERMISSION: u32 = ReturnCode::FAIL_PERMISSION.0;
 /// Return code FAIL_SIZEMISMATCH.
-pub const FAIL_SIZEMISMATCH: u32 = 6;
+pub const FAIL_SIZEMISMATCH: u32 = ReturnCode::FAIL_SIZE_MISMATCH.0;
 
 /// All permissions there are without shadow stacks.
-pub const FULL: u64 = 0xF;
+pub const FULL: u64 = Permissions::FULL.bits() as u64;
 
 static GHCB: Once<Page> = Once::new();
 
