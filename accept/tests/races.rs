@@ -12,7 +12,10 @@ use accept::{
 };
 use model::{Model, frame, large, page, with_engine};
 
+/// Looks at a lock that never run out.
 const PATIENCE: u32 = 1 << 30;
+/// How long a test waits for its other thread before it fails.
+const LONG_ENOUGH: Duration = Duration::from_secs(20);
 
 #[test]
 fn i2_one_of_many_wins_a_region() {
@@ -132,11 +135,7 @@ impl Stoppable<'_> {
         if let Some(at) = at
             && at.try_send(()).is_ok()
         {
-            let resumed = self
-                .resume
-                .lock()
-                .unwrap()
-                .recv_timeout(Duration::from_secs(20));
+            let resumed = self.resume.lock().unwrap().recv_timeout(LONG_ENOUGH);
             resumed.expect("the test resumes in time");
         }
     }
@@ -182,7 +181,8 @@ fn i12_who_waits_for_a_stopped_vcpu_waits_a_bounded_time() {
             .expect("recorded");
         thread::scope(|scope| {
             let slow = scope.spawn(|| engine.accept(page(6), OnNoChange::Fail));
-            wait.recv().expect("the slow one holds the lock");
+            wait.recv_timeout(LONG_ENOUGH)
+                .expect("the slow one holds the lock");
             for block in [page(6), page(7), large(0)] {
                 assert_eq!(engine.rescind(block, OnNoChange::Fail), Err(Error::Busy));
             }
@@ -219,7 +219,8 @@ fn i12_no_lock_is_held_across_a_flush() {
         engine.accept(page(6), OnNoChange::Fail).expect("accepted");
         thread::scope(|scope| {
             let taking = scope.spawn(|| engine.take(frame(6), Role::Vmsa).map(drop));
-            wait.recv().expect("the flush waits for the host");
+            wait.recv_timeout(LONG_ENOUGH)
+                .expect("the flush waits for the host");
             engine
                 .accept(page(7), OnNoChange::Fail)
                 .expect("the region is free");
