@@ -38,12 +38,16 @@ impl<P: Platform> WindowBackend<P> {
     /// As the instruction reported; nothing changed.
     pub fn make_vmsa(&self, page: Gpa) -> Result<(), AdjustFault> {
         let block = mapped(page, PageSize::Size4K).ok_or(AdjustFault::Failed(FAIL_INPUT))?;
-        self.platform.adjust(block, GUEST_VMPL, Rights::Vmsa).map_err(adjust_fault)
+        self.platform
+            .adjust(block, GUEST_VMPL, Rights::Vmsa)
+            .map_err(adjust_fault)
     }
 
     fn adjust(&self, block: Block, vmpl: Vmpl, rights: Rights) -> Result<(), AdjustFault> {
         let block = window(block).ok_or(AdjustFault::Failed(FAIL_INPUT))?;
-        self.platform.adjust(block, vmpl, rights).map_err(adjust_fault)
+        self.platform
+            .adjust(block, vmpl, rights)
+            .map_err(adjust_fault)
     }
 }
 
@@ -61,7 +65,11 @@ impl<P: Platform> Backend for WindowBackend<P> {
     fn scrub(&self, block: Block) -> Result<(), Fault> {
         let block = window(block).ok_or(Fault::NotMapped)?;
         self.platform.scrub(block).map_err(|fault| {
-            if fault.is_not_validated() { Fault::NotValidated } else { Fault::NotMapped }
+            if fault.is_not_validated() {
+                Fault::NotValidated
+            } else {
+                Fault::NotMapped
+            }
         })
     }
 

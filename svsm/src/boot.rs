@@ -8,7 +8,10 @@
 //! Each step relies on those before it and on nothing else. A step that fails ends the machine
 //! with its reason. Memory is validated in two places only: the rest of the region and the
 //! carve-out; both have never been validated, and "already valid" there is a lie of the host.
-#![expect(unsafe_code, reason = "turns launch pages into references, makes the pools")]
+#![expect(
+    unsafe_code,
+    reason = "turns launch pages into references, makes the pools"
+)]
 
 use accept::{Engine, Frame, Map, PageState, Range, Region, RegionLock, RegionLocks};
 use log::info;
@@ -27,15 +30,15 @@ use crate::cpuid::CpuidTable;
 use crate::entry::boot_stack_guard;
 use crate::guest::GUEST_VMPL;
 use crate::guest::parameters::guest_memory_map;
-use crate::guest::vmsa::VmsaWindow;
 use crate::guest::prepare::{GUEST_SEV_FEATURES, Preparation};
+use crate::guest::vmsa::VmsaWindow;
 use crate::host_map::HostMap;
 use crate::hypervisor::ghcb::Ghcb;
 use crate::hypervisor::{Hypervisor, Start, VcpuRequest, msr};
 use crate::launch::Launch;
 use crate::memory::layout::{GUEST_WINDOW, MAX_VCPUS, OWN_WINDOW, PageRange};
 use crate::memory::page_tables::{self, Owner};
-use crate::memory::plan::{Plan, outward, regions_touched};
+use crate::memory::plan::{Plan, regions_before, regions_touched};
 use crate::memory::pool::Pool;
 use crate::platform::snp::{self, Snp};
 use crate::platform::{MappedBlock, Platform, Rights, ValidateError};
@@ -47,14 +50,14 @@ use crate::{console, descriptor, exceptions, percpu, requests};
 /// Bytes of the carve-out for each processor's share of tables, generously.
 const BYTES_PER_VCPU: u64 = 1024;
 
-/// Where the entry point continues. `params` is the address of the launch parameters.
-pub extern "C" fn boot_processor(params: *const LaunchParams) -> ! {
+/// Where the entry point continues.
+///
+/// The reference is what the image's launch context passes: a page that is measured, mapped,
+/// never written, and there for ever; any bytes are parameters.
+pub extern "C" fn boot_processor(params: &'static LaunchParams) -> ! {
     percpu::install_boot();
     exceptions::load();
     console::open();
-    // SAFETY: the image's launch context says so, and the page is measured, mapped, never
-    // written, and there for ever.
-    let params: &'static LaunchParams = unsafe { &*params };
     match start(params) {
         Ok((system, ghcb)) => requests::serve(system, 0, ghcb),
         Err(reason) => terminate(reason),
@@ -69,7 +72,11 @@ fn start(
     let cpuid: &CpuidPage = launch_page(params.cpuid_gpa);
     let platform = check_processor(params, cpuid)?;
     harden_processor();
-    page_tables::init(Gpa::new(params.page_table_root), launch.region(), params.c_bit);
+    page_tables::init(
+        Gpa::new(params.page_table_root),
+        launch.region(),
+        params.c_bit,
+    );
     page_tables::unmap(Gpa::new(boot_stack_guard()))?;
 
     msr::negotiate_version()?;
@@ -79,14 +86,25 @@ fn start(
     // SAFETY: the pages at the end of the region were not launched, nothing validates them, and
     // the first is the boot processor's.
     let ghcb = unsafe { Ghcb::establish(ghcbs.start()) }?;
-    let ghcb = percpu::current().ok_or(TurnstileReason::INTERNAL)?.set_ghcb(ghcb);
-    info!("Turnstile {} at VMPL0, {vp_count} vCPU(s)", env!("CARGO_PKG_VERSION"));
+    let ghcb = percpu::current()
+        .ok_or(TurnstileReason::INTERNAL)?
+        .set_ghcb(ghcb);
+    info!(
+        "Turnstile {} at VMPL0, {vp_count} vCPU(s)",
+        env!("CARGO_PKG_VERSION")
+    );
 
     let host_map = read_host_map(&launch)?;
     let mut region_pool = validate_region(&platform, &launch, ghcbs)?;
     let locks = RegionLocks::count_for(vp_count);
     let others = locks * size_of::<RegionLock>() + vp_count * BYTES_PER_VCPU as usize;
-    let plan = Plan::make(&host_map, launch.region(), ghcbs, launch.firmware(), others as u64)?;
+    let plan = Plan::make(
+        &host_map,
+        launch.region(),
+        ghcbs,
+        launch.firmware(),
+        others as u64,
+    )?;
     let mut pool = validate_carve_out(&platform, &plan, &mut region_pool)?;
     map_guest_memory(&plan, &launch, &mut pool)?;
 
@@ -95,12 +113,18 @@ fn start(
     let system = system::publish(System {
         engine,
         registry: vcpus.registry,
-        vmsas: VmsaWindow { region: launch.region() },
+        vmsas: VmsaWindow {
+            region: launch.region(),
+        },
         fault: params.fault,
     });
 
-    let preparation =
-        Preparation { launch: &launch, plan: &plan, platform: &platform, engine: &system.engine };
+    let preparation = Preparation {
+        launch: &launch,
+        plan: &plan,
+        platform: &platform,
+        engine: &system.engine,
+    };
     preparation.grant_firmware()?;
     let secrets: &SecretsPage = launch_page(params.secrets_gpa);
     let calling_area = preparation.fill_areas(secrets, cpuid)?;
@@ -108,7 +132,9 @@ fn start(
     preparation.fill_parameters(guest_map, vp_count as u32)?;
 
     let vmsa = make_vmsa(&platform, &preparation.reset_state(), &mut region_pool)?;
-    system.registry.record_startup(Frame::containing(vmsa.get()), calling_area);
+    system
+        .registry
+        .record_startup(Frame::containing(vmsa.get()), calling_area);
     ghcb.create_vcpu(VcpuRequest {
         apic_id: 0,
         vmpl: GUEST_VMPL,
@@ -116,8 +142,12 @@ fn start(
         sev_features: GUEST_SEV_FEATURES.bits(),
         start: Start::Later,
     })?;
-    publish_descriptor(system, vcpus.table)?;
-    info!("memory of ours: region {}, carve-out {}", launch.region(), plan.carve_out);
+    publish_descriptor(system, &plan, vcpus.table)?;
+    info!(
+        "memory of ours: region {}, carve-out {}",
+        launch.region(),
+        plan.carve_out
+    );
     info!("starting the firmware at {GUEST_VMPL}");
     console::quiet();
     Ok((system, ghcb))
@@ -145,7 +175,9 @@ fn check_processor(
         return Err(TurnstileReason::C_BIT);
     }
     exceptions::set_cpuid_table(table);
-    Ok(Snp { cache_coherent: table.is_cache_coherent() })
+    Ok(Snp {
+        cache_coherent: table.is_cache_coherent(),
+    })
 }
 
 /// Turns on what keeps mistakes of ours from becoming holes.
@@ -168,7 +200,11 @@ fn check_vp_count(params: &LaunchParams) -> Result<usize, TurnstileReason> {
     let address = params.general_gpa + GENERAL_VP_COUNT_OFFSET as u64;
     // SAFETY: inside the general parameter page of the launch.
     let count = unsafe { (address as *const u32).read_volatile() } as usize;
-    if (1..=MAX_VCPUS).contains(&count) { Ok(count) } else { Err(TurnstileReason::VP_COUNT) }
+    if (1..=MAX_VCPUS).contains(&count) {
+        Ok(count)
+    } else {
+        Err(TurnstileReason::VP_COUNT)
+    }
 }
 
 /// The pages at the end of the region, one per processor, that are shared and not validated.
@@ -228,7 +264,9 @@ fn validate_carve_out(
 fn validate_own(platform: &Snp, address: u64, size: PageSize) -> Result<(), TurnstileReason> {
     let block = MappedBlock::try_new(address, size).ok_or(TurnstileReason::INTERNAL)?;
     match platform.validate(block) {
-        Ok(()) => platform.scrub(block).map_err(|_| TurnstileReason::NOT_VALIDATED),
+        Ok(()) => platform
+            .scrub(block)
+            .map_err(|_| TurnstileReason::NOT_VALIDATED),
         Err(ValidateError::NoChange) => Err(TurnstileReason::ALREADY_VALID),
         Err(ValidateError::SizeMismatch) if size == PageSize::Size2M => (address
             ..address + size.bytes())
@@ -244,10 +282,7 @@ fn map_guest_memory(
     launch: &Launch<'_>,
     pool: &mut Pool,
 ) -> Result<(), TurnstileReason> {
-    for range in plan.ranges() {
-        let (start, pages) = outward(*range);
-        let outer = PageRange::try_from_bytes(start.get(), pages * PAGE_SIZE)
-            .ok_or(TurnstileReason::INTERNAL)?;
+    for (outer, _) in plan.groups() {
         let (below, rest) = outer.without(launch.region());
         for piece in [below, rest] {
             let (lower, upper) = piece.without(plan.carve_out);
@@ -274,11 +309,18 @@ fn make_vcpus(
     let (_, records) = pool.slice(Tables::records_for(vp_count), |_| None::<Record>)?;
     let (table, shown) = pool.slice(Tables::records_for(vp_count), |_| Shown::none())?;
     let registry = Registry::new(
-        Tables { vcpus, records, shown },
+        Tables {
+            vcpus,
+            records,
+            shown,
+        },
         VmsaWindow { region },
         GUEST_SEV_FEATURES,
     );
-    Ok(MadeVcpus { registry: pool.leak(registry)?, table })
+    Ok(MadeVcpus {
+        registry: pool.leak(registry)?,
+        table,
+    })
 }
 
 /// Makes the engine and records what is known before the guest exists.
@@ -291,13 +333,25 @@ fn make_engine(
     pool: &mut Pool,
 ) -> Result<GuestEngine, TurnstileReason> {
     let mut made = [None; MapDescriptor::MAX_RANGES];
-    for (slot, pages) in made.iter_mut().zip(plan.ranges()) {
-        let (_, regions) = pool.slice(regions_touched(*pages) as usize, |_| Region::new())?;
-        let first = Frame::containing(pages.start().get());
-        let range = Range::try_new(first, pages.pages(), regions);
-        *slot = Some(range.map_err(|_| TurnstileReason::INTERNAL)?);
+    let mut slots = made.iter_mut();
+    for (outer, group) in plan.groups() {
+        let (_, regions) = pool.slice(regions_touched(outer) as usize, |_| Region::new())?;
+        let regions: &'static [Region] = regions;
+        for (slot, pages) in slots.by_ref().zip(group) {
+            // Ranges that share a region share its record: their pages in it are different
+            // ones, and its lock is the same.
+            let start = regions_before(outer, *pages) as usize;
+            let own = regions.get(start..start + regions_touched(*pages) as usize);
+            let first = Frame::containing(pages.start().get());
+            let range = Range::try_new(first, pages.pages(), own.unwrap_or_default());
+            *slot = Some(range.map_err(|_| TurnstileReason::INTERNAL)?);
+        }
     }
-    let first = made.first().copied().flatten().ok_or(TurnstileReason::MAP_EMPTY)?;
+    let first = made
+        .first()
+        .copied()
+        .flatten()
+        .ok_or(TurnstileReason::MAP_EMPTY)?;
     let (_, ranges) = pool.slice(plan.ranges().len(), |index| {
         made.get(index).copied().flatten().unwrap_or(first)
     })?;
@@ -331,8 +385,7 @@ fn make_vmsa(platform: &Snp, state: &Vmsa, pool: &mut Pool) -> Result<Gpa, Turns
     let address = pool.address(page);
     // SAFETY: the page was just taken from the pool and holds nothing.
     unsafe { (address as *mut Vmsa).write(state.clone()) };
-    let block =
-        MappedBlock::try_new(address, PageSize::Size4K).ok_or(TurnstileReason::INTERNAL)?;
+    let block = MappedBlock::try_new(address, PageSize::Size4K).ok_or(TurnstileReason::INTERNAL)?;
     platform
         .adjust(block, GUEST_VMPL, Rights::Vmsa)
         .map_err(|_| TurnstileReason::RMPADJUST)?;
@@ -340,14 +393,23 @@ fn make_vmsa(platform: &Snp, state: &Vmsa, pool: &mut Pool) -> Result<Gpa, Turns
 }
 
 /// Shows map and registry to the referee.
-fn publish_descriptor(system: &System, vcpu_table: Gpa) -> Result<(), TurnstileReason> {
+fn publish_descriptor(
+    system: &System,
+    plan: &Plan,
+    vcpu_table: Gpa,
+) -> Result<(), TurnstileReason> {
     let mut shown = MapDescriptor::new();
-    for range in system.engine.map().ranges() {
-        let pages = PageRange::try_from_frames(range.first().number(), range.last().number() + 1)
-            .ok_or(TurnstileReason::INTERNAL)?;
-        let (gpa, pages) = outward(pages);
-        let states_gpa = range.regions().as_ptr() as u64 - OWN_WINDOW;
-        if !shown.push_range(MapRange { gpa: gpa.get(), pages, states_gpa }) {
+    let ranges = system.engine.map().ranges();
+    let mut ranges = ranges.iter();
+    for (outer, group) in plan.groups() {
+        let first = ranges.next().ok_or(TurnstileReason::INTERNAL)?;
+        ranges.by_ref().take(group.len() - 1).for_each(drop);
+        let range = MapRange {
+            gpa: outer.start().get(),
+            pages: outer.pages(),
+            states_gpa: first.regions().as_ptr() as u64 - OWN_WINDOW,
+        };
+        if !shown.push_range(range) {
             return Err(TurnstileReason::MAP_TOO_MANY);
         }
     }

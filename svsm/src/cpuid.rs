@@ -12,7 +12,21 @@ use protocols::terminate::TurnstileReason;
 
 /// Leaves whose meaning depends on ECX (snp_cpuid in Linux has the same list).
 const INDEXED_LEAVES: [u32; 15] = [
-    0x4, 0x7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x17, 0x18, 0x1D, 0x1E, 0x1F, 0x24, 0x8000_001D,
+    0x4,
+    0x7,
+    0xB,
+    0xD,
+    0xF,
+    0x10,
+    0x12,
+    0x14,
+    0x17,
+    0x18,
+    0x1D,
+    0x1E,
+    0x1F,
+    0x24,
+    0x8000_001D,
 ];
 
 /// A CPUID table whose header passed the checks.
@@ -30,7 +44,9 @@ impl<'a> CpuidTable<'a> {
     /// header bits set.
     pub fn check(page: &'a CpuidPage) -> Result<Self, TurnstileReason> {
         if page.is_well_formed() {
-            Ok(Self { entries: page.entries() })
+            Ok(Self {
+                entries: page.entries(),
+            })
         } else {
             Err(TurnstileReason::CPUID_PAGE)
         }
@@ -43,12 +59,20 @@ impl<'a> CpuidTable<'a> {
         self.entries
             .iter()
             .find(|entry| entry.eax_in == leaf && (!indexed || entry.ecx_in == subleaf))
-            .map_or(CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 }, |entry| CpuidResult {
-                eax: entry.eax,
-                ebx: entry.ebx,
-                ecx: entry.ecx,
-                edx: entry.edx,
-            })
+            .map_or(
+                CpuidResult {
+                    eax: 0,
+                    ebx: 0,
+                    ecx: 0,
+                    edx: 0,
+                },
+                |entry| CpuidResult {
+                    eax: entry.eax,
+                    ebx: entry.ebx,
+                    ecx: entry.ecx,
+                    edx: entry.edx,
+                },
+            )
     }
 
     /// Position of the C-bit in page-table entries.
@@ -88,13 +112,21 @@ mod tests {
         assert!(CpuidTable::check(&page).is_ok());
         for count in [65, u32::MAX] {
             page.count = count;
-            assert_eq!(CpuidTable::check(&page).err(), Some(TurnstileReason::CPUID_PAGE));
+            assert_eq!(
+                CpuidTable::check(&page).err(),
+                Some(TurnstileReason::CPUID_PAGE)
+            );
         }
     }
 
     #[test]
     fn only_indexed_leaves_look_at_ecx() {
-        let page = page(&[(1, 0, 10), (7, 0, 70), (7, 1, 71), (0x8000_001F, 0, 1 << 31 | 47)]);
+        let page = page(&[
+            (1, 0, 10),
+            (7, 0, 70),
+            (7, 1, 71),
+            (0x8000_001F, 0, 1 << 31 | 47),
+        ]);
         let table = CpuidTable::check(&page).ok().unwrap();
         assert_eq!(table.lookup(1, 5).ebx, 10);
         assert_eq!(table.lookup(7, 1).ebx, 71);

@@ -16,8 +16,7 @@ unsafe impl Sync for Published {}
 
 /// Where the referee looks; `igvm-build` finds it by this name.
 #[unsafe(no_mangle)]
-pub static TURNSTILE_MAP_DESCRIPTOR: Published =
-    Published(UnsafeCell::new(MapDescriptor::EMPTY));
+pub static TURNSTILE_MAP_DESCRIPTOR: Published = Published(UnsafeCell::new(MapDescriptor::EMPTY));
 
 /// Shows the finished descriptor. The boot processor calls this once.
 pub fn publish(descriptor: MapDescriptor) {

@@ -56,8 +56,14 @@ impl HostMap {
         limit: Gpa,
         own: PageRange,
     ) -> Result<Self, TurnstileReason> {
-        let nothing = Stretch { pages: PageRange::EMPTY, kind: EntryKind::MEMORY };
-        let mut map = Self { stretches: [nothing; Self::MAX_ENTRIES], count: 0 };
+        let nothing = Stretch {
+            pages: PageRange::EMPTY,
+            kind: EntryKind::MEMORY,
+        };
+        let mut map = Self {
+            stretches: [nothing; Self::MAX_ENTRIES],
+            count: 0,
+        };
         let mut ended = false;
         for entry in raw {
             if entry.is_end() {
@@ -65,7 +71,10 @@ impl HostMap {
                 break;
             }
             let stretch = check_entry(&entry, map.stretches().last(), limit)?;
-            let slot = map.stretches.get_mut(map.count).ok_or(TurnstileReason::MAP_TOO_MANY)?;
+            let slot = map
+                .stretches
+                .get_mut(map.count)
+                .ok_or(TurnstileReason::MAP_TOO_MANY)?;
             *slot = stretch;
             map.count += 1;
         }
@@ -89,7 +98,10 @@ impl HostMap {
 
     /// The entries that are memory, ascending.
     pub fn memory(&self) -> impl DoubleEndedIterator<Item = PageRange> + '_ {
-        self.stretches().iter().filter(|stretch| stretch.is_memory()).map(|stretch| stretch.pages)
+        self.stretches()
+            .iter()
+            .filter(|stretch| stretch.is_memory())
+            .map(|stretch| stretch.pages)
     }
 }
 
@@ -114,7 +126,10 @@ fn check_entry(
     }
     let pages =
         PageRange::try_from_frames(entry.page_start, end).ok_or(TurnstileReason::MAP_WRAP)?;
-    Ok(Stretch { pages, kind: entry.kind })
+    Ok(Stretch {
+        pages,
+        kind: entry.kind,
+    })
 }
 
 #[cfg(test)]
@@ -161,17 +176,32 @@ mod tests {
             refusal(&[entry(0, 0x9000), entry(0x8fff, 1)]),
             TurnstileReason::MAP_OVERLAP
         );
-        assert_eq!(refusal(&[entry(5, 0x9000), entry(4, 1)]), TurnstileReason::MAP_UNSORTED);
+        assert_eq!(
+            refusal(&[entry(5, 0x9000), entry(4, 1)]),
+            TurnstileReason::MAP_UNSORTED
+        );
         assert_eq!(refusal(&[entry(1, u64::MAX)]), TurnstileReason::MAP_WRAP);
         assert_eq!(refusal(&[entry(u64::MAX, 1)]), TurnstileReason::MAP_WRAP);
-        assert_eq!(refusal(&[entry(0, (1 << 34) + 1)]), TurnstileReason::MAP_WRAP);
+        assert_eq!(
+            refusal(&[entry(0, (1 << 34) + 1)]),
+            TurnstileReason::MAP_WRAP
+        );
     }
 
     #[test]
     fn the_region_has_to_be_memory_as_a_whole() {
-        assert_eq!(refusal(&[entry(0, 0x8000)]), TurnstileReason::MAP_OWN_MISSING);
-        assert_eq!(refusal(&[entry(0, 0x83ff)]), TurnstileReason::MAP_OWN_MISSING);
-        assert_eq!(refusal(&[entry(0x8001, 0x9000)]), TurnstileReason::MAP_OWN_MISSING);
+        assert_eq!(
+            refusal(&[entry(0, 0x8000)]),
+            TurnstileReason::MAP_OWN_MISSING
+        );
+        assert_eq!(
+            refusal(&[entry(0, 0x83ff)]),
+            TurnstileReason::MAP_OWN_MISSING
+        );
+        assert_eq!(
+            refusal(&[entry(0x8001, 0x9000)]),
+            TurnstileReason::MAP_OWN_MISSING
+        );
         let mut reserved = entry(0x8000, 0x400);
         reserved.kind = EntryKind::PLATFORM_RESERVED;
         assert_eq!(

@@ -61,7 +61,12 @@ impl<'a> Launch<'a> {
         }
         let firmware = PageRange::try_from_bytes(params.firmware_gpa, params.firmware_size)?;
         let at_top = firmware.end().get() == FIRMWARE_END && !firmware.is_empty();
-        at_top.then_some(Self { params, region, unlaunched, firmware })
+        at_top.then_some(Self {
+            params,
+            region,
+            unlaunched,
+            firmware,
+        })
     }
 
     /// The page itself.
@@ -145,7 +150,11 @@ mod tests {
             let mut params = good();
             change(&mut params);
             let reason = Launch::check(&params).err();
-            assert_eq!(reason, Some(TurnstileReason::LAUNCH_PARAMS), "change {index}");
+            assert_eq!(
+                reason,
+                Some(TurnstileReason::LAUNCH_PARAMS),
+                "change {index}"
+            );
         }
     }
 

@@ -34,7 +34,9 @@ pub fn serve(system: &'static System, index: usize, ghcb: &'static Ghcb) -> ! {
             terminate(reason);
         }
         system.registry.leave_guest(index);
-        let Some(frame) = system.registry.vmsa(index) else { continue };
+        let Some(frame) = system.registry.vmsa(index) else {
+            continue;
+        };
         let vmsa = system.vmsas.vmsa(frame);
         vmsa.stop();
         match service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers()) {

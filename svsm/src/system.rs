@@ -57,8 +57,15 @@ impl System {
     /// The service on these parts.
     #[must_use]
     pub fn service(&'static self) -> GuestService {
-        let vmsa_pages = NewVmsas { engine: &self.engine };
-        Service::new(&self.engine, guest_memory(self.fault), self.registry, vmsa_pages)
+        let vmsa_pages = NewVmsas {
+            engine: &self.engine,
+        };
+        Service::new(
+            &self.engine,
+            guest_memory(self.fault),
+            self.registry,
+            vmsa_pages,
+        )
     }
 }
 

@@ -66,7 +66,10 @@ impl Shown {
     /// An entry without guest state.
     #[must_use]
     pub const fn none() -> Self {
-        Self { vmsa: AtomicU64::new(0), calling_area: AtomicU64::new(0) }
+        Self {
+            vmsa: AtomicU64::new(0),
+            calling_area: AtomicU64::new(0),
+        }
     }
 
     fn show(&self, record: Option<&Record>) {
@@ -87,7 +90,10 @@ impl Vcpu {
     /// A processor that has no guest state yet.
     #[must_use]
     pub const fn new(apic_id: u32) -> Self {
-        Self { apic_id, activity: AtomicU8::new(Activity::InGuest as u8) }
+        Self {
+            apic_id,
+            activity: AtomicU8::new(Activity::InGuest as u8),
+        }
     }
 
     fn change(&self, from: Activity, to: Activity) -> bool {
@@ -192,8 +198,7 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     /// processor deletes its state, which is bounded work.
     pub fn leave_guest(&self, index: usize) {
         if let Some(vcpu) = self.vcpus.get(index) {
-            while !vcpu.change(Activity::InGuest, Activity::Serving)
-                && !vcpu.is(Activity::Serving)
+            while !vcpu.change(Activity::InGuest, Activity::Serving) && !vcpu.is(Activity::Serving)
             {
                 core::hint::spin_loop();
             }
@@ -239,7 +244,9 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     }
 
     fn slot_of(records: &[Option<Record>], vmsa: Frame) -> Option<usize> {
-        records.iter().position(|slot| slot.as_ref().is_some_and(|record| record.vmsa == vmsa))
+        records
+            .iter()
+            .position(|slot| slot.as_ref().is_some_and(|record| record.vmsa == vmsa))
     }
 }
 
@@ -269,8 +276,14 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
     }
 
     fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), TableFull> {
-        let owner = self.vcpus.iter().enumerate().find(|(_, vcpu)| vcpu.apic_id == apic_id);
-        let Some((owner, vcpu)) = owner else { return Err(TableFull(pages)) };
+        let owner = self
+            .vcpus
+            .iter()
+            .enumerate()
+            .find(|(_, vcpu)| vcpu.apic_id == apic_id);
+        let Some((owner, vcpu)) = owner else {
+            return Err(TableFull(pages));
+        };
         let mut records = self.records.lock();
         let spare = self.spare_slot(&records);
         let current = records.get_mut(owner).and_then(Option::take);
@@ -309,8 +322,10 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
     ) -> Result<VcpuPages, DeleteRefusal> {
         let mut records = self.records.lock();
         let slot = Registry::<C>::slot_of(&records, vmsa).ok_or(DeleteRefusal::Unknown)?;
-        let record =
-            records.get_mut(slot).and_then(Option::as_mut).ok_or(DeleteRefusal::Unknown)?;
+        let record = records
+            .get_mut(slot)
+            .and_then(Option::as_mut)
+            .ok_or(DeleteRefusal::Unknown)?;
         if record.startup {
             return Err(DeleteRefusal::Startup);
         }
@@ -338,7 +353,10 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
     fn end_delete(&self, vmsa: Frame) {
         let mut records = self.records.lock();
         if let Some(slot) = Registry::<C>::slot_of(&records, vmsa) {
-            let owner = records.get(slot).and_then(Option::as_ref).map(|record| record.owner);
+            let owner = records
+                .get(slot)
+                .and_then(Option::as_ref)
+                .map(|record| record.owner);
             self.put(&mut records, slot, None);
             if let Some(vcpu) = owner.filter(|&o| o == slot).and_then(|o| self.vcpus.get(o)) {
                 vcpu.change(Activity::Deleting, Activity::InGuest);
@@ -349,12 +367,18 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
     fn undo_delete(&self, pages: VcpuPages) {
         let mut records = self.records.lock();
         let slot = Registry::<C>::slot_of(&records, pages.vmsa.frame());
-        let record = slot.and_then(|slot| records.get_mut(slot)).and_then(Option::as_mut);
+        let record = slot
+            .and_then(|slot| records.get_mut(slot))
+            .and_then(Option::as_mut);
         let Some(record) = record else { return };
         record.vmsa_loan = Some(pages.vmsa);
         record.area_loan = Some(pages.calling_area);
         record.deleting = false;
-        match self.vcpus.get(record.owner).filter(|_| slot == Some(record.owner)) {
+        match self
+            .vcpus
+            .get(record.owner)
+            .filter(|_| slot == Some(record.owner))
+        {
             // The caller's own: the request loop releases it with the answer.
             Some(vcpu) if vcpu.is(Activity::Serving) => {}
             Some(vcpu) => {

@@ -30,8 +30,12 @@ macro_rules! fixup {
     ($instruction:literal, $landing:literal) => {
         concat!(
             ".pushsection .fixups, \"a\", @progbits\n",
-            ".quad ", $instruction, "\n",
-            ".quad ", $landing, "\n",
+            ".quad ",
+            $instruction,
+            "\n",
+            ".quad ",
+            $landing,
+            "\n",
             ".popsection"
         )
     };
@@ -45,7 +49,10 @@ pub fn landing_for(rip: u64) -> Option<u64> {
     // SAFETY: the linker script puts both symbols around the `.fixups` input sections, which
     // hold nothing but pairs of quad words.
     let entries = unsafe { core::slice::from_raw_parts(start, end.offset_from_unsigned(start)) };
-    entries.iter().find(|entry| entry.instruction == rip).map(|entry| entry.landing)
+    entries
+        .iter()
+        .find(|entry| entry.instruction == rip)
+        .map(|entry| entry.landing)
 }
 
 /// What the handler leaves in RAX: error code in the low half, vector above.
@@ -57,5 +64,8 @@ pub const fn encode(fault: AccessFault) -> u64 {
 /// Reads [`encode`].
 #[must_use]
 pub const fn decode(rax: u64) -> AccessFault {
-    AccessFault { vector: (rax >> 32) as u8, code: rax as u32 }
+    AccessFault {
+        vector: (rax >> 32) as u8,
+        code: rax as u32,
+    }
 }

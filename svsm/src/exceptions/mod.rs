@@ -217,7 +217,10 @@ extern "C" fn handle(frame: &mut Frame) {
         NMI => return,
         GENERAL_PROTECTION | PAGE_FAULT | VMM_COMMUNICATION => {
             if let Some(landing) = fixup::landing_for(frame.rip) {
-                let fault = AccessFault { vector: frame.vector as u8, code: frame.code as u32 };
+                let fault = AccessFault {
+                    vector: frame.vector as u8,
+                    code: frame.code as u32,
+                };
                 frame.rax = fixup::encode(fault);
                 frame.rip = landing;
                 return;

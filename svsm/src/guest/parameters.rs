@@ -32,8 +32,7 @@ pub fn guest_memory_map(
     host_map: &HostMap,
     hidden: [PageRange; 2],
 ) -> Result<[MemoryMapEntry; IgvmParameterArea::MAX_ENTRIES], TurnstileReason> {
-    let mut entries =
-        [entry(PageRange::EMPTY, EntryKind::MEMORY); IgvmParameterArea::MAX_ENTRIES];
+    let mut entries = [entry(PageRange::EMPTY, EntryKind::MEMORY); IgvmParameterArea::MAX_ENTRIES];
     let mut slots = entries.iter_mut();
     let mut stretches = host_map.stretches().iter().copied().peekable();
     while let Some(mut stretch) = stretches.next() {
@@ -49,7 +48,10 @@ pub fn guest_memory_map(
         } else {
             [stretch.pages, PageRange::EMPTY, PageRange::EMPTY]
         };
-        for piece in pieces.into_iter().filter(|piece| known && !piece.is_empty()) {
+        for piece in pieces
+            .into_iter()
+            .filter(|piece| known && !piece.is_empty())
+        {
             let slot = slots.next().ok_or(TurnstileReason::MAP_TOO_MANY)?;
             *slot = entry(piece, stretch.kind);
         }
@@ -70,8 +72,11 @@ fn joined_over_legacy_hole(below: Stretch, above: Stretch) -> Option<Stretch> {
 
 /// What two holes leave of a range, ascending; the holes do not overlap.
 fn without_both(pages: PageRange, [one, other]: [PageRange; 2]) -> [PageRange; 3] {
-    let (first, second) =
-        if one.start_frame() <= other.start_frame() { (one, other) } else { (other, one) };
+    let (first, second) = if one.start_frame() <= other.start_frame() {
+        (one, other)
+    } else {
+        (other, one)
+    };
     let (below, rest) = pages.without(first);
     if rest.is_empty() {
         // The first hole is above, or reaches the end: the second may still cut what is below.
@@ -130,7 +135,12 @@ mod tests {
         // The order of the holes does not matter.
         assert_eq!(
             shown(&map, [pages(0x7_7000, 0x7_7200), pages(0x8000, 0x8400)]),
-            [(0, 0x8000), (0x8400, 0x7_7000), (0x7_7200, 0x7_8000), (0x10_0000, 0x18_0000)]
+            [
+                (0, 0x8000),
+                (0x8400, 0x7_7000),
+                (0x7_7200, 0x7_8000),
+                (0x10_0000, 0x18_0000)
+            ]
         );
     }
 
@@ -145,7 +155,10 @@ mod tests {
             shown(&map, [pages(0x8000, 0x8400), PageRange::EMPTY]),
             [(0, 0x8000), (0x8400, 0x7_8000), (0x10_0000, 0x18_0000)]
         );
-        let map = host_map(&[(0, 0xA1, EntryKind::MEMORY), (0x100, 0x7_8000, EntryKind::MEMORY)]);
+        let map = host_map(&[
+            (0, 0xA1, EntryKind::MEMORY),
+            (0x100, 0x7_8000, EntryKind::MEMORY),
+        ]);
         assert_eq!(
             shown(&map, [pages(0x8000, 0x8400), PageRange::EMPTY]),
             [(0, 0xA1), (0x100, 0x8000), (0x8400, 0x7_8000)]
@@ -159,8 +172,7 @@ mod tests {
             (0x9000, 0x9001, EntryKind::PLATFORM_RESERVED),
             (0x9001, 0x9002, EntryKind(77)),
         ]);
-        let entries =
-            guest_memory_map(&map, [pages(0x8000, 0x8400), PageRange::EMPTY]).unwrap();
+        let entries = guest_memory_map(&map, [pages(0x8000, 0x8400), PageRange::EMPTY]).unwrap();
         assert_eq!(entries[2].kind, EntryKind::PLATFORM_RESERVED);
         assert_eq!(entries[3].page_count, 0);
     }

@@ -125,7 +125,14 @@ impl<P: Platform> Preparation<'_, P> {
         if self.engine.state(frame) != Some(PageState::Accepted) {
             self.accept_pages(pages)?;
         }
-        fill(gpa, &IgvmParameterArea { memory_map, vp_count, reserved: [0; 3] })
+        fill(
+            gpa,
+            &IgvmParameterArea {
+                memory_map,
+                vp_count,
+                reserved: [0; 3],
+            },
+        )
     }
 
     /// The state the boot processor starts from: reset, at the firmware's reset vector.
@@ -139,7 +146,11 @@ impl<P: Platform> Preparation<'_, P> {
 
     /// The page of the one area of this kind.
     fn single_page(&self, kind: SectionKind) -> Result<Gpa, TurnstileReason> {
-        let mut found = self.launch.sections().iter().filter(|section| section.kind == kind);
+        let mut found = self
+            .launch
+            .sections()
+            .iter()
+            .filter(|section| section.kind == kind);
         match (found.next(), found.next()) {
             (Some(section), None) if section.size == PAGE_SIZE => Ok(Gpa::new(section.gpa)),
             _ => Err(TurnstileReason::FIRMWARE),

@@ -13,11 +13,11 @@ use protocols::exit_code::ExitCode;
 use protocols::terminate::TurnstileReason;
 use protocols::vmsa::{Efer, SevFeatures, Vmsa};
 
+use super::GUEST_VMPL;
 use crate::memory::layout::PageRange;
 use crate::memory::{access, guest_map};
 use crate::platform::AccessFault;
 use crate::protocol::{Registers, Unreachable, VmsaClaims, VmsaPages};
-use super::GUEST_VMPL;
 use crate::system::{self, GuestEngine};
 use crate::terminate::terminate;
 use crate::vcpus::VmsaControl;
@@ -31,12 +31,18 @@ pub struct GuestVmsa {
 impl GuestVmsa {
     /// Makes the processor impossible to run: VMRUN refuses a VMSA without SVME.
     pub fn stop(self) {
-        on_record(access::clear_bits(self.field(Vmsa::EFER_OFFSET), Efer::SVME.bits()));
+        on_record(access::clear_bits(
+            self.field(Vmsa::EFER_OFFSET),
+            Efer::SVME.bits(),
+        ));
     }
 
     /// Makes the processor runnable again. Everything the guest shall see is written already.
     pub fn release(self) {
-        on_record(access::set_bits(self.field(Vmsa::EFER_OFFSET), Efer::SVME.bits()));
+        on_record(access::set_bits(
+            self.field(Vmsa::EFER_OFFSET),
+            Efer::SVME.bits(),
+        ));
     }
 
     /// Why the processor stopped last.
@@ -145,8 +151,7 @@ impl VmsaPages for NewVmsas {
         let page = guest_map::address(Gpa::new(vmsa.gpa()), PAGE_SIZE).map_err(|_| Unreachable)?;
         let load = |offset| access::load_u64(page + offset as u64).map_err(|_| Unreachable);
         Ok(VmsaClaims {
-            vmpl: access::load_u8(page + offset_of!(Vmsa, vmpl) as u64)
-                .map_err(|_| Unreachable)?,
+            vmpl: access::load_u8(page + offset_of!(Vmsa, vmpl) as u64).map_err(|_| Unreachable)?,
             efer: Efer(load(Vmsa::EFER_OFFSET)?),
             sev_features: SevFeatures(load(offset_of!(Vmsa, sev_features))?),
         })

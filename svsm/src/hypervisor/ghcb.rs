@@ -14,9 +14,7 @@ use protocols::addr::{Gpa, PAGE_SIZE, Vmpl};
 use protocols::exit_code::ExitCode;
 use protocols::ghcb::PROTOCOL_VERSION;
 use protocols::ghcb::event::{ApCreation, ApRequest, IoDirection, IoInfo, IoWidth};
-use protocols::ghcb::page::{
-    self, Field, Ghcb as GhcbPage, Response, USAGE_STANDARD, ValidBitmap,
-};
+use protocols::ghcb::page::{self, Field, Ghcb as GhcbPage, Response, USAGE_STANDARD, ValidBitmap};
 use protocols::terminate::TurnstileReason;
 
 use super::{Hypervisor, Start, VcpuRequest, msr};
@@ -118,7 +116,13 @@ const _: () = assert!(size_of::<GhcbPage>() == PAGE_SIZE as usize);
 impl Hypervisor for Ghcb {
     fn run_vmpl(&self, vmpl: Vmpl) -> Result<(), TurnstileReason> {
         let number = u64::from(vmpl.number());
-        self.request(ExitCode::RUN_VMPL, number, 0, None, TurnstileReason::RUN_VMPL)
+        self.request(
+            ExitCode::RUN_VMPL,
+            number,
+            0,
+            None,
+            TurnstileReason::RUN_VMPL,
+        )
     }
 
     fn create_vcpu(&self, request: VcpuRequest) -> Result<(), TurnstileReason> {
@@ -126,8 +130,12 @@ impl Hypervisor for Ghcb {
             Start::Later => ApRequest::CREATE_ON_INIT,
             Start::Now => ApRequest::CREATE,
         };
-        let info_1 =
-            ApCreation { request: kind, vmpl: request.vmpl, apic_id: request.apic_id }.encode();
+        let info_1 = ApCreation {
+            request: kind,
+            vmpl: request.vmpl,
+            apic_id: request.apic_id,
+        }
+        .encode();
         self.request(
             ExitCode::AP_CREATION,
             info_1,

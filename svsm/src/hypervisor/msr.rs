@@ -26,7 +26,11 @@ fn exchange(request: Request) -> Response {
 /// [`TurnstileReason::GHCB_VERSION`], or [`TurnstileReason::GHCB_REPLY`].
 pub fn negotiate_version() -> Result<(), TurnstileReason> {
     match exchange(Request::SevInfo) {
-        Response::SevInfo { min_version, max_version, .. } => {
+        Response::SevInfo {
+            min_version,
+            max_version,
+            ..
+        } => {
             if (min_version..=max_version).contains(&PROTOCOL_VERSION) {
                 Ok(())
             } else {
@@ -61,7 +65,10 @@ pub fn negotiate_features() -> Result<HypervisorFeatures, TurnstileReason> {
 ///
 /// [`TurnstileReason::GHCB_PAGE_STATE`], or [`TurnstileReason::GHCB_REPLY`].
 pub fn share_page(gpa: Gpa) -> Result<(), TurnstileReason> {
-    let request = Request::PageState { frame: gpa.frame(), operation: PageOperation::SHARED };
+    let request = Request::PageState {
+        frame: gpa.frame(),
+        operation: PageOperation::SHARED,
+    };
     match exchange(request) {
         Response::PageState { error: 0 } => Ok(()),
         Response::PageState { .. } => Err(TurnstileReason::GHCB_PAGE_STATE),

@@ -20,7 +20,10 @@ use crate::platform::AccessFault;
 use crate::protocol::{GuestMemory, Unreachable};
 
 /// What an address outside the window is reported as: a page fault on a missing page.
-const OUTSIDE: AccessFault = AccessFault { vector: 14, code: 0 };
+const OUTSIDE: AccessFault = AccessFault {
+    vector: 14,
+    code: 0,
+};
 
 /// Virtual address of `bytes` bytes of guest memory.
 ///
@@ -48,10 +51,7 @@ pub fn write(gpa: Gpa, data: &[u8]) -> Result<(), AccessFault> {
 /// # Errors
 ///
 /// The fault; the memory may be written in part.
-pub fn write_value<T: IntoBytes + Immutable>(
-    gpa: Gpa,
-    value: &T,
-) -> Result<(), AccessFault> {
+pub fn write_value<T: IntoBytes + Immutable>(gpa: Gpa, value: &T) -> Result<(), AccessFault> {
     write(gpa, value.as_bytes())
 }
 
@@ -61,11 +61,15 @@ pub struct Window;
 
 impl GuestMemory for Window {
     fn read_u8(&self, gpa: Gpa) -> Result<u8, Unreachable> {
-        address(gpa, 1).and_then(access::load_u8).map_err(|_| Unreachable)
+        address(gpa, 1)
+            .and_then(access::load_u8)
+            .map_err(|_| Unreachable)
     }
 
     fn read_u64(&self, gpa: Gpa) -> Result<u64, Unreachable> {
-        address(gpa, 8).and_then(access::load_u64).map_err(|_| Unreachable)
+        address(gpa, 8)
+            .and_then(access::load_u64)
+            .map_err(|_| Unreachable)
     }
 
     fn write_u8(&self, gpa: Gpa, value: u8) -> Result<(), Unreachable> {
@@ -73,6 +77,8 @@ impl GuestMemory for Window {
     }
 
     fn write_u16(&self, gpa: Gpa, value: u16) -> Result<(), Unreachable> {
-        address(gpa, 2).and_then(|at| access::store_u16(at, value)).map_err(|_| Unreachable)
+        address(gpa, 2)
+            .and_then(|at| access::store_u16(at, value))
+            .map_err(|_| Unreachable)
     }
 }

@@ -113,10 +113,7 @@ impl PageRange {
     /// Whether a page is in both.
     #[must_use]
     pub const fn overlaps(self, other: Self) -> bool {
-        self.start < other.end
-            && other.start < self.end
-            && !self.is_empty()
-            && !other.is_empty()
+        self.start < other.end && other.start < self.end && !self.is_empty() && !other.is_empty()
     }
 
     /// What is left of the range below and above `hole`; either may be empty.
@@ -125,8 +122,14 @@ impl PageRange {
         if !self.overlaps(hole) {
             return (self, Self::EMPTY);
         }
-        let below = Self { start: self.start, end: hole.start.max(self.start) };
-        let above = Self { start: hole.end.min(self.end), end: self.end };
+        let below = Self {
+            start: self.start,
+            end: hole.start.max(self.start),
+        };
+        let above = Self {
+            start: hole.end.min(self.end),
+            end: self.end,
+        };
         (below, above)
     }
 
@@ -179,9 +182,15 @@ mod tests {
     #[test]
     fn a_hole_leaves_what_lies_around_it() {
         let memory = range(10, 20);
-        assert_eq!(memory.without(range(12, 15)), (range(10, 12), range(15, 20)));
+        assert_eq!(
+            memory.without(range(12, 15)),
+            (range(10, 12), range(15, 20))
+        );
         assert_eq!(memory.without(range(5, 15)), (range(10, 10), range(15, 20)));
-        assert_eq!(memory.without(range(15, 25)), (range(10, 15), range(20, 20)));
+        assert_eq!(
+            memory.without(range(15, 25)),
+            (range(10, 15), range(20, 20))
+        );
         assert_eq!(memory.without(range(20, 25)), (memory, PageRange::EMPTY));
         assert_eq!(memory.without(range(15, 15)), (memory, PageRange::EMPTY));
     }
@@ -190,7 +199,10 @@ mod tests {
     fn the_end_is_taken_in_whole_large_pages() {
         let memory = range(100, 5000);
         assert_eq!(memory.large_pages_at_end(1), Some(range(4096, 4608)));
-        assert_eq!(memory.large_pages_at_end(LARGE_PAGE_SIZE + 1), Some(range(3584, 4608)));
+        assert_eq!(
+            memory.large_pages_at_end(LARGE_PAGE_SIZE + 1),
+            Some(range(3584, 4608))
+        );
         assert_eq!(memory.large_pages_at_end(9 * LARGE_PAGE_SIZE), None);
         assert_eq!(memory.large_pages_at_end(u64::MAX), None);
         assert_eq!(range(0, 511).large_pages_at_end(1), None);

@@ -62,7 +62,11 @@ static TABLES: Mutex<Option<Tables>> = Mutex::new(None);
 
 /// Takes over the image's tables.
 pub fn init(root: Gpa, region: PageRange, c_bit: u32) {
-    *TABLES.lock() = Some(Tables { root, region, c_bit: 1 << c_bit });
+    *TABLES.lock() = Some(Tables {
+        root,
+        region,
+        c_bit: 1 << c_bit,
+    });
 }
 
 /// Maps the 4 KiB page of the region at `gpa` through another alias.
@@ -125,7 +129,9 @@ fn with_leaf(gpa: Gpa, change: impl FnOnce(&mut u64, &Tables)) -> Result<(), Tur
     let address = VirtAddr::try_new(gpa.get()).map_err(|_| TurnstileReason::INTERNAL)?;
     let mut table = tables.root;
     for index in [address.p4_index(), address.p3_index(), address.p2_index()] {
-        table = tables.descend(table, index).ok_or(TurnstileReason::INTERNAL)?;
+        table = tables
+            .descend(table, index)
+            .ok_or(TurnstileReason::INTERNAL)?;
     }
     let mut entry = tables.read(table, address.p1_index());
     change(&mut entry, tables);
@@ -148,12 +154,20 @@ impl Tables {
     fn read(&self, table: Gpa, index: PageTableIndex) -> u64 {
         // SAFETY: `table` comes from the root or from a table entry, so it is a live table; the
         // index is below 512. The processor only reads entries (see the module's invariants).
-        unsafe { (self.address(table) as *const u64).add(index.into()).read_volatile() }
+        unsafe {
+            (self.address(table) as *const u64)
+                .add(index.into())
+                .read_volatile()
+        }
     }
 
     fn write(&self, table: Gpa, index: PageTableIndex, entry: u64) {
         // SAFETY: as in `read`; the lock on the tables excludes other writers.
-        unsafe { (self.address(table) as *mut u64).add(index.into()).write_volatile(entry) }
+        unsafe {
+            (self.address(table) as *mut u64)
+                .add(index.into())
+                .write_volatile(entry)
+        }
     }
 
     /// The table one level down, if the entry is a table.

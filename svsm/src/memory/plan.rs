@@ -13,7 +13,7 @@
 //! locks, the vCPUs. It is made of whole 2 MiB pages at the top of the highest memory that has
 //! room.
 
-use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
+use protocols::addr::{LARGE_PAGE_SIZE, PAGE_SIZE, PAGES_PER_LARGE_PAGE};
 use protocols::map::{BYTES_PER_REGION, MapDescriptor};
 use protocols::terminate::TurnstileReason;
 
@@ -22,6 +22,17 @@ use crate::host_map::HostMap;
 
 /// Bytes shown by one page of second-level tables.
 const GIB: u64 = 1 << 30;
+
+// The referee reads the engine's own words: both crates must mean the same bits by them.
+const _: () = {
+    use accept::PageState as Kept;
+    use protocols::map::PageState as Shown;
+    assert!(Kept::Unaccepted as u64 == Shown::Unaccepted as u64);
+    assert!(Kept::Ahead as u64 == Shown::Ahead as u64);
+    assert!(Kept::Accepted as u64 == Shown::Accepted as u64);
+    assert!(Kept::Owned as u64 == Shown::Owned as u64);
+    assert!(size_of::<accept::Region>() as u64 == BYTES_PER_REGION);
+};
 
 /// Where everything goes.
 #[derive(Debug)]
@@ -87,8 +98,10 @@ impl Plan {
         if range.is_empty() {
             return Ok(());
         }
-        let slot =
-            self.ranges.get_mut(self.range_count).ok_or(TurnstileReason::MAP_TOO_MANY)?;
+        let slot = self
+            .ranges
+            .get_mut(self.range_count)
+            .ok_or(TurnstileReason::MAP_TOO_MANY)?;
         *slot = range;
         self.range_count += 1;
         Ok(())
@@ -98,6 +111,16 @@ impl Plan {
     #[must_use]
     pub fn ranges(&self) -> &[PageRange] {
         self.ranges.get(..self.range_count).unwrap_or_default()
+    }
+
+    /// The ranges in groups that share 2 MiB regions: RAM below and above a small hole. The states
+    /// of a group are contiguous, so that it can be shown as one stretch.
+    pub fn groups(&self) -> impl Iterator<Item = (PageRange, &[PageRange])> {
+        let shares =
+            |below: &PageRange, above: &PageRange| outward(*below).overlaps(outward(*above));
+        self.ranges()
+            .chunk_by(shares)
+            .map(|group| (outward_all(group.iter().copied()), group))
     }
 
     /// Whether all pages have a state and are the guest's to use: not the paravisor's.
@@ -111,7 +134,11 @@ impl Plan {
 
     /// Bytes of states and of page tables for the guest window.
     fn bytes_for_memory(&self, host_map: &HostMap) -> u64 {
-        let states: u64 = self.ranges().iter().map(|range| regions_touched(*range)).sum();
+        let states: u64 = self
+            .ranges()
+            .iter()
+            .map(|range| regions_touched(*range))
+            .sum();
         let tables: u64 = self
             .ranges()
             .iter()
@@ -138,16 +165,34 @@ fn touched(range: PageRange, unit: u64) -> u64 {
     (range.end().get() - 1) / unit - range.start().get() / unit + 1
 }
 
-/// The range rounded outward to whole 2 MiB regions, as the map descriptor wants it.
+/// The range rounded outward to whole 2 MiB regions.
 #[must_use]
-pub fn outward(range: PageRange) -> (Gpa, u64) {
-    let start = range.start().get() / LARGE_PAGE_SIZE * LARGE_PAGE_SIZE;
-    (Gpa::new(start), regions_touched(range) * LARGE_PAGE_SIZE / PAGE_SIZE)
+pub fn outward(range: PageRange) -> PageRange {
+    let region = PAGES_PER_LARGE_PAGE;
+    let start = range.start_frame() / region * region;
+    PageRange::try_from_frames(start, start + regions_touched(range) * region)
+        .unwrap_or(PageRange::EMPTY)
+}
+
+/// From the start of the first to the end of the last of ascending ranges, rounded outward.
+fn outward_all(mut ranges: impl DoubleEndedIterator<Item = PageRange> + Clone) -> PageRange {
+    let (first, last) = (ranges.next(), ranges.next_back());
+    let start = first.map_or(0, |range| outward(range).start_frame());
+    let end = last.or(first).map_or(0, |range| outward(range).end_frame());
+    PageRange::try_from_frames(start, end).unwrap_or(PageRange::EMPTY)
+}
+
+/// How many regions lie between the start of `outer`, which is rounded outward, and that of
+/// `range` inside it.
+#[must_use]
+pub fn regions_before(outer: PageRange, range: PageRange) -> u64 {
+    (outward(range).start_frame() - outer.start_frame()) / PAGES_PER_LARGE_PAGE
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use protocols::addr::Gpa;
     use protocols::igvm_map::{EntryKind, MemoryMapEntry};
 
     const MIB: u64 = 256; // in pages
@@ -169,7 +214,9 @@ mod tests {
     }
 
     fn host_map(entries: &[(u64, u64)]) -> HostMap {
-        let entry = |(page_start, end)| MemoryMapEntry::new(page_start, end - page_start, EntryKind::MEMORY);
+        let entry = |(page_start, end)| {
+            MemoryMapEntry::new(page_start, end - page_start, EntryKind::MEMORY)
+        };
         let list = entries.iter().copied().chain([(0, 0)]).map(entry);
         HostMap::check(list, Gpa::new(1 << 46), region()).unwrap()
     }
@@ -215,23 +262,44 @@ mod tests {
     fn the_map_costs_at_most_64_kib_per_gib() {
         let map = host_map(&[(0, 1952 * MIB), (4096 * MIB, 4096 * MIB + (64 << 18))]);
         let plan = Plan::make(&map, region(), ghcbs(), firmware(), 0).unwrap();
-        let states: u64 =
-            plan.ranges().iter().map(|range| regions_touched(*range) * BYTES_PER_REGION).sum();
+        let states: u64 = plan
+            .ranges()
+            .iter()
+            .map(|range| regions_touched(*range) * BYTES_PER_REGION)
+            .sum();
         assert!(states <= 66 * (64 << 10));
     }
 
     #[test]
     fn what_cannot_be_is_refused() {
-        assert_eq!(plan(&[(0, 5000 * MIB)]).err(), Some(TurnstileReason::FIRMWARE));
-        assert_eq!(plan(&[(128 * MIB, 132 * MIB)]).err(), Some(TurnstileReason::OUT_OF_MEMORY));
-        let pieces: std::vec::Vec<_> =
-            (0..16).map(|i| ((100 + 50 * i) * MIB, (149 + 50 * i) * MIB)).collect();
+        assert_eq!(
+            plan(&[(0, 5000 * MIB)]).err(),
+            Some(TurnstileReason::FIRMWARE)
+        );
+        assert_eq!(
+            plan(&[(128 * MIB, 132 * MIB)]).err(),
+            Some(TurnstileReason::OUT_OF_MEMORY)
+        );
+        let pieces: std::vec::Vec<_> = (0..16)
+            .map(|i| ((100 + 50 * i) * MIB, (149 + 50 * i) * MIB))
+            .collect();
         assert_eq!(plan(&pieces).err(), Some(TurnstileReason::MAP_TOO_MANY));
     }
 
     #[test]
     fn outward_rounding_covers_the_range() {
-        assert_eq!(outward(pages(513, 514)), (Gpa::new(0x20_0000), 512));
-        assert_eq!(outward(pages(511, 513)), (Gpa::new(0), 1024));
+        assert_eq!(outward(pages(513, 514)), pages(512, 1024));
+        assert_eq!(outward(pages(511, 513)), pages(0, 1024));
+    }
+
+    #[test]
+    fn memory_around_a_small_hole_shares_a_region() {
+        let plan = plan(&[(0, 0xA0), (0x100, 1952 * MIB), (4096 * MIB, 4200 * MIB)]).unwrap();
+        let groups: std::vec::Vec<_> = plan.groups().collect();
+        assert_eq!(groups[0].0, pages(0, 132 * MIB));
+        assert_eq!(groups[0].1, [pages(0, 0xA0), pages(0x100, 132 * MIB - 4)]);
+        assert_eq!(regions_before(groups[0].0, pages(0x100, 132 * MIB - 4)), 0);
+        assert_eq!(groups[1].0, pages(132 * MIB, 1952 * MIB));
+        assert_eq!(groups.len(), 4);
     }
 }

@@ -30,14 +30,22 @@ impl Pool {
     /// 2. Nobody else uses them.
     #[must_use]
     pub const unsafe fn new(range: PageRange, window: u64) -> Self {
-        Self { next: range.start().get(), end: range.end().get(), window }
+        Self {
+            next: range.start().get(),
+            end: range.end().get(),
+            window,
+        }
     }
 
     /// Takes `size` bytes aligned to `align` (a power of two); returns their address.
     fn take(&mut self, size: u64, align: u64) -> Result<Gpa, TurnstileReason> {
-        let start =
-            self.next.checked_next_multiple_of(align).ok_or(TurnstileReason::OUT_OF_MEMORY)?;
-        let end = start.checked_add(size).ok_or(TurnstileReason::OUT_OF_MEMORY)?;
+        let start = self
+            .next
+            .checked_next_multiple_of(align)
+            .ok_or(TurnstileReason::OUT_OF_MEMORY)?;
+        let end = start
+            .checked_add(size)
+            .ok_or(TurnstileReason::OUT_OF_MEMORY)?;
         if end > self.end {
             return Err(TurnstileReason::OUT_OF_MEMORY);
         }
@@ -81,7 +89,9 @@ impl Pool {
             unsafe { first.add(index).write(make(index)) };
         }
         // SAFETY: all values are initialized, and nobody else has the memory.
-        Ok((gpa, unsafe { core::slice::from_raw_parts_mut(first, count) }))
+        Ok((gpa, unsafe {
+            core::slice::from_raw_parts_mut(first, count)
+        }))
     }
 
     /// Gives a value a place for ever.

@@ -23,7 +23,11 @@ impl MappedBlock {
     /// The block at a virtual address; none if the address is not a multiple of the size.
     #[must_use]
     pub const fn try_new(address: u64, size: PageSize) -> Option<Self> {
-        if address.is_multiple_of(size.bytes()) { Some(Self { address, size }) } else { None }
+        if address.is_multiple_of(size.bytes()) {
+            Some(Self { address, size })
+        } else {
+            None
+        }
     }
 
     /// Virtual address of the first byte.

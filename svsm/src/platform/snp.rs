@@ -34,7 +34,10 @@ struct PvalidateResult {
 /// 1. The page is not in use by Rust code: validating or rescinding changes its contents.
 /// 2. The caller's books say that the page is in the other state.
 unsafe fn pvalidate(block: MappedBlock, validate: bool) -> Result<PvalidateResult, AccessFault> {
-    let operands = Pvalidate { size: block.size(), validate };
+    let operands = Pvalidate {
+        size: block.size(),
+        validate,
+    };
     let mut rax = block.address();
     let carry: u8;
     let faulted: u64;
@@ -63,7 +66,10 @@ unsafe fn pvalidate(block: MappedBlock, validate: bool) -> Result<PvalidateResul
     if faulted != 0 {
         return Err(fixup::decode(rax));
     }
-    Ok(PvalidateResult { status: ReturnCode(rax as u32), carry: carry != 0 })
+    Ok(PvalidateResult {
+        status: ReturnCode(rax as u32),
+        carry: carry != 0,
+    })
 }
 
 /// RMPADJUST (APM volume 3; facts: snp-isa §4). Returns the status.
@@ -147,13 +153,18 @@ impl Snp {
         // ones that keep the books (2).
         let result = unsafe { pvalidate(block, validate) }.map_err(ValidateError::Fault)?;
         match result {
-            PvalidateResult { status: ReturnCode::SUCCESS, carry: false } => Ok(()),
-            PvalidateResult { status: ReturnCode::SUCCESS, carry: true } => {
-                Err(ValidateError::NoChange)
-            }
-            PvalidateResult { status: ReturnCode::FAIL_SIZE_MISMATCH, .. } => {
-                Err(ValidateError::SizeMismatch)
-            }
+            PvalidateResult {
+                status: ReturnCode::SUCCESS,
+                carry: false,
+            } => Ok(()),
+            PvalidateResult {
+                status: ReturnCode::SUCCESS,
+                carry: true,
+            } => Err(ValidateError::NoChange),
+            PvalidateResult {
+                status: ReturnCode::FAIL_SIZE_MISMATCH,
+                ..
+            } => Err(ValidateError::SizeMismatch),
             PvalidateResult { status, .. } => Err(ValidateError::Status(status.0)),
         }
     }
