@@ -148,6 +148,29 @@ pub fn unchanged(pages: &[Gpa], request: impl FnOnce() -> Verdict) -> Verdict {
     )
 }
 
+/// What must hold after every case, in the machine's eyes: map and RMP agree on every page
+/// (design.md I11), and the paravisor broke no rule on the way.
+pub fn audit() -> Verdict {
+    expect(
+        "pages on which map and RMP disagree",
+        oracle::disagreements(),
+        0,
+    )?;
+    for violation in [
+        Counter::DOUBLE_VALIDATION,
+        Counter::UNSCRUBBED_GRANT,
+        Counter::LIVE_RESCIND,
+        Counter::IMPLICIT_CONVERSION,
+    ] {
+        expect(
+            "violations",
+            (violation, oracle::counter(violation)),
+            (violation, 0),
+        )?;
+    }
+    Ok(())
+}
+
 /// A request that must fail with `result` and `next`, and leave `pages` alone.
 pub fn refused(
     entries: &[PvalidateEntry],
