@@ -139,6 +139,11 @@ impl<P: PhysicalMemory> Platform<P> {
             };
         };
         if self.host.attribute(&place) != alias {
+            if alias == Alias::Shared && self.host.layout().is_window(gpa) {
+                // Firmware looks for a flash chip where its own private image is. What is there
+                // on the shared side is what QEMU has: a ROM, or nothing.
+                return Verdict::Mmio(Spa::new(gpa.get()));
+            }
             self.convert_implicitly(vmpl, &place, gpa, alias, kind);
         }
         match alias {
@@ -181,18 +186,22 @@ impl<P: PhysicalMemory> Platform<P> {
         // A page that nobody has validated loses nothing: OVMF's first GHCB becomes shared so.
         let harmless = to == Alias::Shared && !self.host.rmp().entry(place).is_validated();
         if !harmless {
+            // Firmware that probes for devices may do it to its own memory, as OVMF does to what
+        // would be flash; the paravisor never has a reason to.
+        if vmpl == Vmpl::VMPL0 {
             self.counters.violations.implicit_conversion += 1;
-            // The first few are told; a guest that lost its way would flood the log.
-            if self.counters.violations.implicit_conversion <= 8 {
-                let what = format!("{kind:?} converts the page to {to:?}");
-                self.refuse(vmpl, Some(gpa), what);
-            }
         }
-        if let Err(error) = self
-            .host
-            .convert(&self.memory, place, gpa, PageSize::Size4K, to)
-        {
-            self.refuse(vmpl, Some(gpa), format!("host cannot convert: {error:?}"));
+        let conversions = &mut self.counters.vmpl(vmpl).implicit_conversions;
+        *conversions += 1;
+        // The first few are told; a guest that lost its way would flood the log.
+        if *conversions <= 8 {
+            self.refuse(vmpl, Some(gpa), format!("{kind:?} converts the page to {to:?}"));
+        }
+        let memory = &self.memory;
+        match self.host.convert(memory, place, gpa, PageSize::Size4K, to) {
+            Ok(()) if vmpl != Vmpl::VMPL0 => self.host.note_given_away(place),
+            Ok(()) => {}
+            Err(error) => self.refuse(vmpl, Some(gpa), format!("host cannot convert: {error:?}")),
         }
     }
 
@@ -340,6 +349,8 @@ mod tests {
     #[test]
     fn the_wrong_alias_converts_for_data_only() {
         let mut platform = platform("");
+        let conversions =
+            |platform: &Platform<Sparse>| platform.counters.level(GUEST).implicit_conversions;
         platform.accept(BLOCK, 0xF01);
         for kind in [Kind::Execute, Kind::Walk] {
             assert!(matches!(
@@ -347,13 +358,13 @@ mod tests {
                 Verdict::Map(_)
             ));
         }
-        assert_eq!(platform.counters.violations.implicit_conversion, 0);
+        assert_eq!(conversions(&platform), 0);
         let verdict = access(&mut platform, Alias::Shared, Kind::Read);
         assert!(matches!(
             verdict,
             Verdict::Map(Mapping { execute: false, .. })
         ));
-        assert_eq!(platform.counters.violations.implicit_conversion, 1);
+        assert_eq!(conversions(&platform), 1);
         let spa = platform.spa_of(BLOCK).unwrap();
         assert_ne!(platform.memory().read_u64(spa), 0, "the contents are lost");
         // And back: the host gives a fresh page, which the guest has not validated.
@@ -361,7 +372,11 @@ mod tests {
             access(&mut platform, Alias::Private, Kind::Read),
             Verdict::NotValidated
         );
-        assert_eq!(platform.counters.violations.implicit_conversion, 2);
+        assert_eq!(conversions(&platform), 2);
+        // It was the guest's; VMPL0's would be a violation.
+        assert_eq!(platform.counters.violations.implicit_conversion, 0);
+        platform.access(Vmpl::VMPL0, Alias::Shared, BLOCK, Kind::Read);
+        assert_eq!(platform.counters.violations.implicit_conversion, 1);
     }
 
     #[test]

@@ -165,6 +165,11 @@ impl Layout {
         self.ranges.iter().find(|r| r.contains(gpa))
     }
 
+    /// Whether the page of `gpa` is backed by memory of the machine.
+    pub fn is_window(&self, gpa: Gpa) -> bool {
+        self.range(gpa).is_some_and(|range| range.backing == Backing::Window)
+    }
+
     /// Where the page of `gpa` is; `None` if there is no memory.
     #[inline]
     pub fn place(&self, gpa: Gpa) -> Option<Place> {
