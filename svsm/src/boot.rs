@@ -337,7 +337,7 @@ fn make_engine(
     for (outer, group) in plan.groups() {
         let (_, regions) = pool.slice(regions_touched(outer) as usize, |_| Region::new())?;
         let regions: &'static [Region] = regions;
-        for (slot, pages) in slots.by_ref().zip(group) {
+        for (pages, slot) in group.iter().zip(slots.by_ref()) {
             // Ranges that share a region share its record: their pages in it are different
             // ones, and its lock is the same.
             let start = regions_before(outer, *pages) as usize;

@@ -72,6 +72,17 @@ fn a_failed_call_still_pays_for_its_rescinds() {
 }
 
 #[test]
+fn an_entry_that_changes_nothing_does_not_cancel_the_flush() {
+    in_world(|world| {
+        world.pvalidate(&[validate_4k(PAGE)]);
+        world.machine.take_log();
+        let answer = world.pvalidate(&[rescind_4k(PAGE), ignoring(rescind_4k(PAGE))]);
+        assert_eq!(answer, (ResultCode::SUCCESS, 2));
+        assert!(world.machine.take_log().contains(&Event::Flush));
+    });
+}
+
+#[test]
 fn a_second_validate_executes_nothing() {
     in_world(|world| {
         world.pvalidate(&[validate_2m(REGION), validate_4k(PAGE)]);
