@@ -265,6 +265,8 @@ pub struct VmplCounters {
     pub psc_private_pages: u64,
     /// Pages made shared by page state change requests.
     pub psc_shared_pages: u64,
+    /// Pages the host converted because the level accessed them through the wrong alias.
+    pub implicit_conversions: u64,
 }
 
 /// PVALIDATE by size and action.
@@ -363,6 +365,9 @@ pub struct Referee {
     pub checked: u64,
     /// Pages on which RMP and map disagree.
     pub disagreements: u64,
+    /// Pages that are not validated although the map says so, because the guest gave them away
+    /// itself by an access through the shared alias. No fault of the paravisor's, which is not told.
+    pub given_away: u64,
     /// The first few of them.
     pub first: Vec<Disagreement>,
 }
@@ -389,7 +394,7 @@ pub struct Violations {
     pub unscrubbed_grant: u64,
     /// PVALIDATE(0) on a page a lower VMPL still had permissions on.
     pub live_rescind: u64,
-    /// An access through the wrong alias made the host convert the page.
+    /// An access of VMPL0 through the wrong alias made the host convert the page.
     pub implicit_conversion: u64,
     /// The host was asked to run a VMSA without EFER.SVME.
     pub run_without_svme: u64,

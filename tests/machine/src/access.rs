@@ -186,20 +186,21 @@ impl<P: PhysicalMemory> Platform<P> {
         // A page that nobody has validated loses nothing: OVMF's first GHCB becomes shared so.
         let harmless = to == Alias::Shared && !self.host.rmp().entry(place).is_validated();
         if !harmless {
-            // Firmware that probes for devices may do it to its own memory, as OVMF does to what
-        // would be flash; the paravisor never has a reason to.
-        if vmpl == Vmpl::VMPL0 {
-            self.counters.violations.implicit_conversion += 1;
-        }
-        let conversions = &mut self.counters.vmpl(vmpl).implicit_conversions;
-        *conversions += 1;
-        // The first few are told; a guest that lost its way would flood the log.
-        if *conversions <= 8 {
-            self.refuse(vmpl, Some(gpa), format!("{kind:?} converts the page to {to:?}"));
+            if vmpl == Vmpl::VMPL0 {
+                self.counters.violations.implicit_conversion += 1;
+            }
+            let conversions = &mut self.counters.vmpl(vmpl).implicit_conversions;
+            *conversions += 1;
+            // The first few are told; a guest that lost its way would flood the log.
+            if *conversions <= 8 {
+                let what = format!("{kind:?} converts the page to {to:?}");
+                self.refuse(vmpl, Some(gpa), what);
+            }
         }
         let memory = &self.memory;
         match self.host.convert(memory, place, gpa, PageSize::Size4K, to) {
-            Ok(()) if vmpl != Vmpl::VMPL0 => self.host.note_given_away(place),
+            // The paravisor is not told, so its map cannot be right about this page.
+            Ok(()) if vmpl != Vmpl::VMPL0 && to == Alias::Shared => self.host.give_away(place),
             Ok(()) => {}
             Err(error) => self.refuse(vmpl, Some(gpa), format!("host cannot convert: {error:?}")),
         }
@@ -375,7 +376,9 @@ mod tests {
         assert_eq!(conversions(&platform), 2);
         // It was the guest's; VMPL0's would be a violation.
         assert_eq!(platform.counters.violations.implicit_conversion, 0);
-        platform.access(Vmpl::VMPL0, Alias::Shared, BLOCK, Kind::Read);
+        let other = Gpa::new(BLOCK.get() + PAGE_SIZE);
+        platform.accept(other, 1);
+        platform.access(Vmpl::VMPL0, Alias::Shared, other, Kind::Read);
         assert_eq!(platform.counters.violations.implicit_conversion, 1);
     }
 

@@ -29,6 +29,8 @@ struct Page {
     generation: u32,
     /// The memory attribute: shared if set.
     shared: bool,
+    /// The guest lost the page by its own access through the shared alias.
+    given_away: bool,
 }
 
 /// Layout, attributes and RMP of all guest memory.
@@ -134,6 +136,16 @@ impl HostMemory {
         }
     }
 
+    /// Remembers that a lower VMPL's own access took the page at `place` away.
+    pub(crate) fn give_away(&mut self, place: &Place) {
+        self.pages[place.slot.index()].given_away = true;
+    }
+
+    /// Whether the guest gave the page away without telling the paravisor.
+    pub fn is_given_away(&self, place: &Place) -> bool {
+        self.pages[place.slot.index()].given_away
+    }
+
     /// Whether all pages of the block have the attribute `alias`; false where the block is
     /// not whole.
     pub fn is_block(&self, place: &Place, alias: Alias) -> bool {
@@ -155,6 +167,7 @@ impl HostMemory {
         memory.fill_scramble(start, size.bytes(), generation);
         for page in &mut self.pages[slots] {
             page.generation = generation;
+            page.given_away = false;
         }
         self.scrambled_bytes += size.bytes();
     }

@@ -100,7 +100,10 @@ impl<P: PhysicalMemory> Platform<P> {
             Counter::DOUBLE_VALIDATION => violations.double_validation,
             Counter::UNSCRUBBED_GRANT => violations.unscrubbed_grant,
             Counter::LIVE_RESCIND => violations.live_rescind,
-            Counter::IMPLICIT_CONVERSION => violations.implicit_conversion,
+            Counter::IMPLICIT_CONVERSION => Vmpl::ALL
+                .iter()
+                .map(|&vmpl| self.counters.level(vmpl).implicit_conversions)
+                .sum(),
             _ => u64::MAX,
         }
     }

@@ -10,6 +10,7 @@
 //! | Ahead | validated; VMPL1–3 may do nothing; no VMSA |
 //! | Accepted | validated; the guest's VMPL has full permissions, the levels between none more than it; no VMSA |
 //! | Owned | validated; a VMSA of the vCPU table has the VMSA bit and no lower permissions; a calling area has full permissions for the guest's VMPL; all others have no lower permissions |
+//! | Accepted | (or) not validated, if the guest gave the page away by its own access with C=0 |
 //! | (not in the map) | not validated, unless the machine launched it there |
 
 use alloc::collections::BTreeSet;
@@ -51,13 +52,13 @@ impl<P: PhysicalMemory> Platform<P> {
         Some(match self.read_map(at) {
             Ok(reader) => reader.compare(),
             Err(why) => Referee {
-                checked: 0,
                 disagreements: 1,
                 first: alloc::vec![Disagreement {
                     gpa: at.get(),
                     map: why,
                     rmp: String::new()
                 }],
+                ..Referee::default()
             },
         })
     }
@@ -180,6 +181,10 @@ impl<P: PhysicalMemory> Reader<'_, P> {
         if self.agrees(gpa, state, &entry, valid) {
             return;
         }
+        if state == PageState::Accepted && !valid && host.is_given_away(&place) {
+            self.verdict.given_away += 1;
+            return;
+        }
         let rmp = describe(&entry, valid);
         self.disagree(gpa, format!("{state:?}"), rmp);
     }
@@ -267,6 +272,7 @@ fn describe(entry: &Entry, valid: bool) -> String {
 mod tests {
     use super::*;
     use crate::testing::{BLOCK, CPU0, Sparse, platform};
+    use crate::types::Kind;
     use protocols::map::MapRange;
 
     /// Where the tests keep descriptor, states and vCPU table: launched pages of "the
@@ -419,6 +425,19 @@ mod tests {
         assert_eq!(verdict.first[0].gpa, page(3).get());
         assert_eq!(verdict.first[0].map, "Accepted");
         assert!(verdict.first[0].rmp.contains("not validated"));
+    }
+
+    /// OVMF reads what would be flash with C=0; the host takes the page, the paravisor is not told.
+    #[test]
+    fn a_page_the_guest_gave_away_is_excused_until_it_comes_back() {
+        let mut platform = mapped();
+        platform.accept(page(3), 0xF01);
+        set(&platform, 1, 3, PageState::Accepted);
+        platform.access(Vmpl::VMPL1, Alias::Shared, page(3), Kind::Read);
+        let verdict = platform.judge().unwrap();
+        assert_eq!((verdict.disagreements, verdict.given_away), (0, 1));
+        platform.access(Vmpl::VMPL0, Alias::Private, page(3), Kind::Read);
+        assert_eq!(disagreements(&platform), 1, "a fresh page, nobody's gift");
     }
 
     #[test]
