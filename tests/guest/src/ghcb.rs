@@ -6,6 +6,7 @@
 
 use protocols::addr::{Gpa, PAGE_SIZE};
 use protocols::exit_code::ExitCode;
+use protocols::ghcb::event::{IoDirection, IoInfo, IoWidth};
 use protocols::ghcb::msr::{Request, Response as MsrResponse};
 use protocols::ghcb::page::{
     Field, MalformedReason, Response, SHARED_BUFFER_OFFSET, USAGE_STANDARD, VALID_BITMAP_OFFSET,
@@ -205,6 +206,17 @@ impl Page {
         );
         all[3..3 + fields.len()].copy_from_slice(fields);
         self.prepare(USAGE_STANDARD, &all[..3 + fields.len()]);
+    }
+
+    /// OUT. Whether the host obeyed is not looked at: consoles use this, and have no other way
+    /// to complain.
+    pub fn port_out(self, port: u16, width: IoWidth, value: u32) {
+        let info = IoInfo::single(port, IoDirection::Out, width);
+        self.call(
+            ExitCode::IOIO,
+            [info.0, 0],
+            &[(Field::RAX, u64::from(value))],
+        );
     }
 
     /// The value of a field of the reply.

@@ -5,10 +5,7 @@ use guest::harness::{Finding, Verdict, expect};
 use guest::insn::{self, Pvalidated, SIZE_2M, SIZE_4K, pvalidate};
 use guest::{memory, oracle};
 use protocols::addr::Gpa;
-use protocols::exit_code::ExitCode;
 use protocols::ghcb::PageOperation;
-use protocols::ghcb::event::{IoDirection, IoInfo, IoWidth};
-use protocols::ghcb::page::Field;
 use protocols::oracle::{HostAct, PageFlags};
 use protocols::snp::{Permissions, ReturnCode};
 use spin::Once;
@@ -48,17 +45,6 @@ pub fn shared_page() -> Result<Gpa, Finding> {
     let page = memory::fresh_page();
     ghcb::change_page_state(page, PageOperation::SHARED)?;
     Ok(page)
-}
-
-/// OUT through the GHCB. Whether the host obeyed is for the cases on port events to check: the
-/// console uses this and is the only way to complain.
-pub fn port_out(port: u16, width: IoWidth, value: u32) {
-    let info = IoInfo::single(port, IoDirection::Out, width);
-    ghcb_page().call(
-        ExitCode::IOIO,
-        [info.0, 0],
-        &[(Field::RAX, u64::from(value))],
-    );
 }
 
 /// PVALIDATE that must end like `want`.

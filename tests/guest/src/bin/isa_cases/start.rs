@@ -81,7 +81,7 @@ extern "C" fn main(params: &'static LaunchParams) -> ! {
     if setup::open_ghcb().is_err() {
         ghcb::terminate(NO_GHCB);
     }
-    console::attach(setup::port_out);
+    console::attach(|port, width, value| setup::ghcb_page().port_out(port, width, value));
     let tally = harness::run(
         &[
             crate::launch::CASES,

@@ -13,8 +13,8 @@ use protocols::oracle::{Counter, HostAct, PageFlags};
 use protocols::svsm::{CallId, CoreCall, MAX_ENTRIES_IN_CALLING_AREA, PvalidateEntry, ResultCode};
 
 use crate::setup::{
-    accepted_page, accepted_region, done, expect_guests, expect_not_accepted, expect_pvalidate,
-    expect_zero_page, ignoring, rescind, unchanged, validate,
+    self, accepted_page, accepted_region, done, expect_guests, expect_not_accepted,
+    expect_pvalidate, expect_zero_page, ignoring, rescind, unchanged, validate,
 };
 
 /// The table.
@@ -404,8 +404,14 @@ fn incomplete_completes() -> Verdict {
     Ok(())
 }
 
-/// A GHCB page as Linux makes its: rescinded, then shared, then registered.
 fn through_page() -> Verdict {
+    let verdict = call_through_own_page();
+    setup::reopen_console();
+    verdict
+}
+
+/// With a GHCB page made as Linux makes its: rescinded, then shared, then registered.
+fn call_through_own_page() -> Verdict {
     let page = accepted_page()?;
     done(&[rescind(page, SMALL)])?;
     change_page_state(page, PageOperation::SHARED)?;

@@ -9,8 +9,8 @@
 //! must not have seen the paravisor break a rule (a double validation, a grant of a page that
 //! was not scrubbed, a rescind of a page in use).
 //!
-//! The machine must be run with `oracle=on`, `referee=` and two processors; either `backing`
-//! will do.
+//! The machine must be run with `oracle=on`, `referee=` and two processors; any
+//! `backing` and `vc` will do.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 #![cfg_attr(
@@ -42,18 +42,10 @@ mod vcpus;
 extern "C" fn main() -> ! {
     use guest::console::{self, Console, Exit};
     use guest::harness;
-    use guest::{insn, svsm, trap};
-    use protocols::ghcb::event::IoWidth;
+    use guest::{svsm, trap};
 
     trap::install();
-    console::attach(|port, width, value| {
-        // With vc=direct the host lets VMPL1 use its ports; there is no other way to complain
-        // if it does not.
-        let _ = match width {
-            IoWidth::Byte => insn::out8(port, value as u8),
-            _ => insn::out32(port, value),
-        };
-    });
+    setup::open_console();
     svsm::use_calling_area(setup::first_calling_area());
     let tally = harness::run(
         &[
