@@ -41,7 +41,9 @@ pub fn undefined(vcpu: &mut Vcpu) -> Flow {
             vcpu.save_mut().cr2 = operands.rax & !0xFFF;
             vcpu.vc(ExitCode::PAGE_NOT_VALIDATED)
         }
-        Outcome::Platform(Instruction::Refused(denial)) => super::refused(vcpu, denial),
+        Outcome::Platform(Instruction::Refused(denial)) => {
+            super::refused(vcpu, format_args!("{opcode:?} of {:#x}", operands.rax), denial)
+        }
         Outcome::PageFault(code) => vcpu.page_fault(operands.rax & !0xFFF, code),
     }
 }

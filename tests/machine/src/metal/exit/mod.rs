@@ -11,6 +11,7 @@ mod nested;
 mod vmgexit;
 
 use alloc::format;
+use core::fmt;
 
 use machine::access::Denial;
 use machine::cpuid::Context;
@@ -87,8 +88,8 @@ fn invalid(vcpu: &mut Vcpu) -> Flow {
 }
 
 /// An access that no host can make succeed ends the run.
-fn refused(vcpu: &Vcpu, denial: Denial) -> Flow {
-    Flow::End(End::Refused(format!("{} at RIP {:#x}: {denial}", vcpu.vmpl, vcpu.rip())))
+fn refused(vcpu: &Vcpu, what: fmt::Arguments<'_>, denial: Denial) -> Flow {
+    Flow::End(End::Refused(format!("{} at RIP {:#x}: {what}: {denial}", vcpu.vmpl, vcpu.rip())))
 }
 
 fn cpuid(vcpu: &mut Vcpu) -> Flow {

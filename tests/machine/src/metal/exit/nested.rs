@@ -55,7 +55,7 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
         Verdict::Denied(denial) => {
             drop(machine);
             vcpu.trace(format_args!("{kind:?} {alias:?} {gpa}: {denial}"));
-            super::refused(vcpu, denial)
+            super::refused(vcpu, format_args!("{kind:?} of {gpa}"), denial)
         }
     }
 }
