@@ -53,11 +53,6 @@ impl Range {
     pub const fn len(&self) -> u64 {
         self.end - self.start
     }
-
-    /// Whether `address` lies inside.
-    pub const fn contains(&self, address: u64) -> bool {
-        self.start <= address && address < self.end
-    }
 }
 
 /// The machine's layout of physical memory, fixed at boot.

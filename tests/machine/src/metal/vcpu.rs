@@ -18,7 +18,7 @@ use machine::guest::decode::MAX_LENGTH;
 use machine::guest::operand;
 use machine::guest::walk::{Access, Paging};
 use machine::platform::End;
-use machine::settings::Reflection;
+use machine::settings::{Hostile, Reflection};
 use machine::types::{Gpa, Kind, PageSize, Spa, VcpuId, Vmpl};
 use protocols::exit_code::ExitCode;
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, Vmsa};
@@ -68,6 +68,9 @@ pub const RFLAGS_IF: u64 = 1 << 9;
 const CR0_PG: u64 = 1 << 31;
 const EFER_LMA: u64 = 1 << 10;
 
+/// How often a hostile host enters VMPL0 early, in exits of the guest.
+const EARLY_RETURN_EVERY: u64 = 256;
+
 /// One CPU.
 pub struct Vcpu {
     /// Its number, which is its APIC id.
@@ -85,6 +88,10 @@ pub struct Vcpu {
     permissions: Permissions,
     reflection: Reflection,
     trace: bool,
+    /// `hostile=early-return`.
+    hostile: bool,
+    /// Times a lower level was resumed, counted for a hostile host only.
+    resumes: u64,
 }
 
 impl Vcpu {
@@ -105,6 +112,8 @@ impl Vcpu {
             permissions,
             reflection: settings.reflection,
             trace: settings.trace,
+            hostile: settings.is_hostile(Hostile::EarlyReturn),
+            resumes: 0,
         }
     }
 
@@ -176,7 +185,11 @@ impl Vcpu {
                     break flow;
                 }
                 match self.step() {
-                    Flow::Resume => {}
+                    Flow::Resume => {
+                        if let Some(flow) = self.early_return() {
+                            break flow;
+                        }
+                    }
                     flow => break flow,
                 }
             };
@@ -193,6 +206,18 @@ impl Vcpu {
                 Flow::End(end) => finish::end(end, self.rip()),
             };
         }
+    }
+
+    /// A hostile host enters VMPL0 now and then although the guest asked for nothing.
+    fn early_return(&mut self) -> Option<Flow> {
+        let control = &self.vmcb().control;
+        let at_rest = control.event_inj == 0 && control.int_state & 1 == 0;
+        if !self.hostile || self.vmpl == Vmpl::VMPL0 || !at_rest {
+            return None;
+        }
+        self.resumes += 1;
+        let intr = Reason { code: ExitCode::INTR.0, info_1: 0, info_2: 0 };
+        self.resumes.is_multiple_of(EARLY_RETURN_EVERY).then_some(Flow::Run(Vmpl::VMPL0, intr))
     }
 
     /// Does what another CPU asked for, if it changes what this one runs.
