@@ -9,7 +9,7 @@
 //! | Unaccepted | not validated |
 //! | Ahead | validated; VMPL1–3 may do nothing; no VMSA |
 //! | Accepted | validated; the guest's VMPL has full permissions, the levels between none more than it; no VMSA |
-//! | Owned | validated; a VMSA of the vCPU table has the VMSA bit and no lower permissions; a calling area has full permissions for the guest's VMPL; all others have no lower permissions |
+//! | Owned | validated; a VMSA of the vCPU table has the VMSA bit, and the guest's VMPL may at most read it; a calling area has full permissions for the guest's VMPL; all others have no lower permissions |
 //! | Accepted | (or) not validated, if the guest gave the page away by its own access with C=0 |
 //! | (not in the map) | not validated, unless the machine launched it there |
 
@@ -46,9 +46,17 @@ struct Reader<'a, P> {
 }
 
 impl<P: PhysicalMemory> Platform<P> {
-    /// The referee's verdict; `None` if the settings name no map.
+    /// The referee's verdict; `None` if there is nothing to judge: the settings name no map, or
+    /// the paravisor ended before it had published one and entered a lower VMPL.
     pub fn judge(&self) -> Option<Referee> {
         let at = self.settings.referee?;
+        let mut magic = [0xFF; size_of_val(&MapDescriptor::MAGIC)];
+        if !self.is_firmware_entered()
+            && self.read_guest(at, &mut magic).is_some()
+            && magic.iter().all(|&byte| byte == 0)
+        {
+            return None;
+        }
         Some(match self.read_map(at) {
             Ok(reader) => reader.compare(),
             Err(why) => Referee {
@@ -202,7 +210,7 @@ impl<P: PhysicalMemory> Reader<'_, P> {
                 valid && guest == Permissions::FULL && only_guest && !entry.is_vmsa()
             }
             PageState::Owned if self.roles.vmsas.contains(&gpa.get()) => {
-                valid && entry.is_vmsa() && !entry.has_lower_permissions()
+                valid && entry.is_vmsa() && Permissions::READ.contains(guest) && only_guest
             }
             PageState::Owned if self.roles.calling_areas.contains(&gpa.get()) => {
                 valid && guest == Permissions::FULL && only_guest && !entry.is_vmsa()
@@ -402,7 +410,14 @@ mod tests {
 
     #[test]
     fn roles_need_their_marks() {
-        for (index, rdx) in [(VMSA, 1), (VMSA, 1 << 16 | 0x101), (CALLING_AREA, 1)] {
+        let vmsa = 1 << 16;
+        let wrong = [
+            (VMSA, 1),
+            (VMSA, vmsa | 0x301),
+            (VMSA, vmsa | 0x102),
+            (CALLING_AREA, 1),
+        ];
+        for (index, rdx) in wrong {
             let mut platform = mapped();
             platform.accept(page(index), rdx);
             set(&platform, 1, index, PageState::Owned);
@@ -453,9 +468,13 @@ mod tests {
 
     #[test]
     fn an_unfinished_or_wild_descriptor_is_one_disagreement() {
-        let platform = mapped();
+        let mut platform = mapped();
         let spa = platform.spa_of(DESCRIPTOR).unwrap();
         platform.memory().write(spa, &[0; 8]);
+        assert!(platform.judge().is_none(), "a paravisor that ended before its guest began");
+        platform.stages = [true; 2];
+        assert_eq!(disagreements(&platform), 1);
+        platform.memory().write(spa, b"garbage!");
         assert_eq!(disagreements(&platform), 1);
         let mut platform = mapped();
         platform.settings.referee = Some(Gpa::new(0xFE00_0000));

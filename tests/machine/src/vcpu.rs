@@ -82,6 +82,11 @@ const EFER_SVME: u64 = Efer::SVME.bits();
 pub const SEV_FEATURES: u64 = SevFeatures::SNP_ACTIVE.bits();
 
 impl<P: PhysicalMemory> Platform<P> {
+    /// Whether a lower VMPL was ever run.
+    pub(crate) const fn is_firmware_entered(&self) -> bool {
+        self.stages[1]
+    }
+
     /// Number of vCPUs.
     pub fn vcpu_count(&self) -> u32 {
         self.vcpus.len() as u32
