@@ -33,13 +33,16 @@ impl<P: Platform> WindowBackend<P> {
 
     /// Makes a page that the guest has no access to any more a VMSA of the guest's level.
     ///
+    /// The guest may read it from now on: OVMF and Linux take level and SEV features from the
+    /// page when they ask the host to start the processor, after CREATE_VCPU (decision 006).
+    ///
     /// # Errors
     ///
     /// As the instruction reported; nothing changed.
     pub fn make_vmsa(&self, page: Gpa) -> Result<(), AdjustFault> {
         let block = mapped(page, PageSize::Size4K).ok_or(AdjustFault::Failed(FAIL_INPUT))?;
         self.platform
-            .adjust(block, GUEST_VMPL, Rights::Vmsa)
+            .adjust(block, GUEST_VMPL, Rights::ReadableVmsa)
             .map_err(adjust_fault)
     }
 

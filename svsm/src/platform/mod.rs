@@ -93,6 +93,8 @@ pub enum Rights {
     Full,
     /// Nothing, and the page becomes a VMSA.
     Vmsa,
+    /// Read, and the page becomes a VMSA.
+    ReadableVmsa,
 }
 
 /// The processor's side of a confidential VM.

@@ -201,6 +201,7 @@ impl Platform for Snp {
             Rights::None => (Permissions::empty(), false),
             Rights::Full => (Permissions::FULL, false),
             Rights::Vmsa => (Permissions::empty(), true),
+            Rights::ReadableVmsa => (Permissions::READ, true),
         };
         // SAFETY: callers of `Platform` hand over only pages of the guest.
         let status = unsafe { rmpadjust(block, RmpAdjust::new(vmpl, permissions, vmsa)) };

@@ -149,7 +149,7 @@ pub trait VmsaPages {
     /// [`Unreachable`]: a page that is on record as valid was lost.
     fn claims(&self, vmsa: Frame) -> Result<VmsaClaims, Unreachable>;
 
-    /// Gives the page the VMSA attribute (RMPADJUST). [`accept::Engine::give_back`] takes it away.
+    /// Gives the page the VMSA attribute, and the guest read access (RMPADJUST). [`accept::Engine::give_back`] takes it away.
     ///
     /// # Errors
     /// As the instruction reported; nothing changed.

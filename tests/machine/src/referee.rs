@@ -471,7 +471,10 @@ mod tests {
         let mut platform = mapped();
         let spa = platform.spa_of(DESCRIPTOR).unwrap();
         platform.memory().write(spa, &[0; 8]);
-        assert!(platform.judge().is_none(), "a paravisor that ended before its guest began");
+        assert!(
+            platform.judge().is_none(),
+            "a paravisor that ended before its guest began"
+        );
         platform.stages = [true; 2];
         assert_eq!(disagreements(&platform), 1);
         platform.memory().write(spa, b"garbage!");
