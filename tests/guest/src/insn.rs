@@ -1,11 +1,14 @@
 //! One function per instruction, with exceptions as values (see [`crate::trap`]).
 //!
-//! Encodings: snp-isa.md §1. Operands that the hardware documents as reserved are passed
-//! through unchanged, because the cases try them.
+//! Encodings are those of [`protocols::snp::opcode`]. Operands that the hardware documents as
+//! reserved are passed through unchanged, because the cases try them.
 
 #![expect(unsafe_code, reason = "privileged and SNP instructions")]
 
 use core::arch::asm;
+
+use protocols::addr::PageSize;
+use protocols::snp::opcode;
 
 use crate::trap::{self, Trap};
 
@@ -29,10 +32,39 @@ macro_rules! guarded {
     };
 }
 
+/// The same for an SNP instruction, given by its bytes.
+macro_rules! guarded_opcode {
+    ($bytes:expr, $($operands:tt)*) => {
+        guarded!(
+            ".byte {byte0}, {byte1}, {byte2}, {byte3}",
+            byte0 = const $bytes[0],
+            byte1 = const $bytes[1],
+            byte2 = const $bytes[2],
+            byte3 = const $bytes[3],
+            $($operands)*
+        )
+    };
+}
+
+/// VMGEXIT with the operands that the caller names.
+macro_rules! vmgexit_with {
+    ($($operands:tt)*) => {
+        core::arch::asm!(
+            ".byte {byte0}, {byte1}, {byte2}, {byte3}",
+            byte0 = const protocols::snp::opcode::VMGEXIT[0],
+            byte1 = const protocols::snp::opcode::VMGEXIT[1],
+            byte2 = const protocols::snp::opcode::VMGEXIT[2],
+            byte3 = const protocols::snp::opcode::VMGEXIT[3],
+            $($operands)*
+        )
+    };
+}
+pub(crate) use vmgexit_with;
+
 /// Page size operand of the RMP instructions: 4 KiB.
-pub const SIZE_4K: u64 = 0;
+pub const SIZE_4K: u64 = PageSize::Size4K.encoding() as u64;
 /// Page size operand of the RMP instructions: 2 MiB.
-pub const SIZE_2M: u64 = 1;
+pub const SIZE_2M: u64 = PageSize::Size2M.encoding() as u64;
 
 /// What PVALIDATE left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,13 +113,17 @@ pub fn pvalidate(address: u64, size: u64, action: u64) -> Result<Pvalidated, Tra
             // An instruction that faults sets nothing: start with a known CF.
             "clc",
             "2:",
-            ".byte 0xF2, 0x0F, 0x01, 0xFF",
+            ".byte {byte0}, {byte1}, {byte2}, {byte3}",
             "3:",
             "setc {carry}",
             ".pushsection .fixups, \"a\"",
             ".balign 8",
             ".quad 2b, 3b",
             ".popsection",
+            byte0 = const opcode::PVALIDATE[0],
+            byte1 = const opcode::PVALIDATE[1],
+            byte2 = const opcode::PVALIDATE[2],
+            byte3 = const opcode::PVALIDATE[3],
             carry = out(reg_byte) carry,
             inout("rax") rax,
             in("rcx") size,
@@ -111,7 +147,7 @@ pub fn rmpadjust(address: u64, size: u64, attributes: u64) -> Result<u32, Trap> 
     // SAFETY: changes permissions of other VMPLs on a page the caller names; a fault is fixed
     // up.
     unsafe {
-        guarded!(".byte 0xF3, 0x0F, 0x01, 0xFE",
+        guarded_opcode!(opcode::RMPADJUST,
             inout("rax") rax, in("rcx") size, in("rdx") attributes);
     }
     trap::result(rax as u32)
@@ -137,7 +173,7 @@ pub fn rmpquery(address: u64, vmpl: u64) -> Result<Queried, Trap> {
     let (mut rax, mut rcx, mut rdx) = (address, 0_u64, vmpl);
     // SAFETY: reads the RMP entry of a page; a fault is fixed up.
     unsafe {
-        guarded!(".byte 0xF3, 0x0F, 0x01, 0xFD", inout("rax") rax, inout("rcx") rcx,
+        guarded_opcode!(opcode::RMPQUERY, inout("rax") rax, inout("rcx") rcx,
             inout("rdx") rdx);
     }
     trap::result(Queried {
@@ -321,14 +357,14 @@ pub fn undefined() -> Result<(), Trap> {
 pub fn vmgexit() {
     // SAFETY: a request the caller has prepared; all guest registers are kept by the
     // protocol (GHCB 2.1).
-    unsafe { asm!(".byte 0xF3, 0x0F, 0x01, 0xD9", options(nostack)) };
+    unsafe { vmgexit_with!(options(nostack)) };
 }
 
 /// VMGEXIT with RAX=`rax`; returns RAX, which whoever serves the request may have changed.
 pub fn vmgexit_with_rax(rax: u64) -> u64 {
     let mut value = rax;
     // SAFETY: as for `vmgexit`.
-    unsafe { asm!(".byte 0xF3, 0x0F, 0x01, 0xD9", inout("rax") value, options(nostack)) };
+    unsafe { vmgexit_with!(inout("rax") value, options(nostack)) };
     value
 }
 
@@ -342,7 +378,10 @@ pub fn vmmcall(rax: u64, rcx: u64, rdx: u64) -> Result<(u64, u64), Trap> {
     // SAFETY: an oracle call (see `oracle`): it reads state or acts on pages that hold no
     // Rust object.
     unsafe {
-        guarded!(".byte 0x0F, 0x01, 0xD9", inout("rax") rax, in("rcx") rcx, inout("rdx") rdx,
+        guarded!(".byte {byte0}, {byte1}, {byte2}",
+            byte0 = const opcode::VMMCALL[0],
+            byte1 = const opcode::VMMCALL[1],
+            byte2 = const opcode::VMMCALL[2], inout("rax") rax, in("rcx") rcx, inout("rdx") rdx,
             options(nostack));
     }
     trap::result((rax, rdx))

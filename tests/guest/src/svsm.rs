@@ -13,6 +13,7 @@ use protocols::svsm::{CallId, CallingArea, CoreCall, PvalidateEntry, ResultCode}
 
 use crate::ghcb;
 use crate::harness::{Finding, Verdict, expect};
+use crate::insn::vmgexit_with;
 use crate::memory;
 
 /// The calling area in use; set by the program, changed by a remap that succeeded.
@@ -84,8 +85,7 @@ fn exit_with(rax: u64, registers: Registers) -> (u64, Registers) {
     // SAFETY: the request is prepared; the paravisor changes RAX, RCX, RDX, R8 and R9 only,
     // which `registers_are_kept` of the cases checks.
     unsafe {
-        asm!(
-            ".byte 0xF3, 0x0F, 0x01, 0xD9",
+        vmgexit_with!(
             inout("rax") rax,
             inout("rcx") back.rcx,
             inout("rdx") back.rdx,
@@ -193,8 +193,7 @@ pub fn kept_registers(id: CallId, rcx: u64) -> Result<[u64; 8], Finding> {
     // SAFETY: as in `exit_with`. RBX and RBP cannot be operands: if they changed, this
     // function's own frame would be lost.
     unsafe {
-        asm!(
-            ".byte 0xF3, 0x0F, 0x01, 0xD9",
+        vmgexit_with!(
             inout("rax") id.encode() => _,
             inout("rcx") rcx => _,
             out("rdx") _,

@@ -18,6 +18,7 @@ use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use protocols::exit_code::ExitCode;
+use protocols::snp::VC_VECTOR;
 use x86_64::VirtAddr;
 use x86_64::registers::control::Cr2;
 use x86_64::structures::DescriptorTablePointer;
@@ -33,8 +34,8 @@ pub const INVALID_OPCODE: u8 = 6;
 pub const GENERAL_PROTECTION: u8 = 13;
 /// #PF.
 pub const PAGE_FAULT: u8 = 14;
-/// #VC (APM 15.35.5).
-pub const VMM_COMMUNICATION: u8 = 29;
+/// #VC.
+pub const VMM_COMMUNICATION: u8 = VC_VECTOR;
 
 /// An exception that a listed instruction raised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
