@@ -14,10 +14,16 @@ use crate::vm::{Backing, Settings, Vc};
 pub const LEAST_CASES: usize = 40;
 
 pub fn scenarios() -> Vec<Scenario> {
-    [(Backing::Small, Vc::Direct), (Backing::Large, Vc::Direct)]
-        .into_iter()
-        .map(|(backing, vc)| {
-            Scenario::new(format!("svsm_calls/{}", backing.name()), move |context| {
+    [
+        (Backing::Small, Vc::Direct),
+        (Backing::Large, Vc::Direct),
+        (Backing::Small, Vc::Strict),
+    ]
+    .into_iter()
+    .map(|(backing, vc)| {
+        Scenario::new(
+            format!("svsm_calls/{}-{}", backing.name(), vc.name()),
+            move |context| {
                 go_through(
                     context,
                     Settings {
@@ -26,9 +32,10 @@ pub fn scenarios() -> Vec<Scenario> {
                         ..Settings::default()
                     },
                 )
-            })
-        })
-        .collect()
+            },
+        )
+    })
+    .collect()
 }
 
 /// The whole table under `settings`; a good run.
