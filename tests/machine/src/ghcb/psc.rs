@@ -33,9 +33,20 @@ impl<P: PhysicalMemory> Platform<P> {
         let room = (room / size_of::<Entry>()).min(MAX_ENTRIES);
         let header = exchange.buffer(offset, size_of::<Header>());
         let Some(Ok(mut header)) = header.map(Header::read_from_bytes) else {
+            self.refuse(
+                vmpl,
+                None,
+                format!("no room for a page state list at {offset:#x}"),
+            );
             return Outcome::INVALID_HEADER;
         };
-        if usize::from(header.end) >= room || header.reserved != 0 {
+        // The reserved word is not looked at: OVMF leaves what the buffer held before.
+        if usize::from(header.end) >= room {
+            let text = format!(
+                "page state list ends at {}, there is room for {room}",
+                header.end
+            );
+            self.refuse(vmpl, None, text);
             return Outcome::INVALID_HEADER;
         }
         while header.current <= header.end {
