@@ -1,5 +1,6 @@
-//! The machine's own descriptor tables, which only matter when the machine itself is broken:
-//! an exception in it becomes a panic with vector and address instead of a silent reset.
+//! The machine's own descriptor tables: an NMI is acknowledged, and an exception, which means
+//! that the machine itself is broken, becomes a panic with vector and address instead of a
+//! silent reset.
 
 #![expect(unsafe_code, reason = "exception entry points and table registers")]
 
@@ -56,6 +57,12 @@ entry!(stack_fault, "12",);
 entry!(general_protection, "13",);
 entry!(page_fault, "14",);
 
+/// An NMI that ended a guest is still pending; it is taken here, and that is all.
+#[unsafe(naked)]
+extern "sysv64" fn nmi() {
+    naked_asm!("iretq")
+}
+
 fn address(handler: extern "sysv64" fn()) -> VirtAddr {
     VirtAddr::new(handler as usize as u64)
 }
@@ -69,9 +76,11 @@ pub fn load() {
         gdt.append(Descriptor::kernel_data_segment());
         gdt.append(Descriptor::kernel_code_segment());
         let mut idt = InterruptDescriptorTable::new();
-        // SAFETY: each entry point leaves the frame of its vector to `report` and never returns.
+        // SAFETY: each entry point leaves the frame of its vector to `report` and never returns,
+        // or returns at once with nothing changed.
         unsafe {
             idt.divide_error.set_handler_addr(address(divide_error));
+            idt.non_maskable_interrupt.set_handler_addr(address(nmi));
             idt.invalid_opcode.set_handler_addr(address(invalid_opcode));
             idt.double_fault.set_handler_addr(address(double_fault));
             idt.stack_segment_fault.set_handler_addr(address(stack_fault));

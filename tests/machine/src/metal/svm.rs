@@ -238,6 +238,13 @@ pub fn vmsave(vmcb: u64) {
     unsafe { asm!("vmsave rax", in("rax") vmcb, options(nostack)) };
 }
 
+/// Takes an NMI that ended a guest: the exit leaves it pending.
+pub fn take_nmi() {
+    // SAFETY: opens GIF for one instruction with IF clear, so only an NMI comes, and its handler
+    // does nothing.
+    unsafe { asm!("stgi", "nop", "clgi") };
+}
+
 /// Runs the guest until its next exit.
 ///
 /// # Safety

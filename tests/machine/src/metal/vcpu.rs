@@ -262,6 +262,7 @@ impl Vcpu {
             // SAFETY: (1) the parked guest's nested tables map one page of its own code; (2) and
             // (3) as in `step`.
             unsafe { svm::vmrun(at, &mut self.registers) };
+            svm::take_nmi();
             smp::was_kicked(self.id);
         };
         smp::set_asleep(self.id, false);

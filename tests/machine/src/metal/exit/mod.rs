@@ -21,7 +21,7 @@ use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
 
 use super::guest_memory::fetch;
-use super::svm::{EXIT_INVALID_LOW, intercept};
+use super::svm::{self, EXIT_INVALID_LOW, intercept};
 use super::vcpu::{Flow, RFLAGS_IF, Vcpu};
 use super::world::Reason;
 use super::{shared, smp};
@@ -30,6 +30,9 @@ use super::{shared, smp};
 pub fn handle(vcpu: &mut Vcpu) -> Flow {
     let code = vcpu.vmcb().control.exit_code;
     shared::lock(vcpu.rip()).platform.counters().count_exit(vcpu.vmpl, code);
+    let control = &vcpu.vmcb().control;
+    let (info_1, info_2) = (control.exit_info1, control.exit_info2);
+    vcpu.trace(format_args!("exit {code:#x} {info_1:#x} {info_2:#x}"));
     if code & 0xFFFF_FFFF == EXIT_INVALID_LOW {
         return invalid(vcpu);
     }
@@ -49,6 +52,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
         // in a guest whose CPUID hides SVM.
         ExitCode::XSETBV | ExitCode(0x7A | 0x80 | 0x82..=0x86) => vcpu.undefined_opcode(),
         ExitCode::NMI => {
+            svm::take_nmi();
             if smp::was_kicked(vcpu.id) {
                 Flow::Resume
             } else {
