@@ -55,12 +55,8 @@ impl Job {
             cargo.args(arguments);
             cargo
         };
-        let bare: Vec<&str> = BARE_PACKAGES
-            .iter()
-            .flat_map(|name| ["--package", name])
-            .collect();
         match self {
-            Job::Format => vec![host(&["fmt", "--all", "--check"])],
+            Job::Format => vec![host(&["fmt", "--all", "--check", "--", "--color=never"])],
             Job::LintHost => {
                 vec![host(&[
                     "clippy",
@@ -77,15 +73,24 @@ impl Job {
                     cargo.args(arguments).args(["--", "-D", "warnings"]);
                     cargo
                 };
-                vec![
-                    clippy(&bare),
-                    clippy(&["--package", "svsm", "--features", "faults"]),
-                ]
+                // One call for each, so that no crate's features leak into another.
+                let mut calls: Vec<Command> = BARE_PACKAGES
+                    .iter()
+                    .map(|name| clippy(&["--package", name]))
+                    .collect();
+                calls.push(clippy(&["--package", "svsm", "--features", "faults"]));
+                calls
             }
             Job::TestHost => vec![host(&["test", "--no-fail-fast"])],
             Job::TestBare => {
-                let mut cargo = host(&["test", "--lib", "--no-fail-fast"]);
-                cargo.args(&bare);
+                let mut cargo = host(&[
+                    "test",
+                    "--lib",
+                    "--no-fail-fast",
+                    "--features",
+                    "svsm/faults",
+                ]);
+                cargo.args(BARE_PACKAGES.iter().flat_map(|name| ["--package", name]));
                 vec![cargo]
             }
         }
