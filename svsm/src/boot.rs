@@ -22,7 +22,7 @@ use protocols::launch::{GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE};
 use protocols::map::{MapDescriptor, MapRange};
 use protocols::secrets::SecretsPage;
 use protocols::terminate::TurnstileReason;
-use protocols::vmsa::{SevFeatures, SevStatus, Vmsa};
+use protocols::vmsa::{SevFeatures, SevStatus};
 use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
 
 use crate::backend::WindowBackend;
@@ -41,14 +41,15 @@ use crate::memory::page_tables::{self, Owner};
 use crate::memory::plan::{Plan, regions_before, regions_touched};
 use crate::memory::pool::Pool;
 use crate::platform::snp::{self, Snp};
-use crate::platform::{MappedBlock, Platform, Rights, ValidateError};
+use crate::platform::{MappedBlock, Platform, ValidateError};
+use crate::secondary::{self, vmsa_page};
 use crate::system::{self, GuestEngine, GuestRegistry, System};
 use crate::terminate::terminate;
 use crate::vcpus::{Record, Registry, Shown, Tables, Vcpu};
 use crate::{console, descriptor, exceptions, percpu, requests};
 
-/// Bytes of the carve-out for each processor's share of tables, generously.
-const BYTES_PER_VCPU: u64 = 1024;
+/// Bytes of the carve-out for each processor: its context, and its share of tables, generously.
+const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 1024;
 
 /// Where the entry point continues.
 ///
@@ -116,6 +117,7 @@ fn start(
         vmsas: VmsaWindow {
             region: launch.region(),
         },
+        ghcbs,
         fault: params.fault,
     });
 
@@ -131,7 +133,12 @@ fn start(
     let guest_map = guest_memory_map(&host_map, [launch.region(), plan.carve_out])?;
     preparation.fill_parameters(guest_map, vp_count as u32)?;
 
-    let vmsa = make_vmsa(&platform, &preparation.reset_state(), &mut region_pool)?;
+    let vmsa = vmsa_page(
+        &platform,
+        &preparation.reset_state(),
+        GUEST_VMPL,
+        &mut region_pool,
+    )?;
     system
         .registry
         .record_startup(Frame::containing(vmsa.get()), calling_area);
@@ -142,6 +149,9 @@ fn start(
         sev_features: GUEST_SEV_FEATURES.bits(),
         start: Start::Later,
     })?;
+    for index in 1..vp_count {
+        secondary::announce(system, &platform, ghcb, index, &mut pool)?;
+    }
     publish_descriptor(system, &plan, vcpus.table)?;
     info!(
         "memory of ours: region {}, carve-out {}",
@@ -373,23 +383,6 @@ fn make_engine(
             .map_err(|_| TurnstileReason::INTERNAL)?;
     }
     Ok(engine)
-}
-
-/// Makes the boot processor's VMSA in a page of the region.
-fn make_vmsa(platform: &Snp, state: &Vmsa, pool: &mut Pool) -> Result<Gpa, TurnstileReason> {
-    let mut page = pool.page()?;
-    if page.is_aligned(PageSize::Size2M) {
-        // Processor erratum: a VMSA at a multiple of 2 MiB (facts: snp-isa §11).
-        page = pool.page()?;
-    }
-    let address = pool.address(page);
-    // SAFETY: the page was just taken from the pool and holds nothing.
-    unsafe { (address as *mut Vmsa).write(state.clone()) };
-    let block = MappedBlock::try_new(address, PageSize::Size4K).ok_or(TurnstileReason::INTERNAL)?;
-    platform
-        .adjust(block, GUEST_VMPL, Rights::Vmsa)
-        .map_err(|_| TurnstileReason::RMPADJUST)?;
-    Ok(page)
 }
 
 /// Shows map and registry to the referee.

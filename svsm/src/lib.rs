@@ -8,7 +8,7 @@
 //! | room | what it owns |
 //! |---|---|
 //! | `entry` | the first instructions and the boot stack |
-//! | `boot` | the order of the start-up |
+//! | `boot`, `secondary` | the order of the start-up; the other processors |
 //! | [`launch`], [`host_map`], [`cpuid`] | checks on what image and host hand over |
 //! | [`memory`] | address space, page tables, the guest window |
 //! | `exceptions`, `percpu` | descriptor tables, #VC, faults that are allowed |
@@ -55,6 +55,8 @@ pub mod exceptions;
 pub mod percpu;
 #[cfg(target_os = "none")]
 pub mod requests;
+#[cfg(target_os = "none")]
+pub mod secondary;
 #[cfg(target_os = "none")]
 pub mod system;
 #[cfg(target_os = "none")]

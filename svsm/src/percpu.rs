@@ -78,7 +78,7 @@ impl PerCpu {
     }
 
     /// Makes this the block of the running processor: descriptor tables and GS base.
-    fn install(&'static self) {
+    pub fn install(&'static self) {
         // SAFETY: called once per block, before the processor uses its tables; they are not
         // written afterwards.
         let tables = unsafe { &mut *self.tables.get() };

@@ -12,37 +12,58 @@
 use protocols::terminate::TurnstileReason;
 
 use crate::guest::GUEST_VMPL;
-use crate::hypervisor::Hypervisor;
 use crate::hypervisor::ghcb::Ghcb;
+use crate::hypervisor::{Hypervisor, msr};
 use crate::protocol::{Answer, VcpuIndex};
-use crate::system::System;
+use crate::system::{GuestService, System};
 use crate::terminate::terminate;
 
 /// Runs the guest on processor `index` and serves its calls.
 pub fn serve(system: &'static System, index: usize, ghcb: &'static Ghcb) -> ! {
     let service = system.service();
     loop {
-        // Looked up anew each time: while the guest ran, another processor may have given this
-        // one a new VMSA.
-        match system.registry.vmsa(index) {
-            Some(frame) => system.vmsas.vmsa(frame).release(),
-            // It has deleted itself. There is nothing to run, and nobody to answer.
-            None => terminate(TurnstileReason::GUEST_LOST),
-        }
-        system.registry.enter_guest(index);
-        if let Err(reason) = ghcb.run_vmpl(GUEST_VMPL) {
-            terminate(reason);
-        }
-        system.registry.leave_guest(index);
-        let Some(frame) = system.registry.vmsa(index) else {
-            continue;
-        };
-        let vmsa = system.vmsas.vmsa(frame);
-        vmsa.stop();
-        match service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers()) {
-            Answer::Return(registers) => vmsa.set_registers(&registers),
-            Answer::Resume | Answer::Gone => {}
-            Answer::Terminate(reason) => terminate(reason),
-        }
+        let ran = run_guest(system, index, ghcb);
+        ran.and_then(|()| answer(system, &service, index))
+            .unwrap_or_else(|reason| terminate(reason));
     }
+}
+
+/// The same for a processor that starts because its guest has made a call.
+pub fn serve_after_call(system: &'static System, index: usize, ghcb: &'static Ghcb) -> ! {
+    system.registry.leave_guest(index);
+    answer(system, &system.service(), index).unwrap_or_else(|reason| terminate(reason));
+    serve(system, index, ghcb)
+}
+
+/// Lets the host run the guest until it comes back.
+fn run_guest(system: &System, index: usize, ghcb: &Ghcb) -> Result<(), TurnstileReason> {
+    // Looked up anew each time: while the guest ran, another processor may have given this one
+    // a new VMSA.
+    let vmsa = system.registry.vmsa(index);
+    if let Some(frame) = vmsa {
+        system.vmsas.vmsa(frame).release();
+    }
+    system.registry.enter_guest(index);
+    let ended = match vmsa {
+        Some(_) => ghcb.run_vmpl(GUEST_VMPL),
+        // It has deleted itself: there is nothing to run until it is created anew.
+        None => msr::wait_for_start(),
+    };
+    system.registry.leave_guest(index);
+    ended
+}
+
+/// Stops the guest and answers its call, if it made one.
+fn answer(system: &System, service: &GuestService, index: usize) -> Result<(), TurnstileReason> {
+    let Some(frame) = system.registry.vmsa(index) else {
+        return Ok(());
+    };
+    let vmsa = system.vmsas.vmsa(frame);
+    vmsa.stop();
+    match service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers()) {
+        Answer::Return(registers) => vmsa.set_registers(&registers),
+        Answer::Resume | Answer::Gone => {}
+        Answer::Terminate(reason) => return Err(reason),
+    }
+    Ok(())
 }

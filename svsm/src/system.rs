@@ -8,6 +8,7 @@ use spin::Once;
 use crate::backend::WindowBackend;
 use crate::guest::vmsa::{NewVmsas, VmsaWindow};
 use crate::memory::guest_map::Window;
+use crate::memory::layout::PageRange;
 use crate::platform::snp::Snp;
 use crate::protocol::Service;
 use crate::vcpus::Registry;
@@ -42,6 +43,8 @@ pub struct System {
     pub registry: &'static GuestRegistry,
     /// Where VMSAs are mapped.
     pub vmsas: VmsaWindow,
+    /// The pages of the processors' GHCBs, by number of the processor.
+    pub ghcbs: PageRange,
     /// The deliberate fault of a test build.
     pub fault: Fault,
 }
@@ -51,6 +54,12 @@ static SYSTEM: Once<System> = Once::new();
 /// Makes the parts known to all processors. Only the first call counts.
 pub fn publish(system: System) -> &'static System {
     SYSTEM.call_once(|| system)
+}
+
+/// The parts, once they are published.
+#[must_use]
+pub fn get() -> Option<&'static System> {
+    SYSTEM.get()
 }
 
 impl System {

@@ -22,9 +22,10 @@ use spin::Mutex;
 
 use crate::protocol::{DeleteRefusal, TableFull, VcpuIndex, VcpuPages, Vcpus};
 
-/// How often a flush looks at a processor in the guest before it gives up. Long enough for one
-/// to be interrupted by its own timer, short enough to bound a call (I12).
-const FLUSH_LOOKS: u32 = 1 << 16;
+/// How long a flush waits for one processor in the guest, in cycles of the time stamp counter:
+/// a millisecond or two, in which a running processor is interrupted by its own timer, as a rule.
+/// The bound is I12's; what it costs is in [`Registry::flush_all`].
+const FLUSH_CYCLES: u64 = 1 << 22;
 /// Replaced records that have room, for each processor.
 const REPLACED_PER_VCPU: usize = 3;
 
@@ -50,6 +51,8 @@ pub trait VmsaControl {
     fn owe_flush(&self, vmsa: Frame);
     /// Whether that has happened since.
     fn has_flushed(&self, vmsa: Frame) -> bool;
+    /// A count of time that never stands still.
+    fn now(&self) -> u64;
 }
 
 /// What the referee reads about one VMSA; layout of [`VcpuEntry`]. 0 means none.
@@ -166,6 +169,12 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
         self.shown.len()
     }
 
+    /// The APIC id of processor `index`.
+    #[must_use]
+    pub fn apic_id(&self, index: usize) -> Option<u32> {
+        self.vcpus.get(index).map(|vcpu| vcpu.apic_id)
+    }
+
     /// Records the state that processor 0 starts from.
     pub fn record_startup(&self, vmsa: Frame, calling_area: Taken) {
         let record = Record {
@@ -209,7 +218,10 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     /// (within bounds) for those that run just now.
     ///
     /// A processor does this by itself when it is about to run a VMSA whose PCPU_ID is 0
-    /// (APM 15.36.15). One that is not in the guest needs no wait: it passes there first.
+    /// (APM 15.36.15). One that is not in the guest needs no wait: it passes there first. One
+    /// that the host keeps in the guest for longer than the bound is not waited for: until its
+    /// next exit it may use translations that the RMP would not give any more. To wait without
+    /// bound would let one halted processor stop all others.
     pub fn flush_all(&self) {
         {
             // Under the lock: a page that is being given back is the guest's to write.
@@ -219,9 +231,10 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
             }
         }
         for (index, vcpu) in self.vcpus.iter().enumerate() {
-            let mut looks = 0..FLUSH_LOOKS;
+            let start = self.control.now();
             while let Some(vmsa) = self.vmsa(index).filter(|_| vcpu.is(Activity::InGuest)) {
-                if self.control.has_flushed(vmsa) || looks.next().is_none() {
+                let waited = self.control.now().wrapping_sub(start);
+                if self.control.has_flushed(vmsa) || waited > FLUSH_CYCLES {
                     break;
                 }
                 core::hint::spin_loop();

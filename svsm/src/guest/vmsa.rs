@@ -16,7 +16,7 @@ use protocols::vmsa::{Efer, SevFeatures, Vmsa};
 use super::GUEST_VMPL;
 use crate::memory::layout::PageRange;
 use crate::memory::{access, guest_map};
-use crate::platform::AccessFault;
+use crate::platform::{self, AccessFault};
 use crate::protocol::{Registers, Unreachable, VmsaClaims, VmsaPages};
 use crate::system::{self, GuestEngine};
 use crate::terminate::terminate;
@@ -132,6 +132,10 @@ impl VmsaControl for VmsaWindow {
 
     fn has_flushed(&self, vmsa: Frame) -> bool {
         self.vmsa(vmsa).has_flushed()
+    }
+
+    fn now(&self) -> u64 {
+        platform::timestamp()
     }
 }
 

@@ -88,3 +88,15 @@ pub fn register_ghcb(gpa: Gpa) -> Result<(), TurnstileReason> {
         _ => Err(TurnstileReason::GHCB_REPLY),
     }
 }
+
+/// Gives the processor back until somebody starts it. It may also come back for no reason.
+///
+/// # Errors
+///
+/// [`TurnstileReason::GHCB_REPLY`].
+pub fn wait_for_start() -> Result<(), TurnstileReason> {
+    match exchange(Request::ApResetHold) {
+        Response::ApResetHold { .. } => Ok(()),
+        _ => Err(TurnstileReason::GHCB_REPLY),
+    }
+}

@@ -62,6 +62,18 @@ impl Pool {
         self.take(PAGE_SIZE, PAGE_SIZE)
     }
 
+    /// Takes contiguous zeros in whole pages, at least `bytes`.
+    ///
+    /// # Errors
+    ///
+    /// [`TurnstileReason::OUT_OF_MEMORY`].
+    pub fn bytes(&mut self, bytes: u64) -> Result<Gpa, TurnstileReason> {
+        let size = bytes
+            .checked_next_multiple_of(PAGE_SIZE)
+            .ok_or(TurnstileReason::OUT_OF_MEMORY)?;
+        self.take(size, PAGE_SIZE)
+    }
+
     /// Virtual address of something taken from this pool.
     #[must_use]
     pub const fn address(&self, gpa: Gpa) -> u64 {
