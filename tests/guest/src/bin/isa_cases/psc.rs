@@ -34,7 +34,7 @@ pub const CASES: &[Case] = &[
     case("psc_too_long", "ghcb.md §6 (invalid header)", too_long),
     case(
         "psc_reserved_in_header",
-        "ghcb.md §6 (invalid header)",
+        "ghcb.md §6 (as KVM and OVMF have it)",
         reserved_header,
     ),
     case(
@@ -256,12 +256,16 @@ fn too_long() -> Verdict {
     expect_shared(page, false)
 }
 
+/// OVMF builds its lists in buffers it has used before: the host neither looks at the reserved
+/// half of the header nor changes it.
 fn reserved_header() -> Verdict {
+    const USED: u64 = 0xABCD_1234 << 32;
     let page = memory::fresh_page();
     ghcb_page().put_buffer(8, small(page, PageOperation::SHARED).0);
-    ghcb_page().put_buffer(0, 1 << 32);
-    expect_outcome(send(), Outcome::INVALID_HEADER)?;
-    expect_shared(page, false)
+    ghcb_page().put_buffer(0, USED);
+    expect_outcome(send(), Outcome::OK)?;
+    expect("header", ghcb_page().take_buffer(0), USED | 1)?;
+    expect_shared(page, true)
 }
 
 fn expect_invalid_entry(gpa: Gpa, entry: Entry) -> Verdict {

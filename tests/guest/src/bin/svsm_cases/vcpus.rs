@@ -4,6 +4,8 @@
 //! The machine must have a second processor, because a VMSA made for the one that runs would
 //! replace it.
 
+use core::mem::offset_of;
+
 use guest::harness::{Case, Finding, Verdict, case, expect};
 use guest::memory::{self, page_of};
 use guest::oracle;
@@ -23,9 +25,9 @@ use crate::setup::{
 pub const CASES: &[Case] = &[
     case("create_and_delete", "svsm.md §4.2, §4.3", create_and_delete),
     case(
-        "create_closes_the_vmsa",
+        "create_leaves_the_vmsa_readable",
         "svsm.md §4.2 steps 2, 4, §10",
-        closes_vmsa,
+        leaves_vmsa_readable,
     ),
     case(
         "create_leaves_the_calling_area_open",
@@ -164,13 +166,19 @@ fn create_and_delete() -> Verdict {
     Ok(())
 }
 
-fn closes_vmsa() -> Verdict {
+fn leaves_vmsa_readable() -> Verdict {
     with_vcpu(|vmsa, _| {
         let page = oracle::page(vmsa);
         let mask = PageFlags::VALIDATED | PageFlags::VMSA;
         expect("RMP flags", page.flags & mask, mask)?;
         // Reading, as OVMF and Linux do (decision 006), and nothing else.
-        expect("permissions", page.permissions, [0xF, 0x1, 0, 0])
+        expect("permissions", page.permissions, [0xF, 0x1, 0, 0])?;
+        let features = memory::read(vmsa.get() + offset_of!(Vmsa, sev_features) as u64)?;
+        expect(
+            "SEV_FEATURES as read by the guest",
+            features,
+            SevFeatures::SNP_ACTIVE.0,
+        )
     })
 }
 
