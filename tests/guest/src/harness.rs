@@ -8,8 +8,8 @@
 //! N passed, N failed
 //! ```
 //!
-//! ROW names the row of the fact sheet that the case checks, so that a failure can be judged
-//! without reading the case.
+//! Numbers in GOT and WANT are hexadecimal. ROW names the row of the fact sheet that the case
+//! checks, so that a failure can be judged without reading the case.
 
 use core::fmt::{self, Debug, Write};
 
