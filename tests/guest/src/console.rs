@@ -18,7 +18,7 @@ pub type PortWrite = fn(port: u16, width: IoWidth, value: u32);
 
 static PORT_WRITE: Once<PortWrite> = Once::new();
 
-/// How the run ended, as written to the exit port (contract with `tests/e2e`).
+/// How the run ended, as written to the exit port (agreed with `tests/e2e`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Exit {

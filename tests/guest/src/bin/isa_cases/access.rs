@@ -67,12 +67,12 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "access_wrong_alias_of_private",
-        "snp-isa.md §9, contract §4",
+        "snp-isa.md §9, docs/machine.md (violations)",
         shared_access_to_private,
     ),
     case(
         "access_wrong_alias_of_shared",
-        "snp-isa.md §9, contract §4",
+        "snp-isa.md §9, docs/machine.md (violations)",
         private_access_to_shared,
     ),
     case(
@@ -291,7 +291,7 @@ fn vc_wrmsr() -> Verdict {
 }
 
 fn sev_status() -> Verdict {
-    // SEV, SEV-ES, SEV-SNP and nothing else (contract §2).
+    // SEV, SEV-ES, SEV-SNP and nothing else (guests.md §8.3).
     expect("SEV_STATUS", insn::rdmsr(msr::SEV_STATUS), Ok(7))
 }
 

@@ -28,7 +28,7 @@ pub const CASES: &[Case] = &[
     ),
     case("launch_secrets_page", "snp-launch.md §6", secrets),
     case("launch_cpuid_page", "snp-launch.md §5", cpuid),
-    case("launch_vp_count", "contract §3", vp_count),
+    case("launch_vp_count", "igvm.md (VP count parameter)", vp_count),
 ];
 
 const LAUNCHED: PageFlags = PageFlags::ASSIGNED
