@@ -8,6 +8,7 @@
 //! against the valid bitmap, and only documented outputs are marked valid on return.
 
 mod ap;
+mod instructions;
 mod msr;
 mod page;
 mod psc;
