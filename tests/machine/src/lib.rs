@@ -19,6 +19,8 @@
 //! * Where a source is unsure the machine is stricter than KVM. `docs/machine.md` lists where
 //!   it is stricter, where looser, and what it cannot check.
 //! * Every refusal is a line with values ([`platform::Platform::take_events`]).
+//! * Rules are cited as the document they come from (APM, GHCB, …) or as the fact sheet that
+//!   collects it (`snp-isa.md` §9, `ghcb.md` §5, `tcg-svm.md` §4, …).
 //! * After every call the caller zaps what [`platform::Platform::take_invalidations`] names.
 
 #![cfg_attr(not(test), no_std)]

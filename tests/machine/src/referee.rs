@@ -210,7 +210,9 @@ impl<P: PhysicalMemory> Reader<'_, P> {
                 valid && guest == Permissions::FULL && only_guest && !entry.is_vmsa()
             }
             PageState::Owned if self.roles.vmsas.contains(&gpa.get()) => {
-                valid && entry.is_vmsa() && Permissions::READ.contains(guest) && only_guest
+                // Whoever created a processor may look at its VMSA, but no more than look.
+                let harmless = Permissions::READ.contains(guest) && only_guest;
+                valid && entry.is_vmsa() && harmless
             }
             PageState::Owned if self.roles.calling_areas.contains(&gpa.get()) => {
                 valid && guest == Permissions::FULL && only_guest && !entry.is_vmsa()
@@ -349,7 +351,7 @@ mod tests {
     #[test]
     fn a_map_that_is_right_is_agreed_with_page_by_page() {
         let mut platform = mapped();
-        platform.accept(page(VMSA), 1 << 16 | 1);
+        platform.accept(page(VMSA), 1 << 16 | 0x101);
         platform.accept(page(CALLING_AREA), 0xF01);
         platform.accept(page(3), 0xF01);
         platform.accept(page(4), 1);
