@@ -106,6 +106,12 @@ impl HostMemory {
         self.psmashes
     }
 
+    /// Whether there are stale mappings to take.
+    #[inline]
+    pub const fn has_invalidations(&self) -> bool {
+        !self.invalidations.is_empty()
+    }
+
     /// The queue of stale mappings; empty afterwards.
     pub fn take_invalidations(&mut self) -> Vec<Invalidation> {
         core::mem::take(&mut self.invalidations)
@@ -229,9 +235,9 @@ impl HostMemory {
         gpa: Gpa,
         size: PageSize,
     ) -> Result<(), UpdateError> {
+        // Nothing becomes stale: a private page without an entry is mapped nowhere.
         self.rmp.assign(place, gpa.align_down(size), size, false)?;
         self.scramble(memory, place, gpa, size);
-        self.invalidate(gpa, size, Views::ALL);
         Ok(())
     }
 

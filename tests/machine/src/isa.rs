@@ -46,21 +46,25 @@ pub enum Operation {
         validate: bool,
     },
     /// RMPADJUST.
-    Rmpadjust {
-        /// Page size asked for.
-        size: PageSize,
-        /// Whose permissions.
-        target: Vmpl,
-        /// The new permissions.
-        permissions: Permissions,
-        /// The new VMSA bit.
-        vmsa: bool,
-    },
+    Rmpadjust(Adjustment),
     /// RMPQUERY.
     Rmpquery {
         /// Whose permissions.
         target: Vmpl,
     },
+}
+
+/// The operands of RMPADJUST.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Adjustment {
+    /// Page size asked for.
+    pub size: PageSize,
+    /// Whose permissions.
+    pub target: Vmpl,
+    /// The new permissions.
+    pub permissions: Permissions,
+    /// The new VMSA bit; counts at VMPL0 only.
+    pub vmsa: bool,
 }
 
 /// An instruction whose register operands are in order.
@@ -211,12 +215,12 @@ impl Request {
                 if !vmpl.is_more_privileged_than(target) {
                     return fail(status::FAIL_PERMISSION);
                 }
-                Operation::Rmpadjust {
+                Operation::Rmpadjust(Adjustment {
                     size,
                     target,
                     permissions,
                     vmsa,
-                }
+                })
             }
             Opcode::Rmpquery => {
                 let Some(target) = Vmpl::try_new(operands.rdx & 0xFF) else {
@@ -267,15 +271,10 @@ impl<P: PhysicalMemory> Platform<P> {
                 }
                 result
             }
-            Operation::Rmpadjust {
-                size,
-                target,
-                permissions,
-                vmsa,
-            } => {
-                let result = self.rmpadjust(vmpl, alias, gpa, size, target, permissions, vmsa);
+            Operation::Rmpadjust(adjustment) => {
+                let result = self.rmpadjust(vmpl, alias, gpa, adjustment);
                 if let Instruction::Complete(done) = &result {
-                    self.count_rmpadjust(vmpl, size, done.eax);
+                    self.count_rmpadjust(vmpl, adjustment.size, done.eax);
                 }
                 result
             }
@@ -323,8 +322,7 @@ impl<P: PhysicalMemory> Platform<P> {
         }
         // A 4 KiB request in a large entry faults with SIZEM; the host splits and resumes.
         if size == Some(PageSize::Size4K) && self.host.psmash(&place, gpa) {
-            let entry = self.host.rmp().entry(&place);
-            return Ok((place, entry));
+            return Ok((place, self.host.rmp().entry(&place)));
         }
         Ok((place, entry))
     }
@@ -373,20 +371,19 @@ impl<P: PhysicalMemory> Platform<P> {
         complete(status::SUCCESS)
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the instruction has that many operands"
-    )]
     fn rmpadjust(
         &mut self,
         vmpl: Vmpl,
         alias: Alias,
         gpa: Gpa,
-        size: PageSize,
-        target: Vmpl,
-        permissions: Permissions,
-        vmsa: bool,
+        adjustment: Adjustment,
     ) -> Instruction {
+        let Adjustment {
+            size,
+            target,
+            permissions,
+            vmsa,
+        } = adjustment;
         let (place, entry) = match self.owned_entry(vmpl, alias, gpa, Some(size)) {
             Ok(found) => found,
             Err(refused) => return refused,

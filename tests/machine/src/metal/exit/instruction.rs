@@ -5,9 +5,10 @@ use machine::guest::decode::{self, MAX_LENGTH, Opcode};
 use machine::guest::walk::Access;
 use machine::isa::{self, Completion, Instruction, Operands, Operation, Request};
 use protocols::exit_code::ExitCode;
+use protocols::snp::ReturnCode;
 
 use crate::metal::guest_memory::{View, fetch};
-use crate::metal::shared;
+use crate::metal::{shared, smp};
 use crate::metal::vcpu::{Flow, Vcpu};
 
 use super::{instruction_at_rip, vmgexit};
@@ -71,12 +72,18 @@ fn execute(vcpu: &Vcpu, opcode: isa::Opcode, operands: &Operands) -> Outcome {
         Err(fault) => return Outcome::PageFault(fault.code),
     };
     let result = machine.platform.execute(vcpu.vmpl, &request, to.alias, to.gpa);
+    if matches!(result, Instruction::Complete(done) if done.eax == ReturnCode::FAIL_IN_USE.0) {
+        // On hardware the host's timer interrupts every processor now and then, so a VMSA that
+        // is in use is free, or runs with fresh translations, a moment later. Here interrupts
+        // go straight to the guest and an idle one would never leave.
+        smp::shoot_down(vcpu.id);
+    }
     if matches!(result, Instruction::Complete(done) if done.eax == 0) {
         // What follows is nearly always a scrub of the page, or its use by the level that was
         // given it. (Withdrawn rights are the business of `settle`.)
         match request.operation {
             Operation::Pvalidate { validate: true, .. } => machine.show(vcpu.vmpl, to.gpa),
-            Operation::Rmpadjust { target, .. } => machine.show(target, to.gpa),
+            Operation::Rmpadjust(adjustment) => machine.show(adjustment.target, to.gpa),
             _ => {}
         }
     }
