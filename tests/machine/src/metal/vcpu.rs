@@ -13,8 +13,8 @@
 
 use alloc::format;
 
-use machine::guest::deliver::{DeliveryError, Frame, VECTOR_VC};
 use machine::guest::decode::MAX_LENGTH;
+use machine::guest::deliver::{DeliveryError, Frame, VECTOR_VC};
 use machine::guest::operand;
 use machine::guest::walk::{Access, Paging};
 use machine::platform::End;
@@ -153,7 +153,12 @@ impl Vcpu {
     /// The registers that decide how an address is translated.
     pub fn paging(&self) -> Paging {
         let save = self.save();
-        Paging { cr0: save.cr0, cr3: save.cr3, cr4: save.cr4, efer: save.efer }
+        Paging {
+            cr0: save.cr0,
+            cr3: save.cr3,
+            cr4: save.cr4,
+            efer: save.efer,
+        }
     }
 
     /// Whether the guest runs 64-bit code.
@@ -165,13 +170,22 @@ impl Vcpu {
     /// The view that fits the guest's paging mode.
     pub fn mode(&self) -> Mode {
         let save = self.save();
-        if save.efer & EFER_LMA != 0 && save.cr0 & CR0_PG != 0 { Mode::Long } else { Mode::Flat }
+        if save.efer & EFER_LMA != 0 && save.cr0 & CR0_PG != 0 {
+            Mode::Long
+        } else {
+            Mode::Flat
+        }
     }
 
     /// Writes a trace line if the run is traced.
     pub fn trace(&self, text: core::fmt::Arguments<'_>) {
         if self.trace {
-            log!("trace vcpu{} {} rip={:#x} {text}", self.id.0, self.vmpl, self.rip());
+            log!(
+                "trace vcpu{} {} rip={:#x} {text}",
+                self.id.0,
+                self.vmpl,
+                self.rip()
+            );
         }
     }
 
@@ -216,8 +230,14 @@ impl Vcpu {
             return None;
         }
         self.resumes += 1;
-        let intr = Reason { code: ExitCode::INTR.0, info_1: 0, info_2: 0 };
-        self.resumes.is_multiple_of(EARLY_RETURN_EVERY).then_some(Flow::Run(Vmpl::VMPL0, intr))
+        let intr = Reason {
+            code: ExitCode::INTR.0,
+            info_1: 0,
+            info_2: 0,
+        };
+        self.resumes
+            .is_multiple_of(EARLY_RETURN_EVERY)
+            .then_some(Flow::Run(Vmpl::VMPL0, intr))
     }
 
     /// Does what another CPU asked for, if it changes what this one runs.
@@ -225,7 +245,11 @@ impl Vcpu {
     /// A level that is more privileged than the one to be started is not interrupted: it finds
     /// the new VMSA when it asks for that level.
     fn serve_request(&mut self) -> Option<Flow> {
-        let nothing = Reason { code: ExitCode::NMI.0, info_1: 0, info_2: 0 };
+        let nothing = Reason {
+            code: ExitCode::NMI.0,
+            info_1: 0,
+            info_2: 0,
+        };
         match smp::request(self.id)? {
             Request::Start(vmpl) if !self.vmpl.is_more_privileged_than(vmpl) => {
                 // The answer follows when the old world has been left.
@@ -325,7 +349,13 @@ impl Vcpu {
     }
 
     fn leave_world(&mut self, why: &Reason) {
-        world::leave(self.vmsa, self.vmcb(), self.vmcb.physical(), &self.registers, why);
+        world::leave(
+            self.vmsa,
+            self.vmcb(),
+            self.vmcb.physical(),
+            &self.registers,
+            why,
+        );
         shared::lock(self.rip()).platform.leave(self.id);
     }
 
@@ -368,6 +398,7 @@ impl Vcpu {
         };
         self.vmcb_mut().control.n_cr3 = root;
         cpu::match_cr4(self.save().cr4);
+        world::mark_running(self.vmsa, self.id);
         let at = self.vmcb.physical();
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
@@ -469,7 +500,11 @@ impl Vcpu {
         let delivered = {
             let mut machine = shared::lock(self.rip());
             machine.platform.counters().vmpl(self.vmpl).vc_injected += 1;
-            frame.deliver(&mut View::new(&machine.platform, self.vmpl), VECTOR_VC, code.0 as u32)
+            frame.deliver(
+                &mut View::new(&machine.platform, self.vmpl),
+                VECTOR_VC,
+                code.0 as u32,
+            )
         };
         self.trace(format_args!("#VC {code:?}: {delivered:?}"));
         match delivered {
@@ -489,7 +524,10 @@ impl Vcpu {
                 Flow::Resume
             }
             Err(DeliveryError::Unsupported) => {
-                let why = format!("{} got #VC {code:?} where it cannot be delivered", self.vmpl);
+                let why = format!(
+                    "{} got #VC {code:?} where it cannot be delivered",
+                    self.vmpl
+                );
                 Flow::End(End::Refused(why))
             }
         }
@@ -504,7 +542,10 @@ impl Vcpu {
         let view = View::new(&machine.platform, self.vmpl);
         let paging = self.paging();
         let leads_there = |address: &u64| {
-            let access = Access { execute: kind == Kind::Execute, ..Access::default() };
+            let access = Access {
+                execute: kind == Kind::Execute,
+                ..Access::default()
+            };
             let page = gpa.align_down(PageSize::Size4K);
             paging
                 .translate(&view, *address, access)
@@ -513,11 +554,17 @@ impl Vcpu {
         let rip = self.rip();
         if kind == Kind::Execute {
             // The instruction may begin on the page before.
-            return [rip, rip | 0xFFF, (rip | 0xFFF) + 1].into_iter().find(leads_there).unwrap_or(0);
+            return [rip, rip | 0xFFF, (rip | 0xFFF) + 1]
+                .into_iter()
+                .find(leads_there)
+                .unwrap_or(0);
         }
         let (bytes, len) = fetch::<MAX_LENGTH>(&machine, self);
         let registers = self.general_registers();
-        let segments = [self.save().segments[seg::FS].base, self.save().segments[seg::GS].base];
+        let segments = [
+            self.save().segments[seg::FS].base,
+            self.save().segments[seg::GS].base,
+        ];
         operand::addresses(&bytes[..len], rip, &registers, segments)
             .into_iter()
             .find(leads_there)

@@ -6,8 +6,10 @@
 //! Invariant: between [`leave`] and [`enter`] the VMSA page holds all of the guest's state, so
 //! a more privileged VMPL can read and change it.
 
+use core::mem::offset_of;
+
 use machine::memory::PhysicalMemory;
-use machine::types::Spa;
+use machine::types::{Spa, VcpuId};
 use protocols::vmsa::{Efer, Vmsa};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -129,14 +131,27 @@ pub fn leave(spa: Spa, vmcb: &Vmcb, vmcb_at: u64, registers: &Registers, why: &R
     vmsa.rsi = registers.rsi;
     vmsa.rdi = registers.rdi;
     vmsa.rbp = registers.rbp;
-    [vmsa.r8, vmsa.r9, vmsa.r10, vmsa.r11, vmsa.r12, vmsa.r13, vmsa.r14, vmsa.r15] =
-        registers.r8_15;
+    [
+        vmsa.r8, vmsa.r9, vmsa.r10, vmsa.r11, vmsa.r12, vmsa.r13, vmsa.r14, vmsa.r15,
+    ] = registers.r8_15;
     fx_into(&mut vmsa);
     vmsa.guest_exit_code = why.code;
     vmsa.guest_exit_info_1 = why.info_1;
     vmsa.guest_exit_info_2 = why.info_2;
     vmsa.guest_exit_int_info = 0;
     write(spa, &vmsa);
+}
+
+/// Notes in the VMSA page at `spa` that CPU `id` runs it. On hardware VMRUN drops all of the
+/// guest's translations when PCPU_ID is 0 and makes it non-zero (APM 15.36.15); here every VMRUN
+/// drops them, and a paravisor that waits for a flush needs to see the mark.
+pub fn mark_running(spa: Spa, id: VcpuId) {
+    let at = Spa::new(spa.get() + offset_of!(Vmsa, pcpu_id) as u64);
+    let mut mark = [0; 8];
+    DirectMap.read(at, &mut mark);
+    if u64::from_le_bytes(mark) == 0 {
+        DirectMap.write(at, &(u64::from(id.0) + 1).to_le_bytes());
+    }
 }
 
 /// What GUEST_EXITCODE and its companions tell (APM 15.36.9).
@@ -160,7 +175,9 @@ fn fx_of(vmsa: &Vmsa) -> FxState {
     image[8..16].copy_from_slice(&vmsa.x87_rip.to_le_bytes());
     image[16..24].copy_from_slice(&vmsa.x87_dp.to_le_bytes());
     image[24..28].copy_from_slice(&(vmsa.mxcsr & MXCSR_MASK).to_le_bytes());
-    for (slot, register) in image[32..160].chunks_exact_mut(16).zip(vmsa.x87_registers.chunks_exact(10))
+    for (slot, register) in image[32..160]
+        .chunks_exact_mut(16)
+        .zip(vmsa.x87_registers.chunks_exact(10))
     {
         slot[..10].copy_from_slice(register);
     }
@@ -181,7 +198,9 @@ fn fx_into(vmsa: &mut Vmsa) {
     vmsa.x87_rip = quad(8);
     vmsa.x87_dp = quad(16);
     vmsa.mxcsr = u32::from(word(24));
-    for (slot, register) in image[32..160].chunks_exact(16).zip(vmsa.x87_registers.chunks_exact_mut(10))
+    for (slot, register) in image[32..160]
+        .chunks_exact(16)
+        .zip(vmsa.x87_registers.chunks_exact_mut(10))
     {
         register.copy_from_slice(&slot[..10]);
     }

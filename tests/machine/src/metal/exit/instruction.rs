@@ -8,8 +8,8 @@ use protocols::exit_code::ExitCode;
 use protocols::snp::ReturnCode;
 
 use crate::metal::guest_memory::{View, fetch};
-use crate::metal::{shared, smp};
 use crate::metal::vcpu::{Flow, Vcpu};
+use crate::metal::{shared, smp};
 
 use super::{instruction_at_rip, vmgexit};
 
@@ -42,9 +42,11 @@ pub fn undefined(vcpu: &mut Vcpu) -> Flow {
             vcpu.save_mut().cr2 = operands.rax & !0xFFF;
             vcpu.vc(ExitCode::PAGE_NOT_VALIDATED)
         }
-        Outcome::Platform(Instruction::Refused(denial)) => {
-            super::refused(vcpu, format_args!("{opcode:?} of {:#x}", operands.rax), denial)
-        }
+        Outcome::Platform(Instruction::Refused(denial)) => super::refused(
+            vcpu,
+            format_args!("{opcode:?} of {:#x}", operands.rax),
+            denial,
+        ),
         Outcome::PageFault(code) => vcpu.page_fault(operands.rax & !0xFFF, code),
     }
 }
@@ -61,17 +63,24 @@ fn execute(vcpu: &Vcpu, opcode: isa::Opcode, operands: &Operands) -> Outcome {
         Ok(request) => request,
         Err(early) => {
             if let Instruction::Complete(done) = &early {
-                machine.platform.count_early(opcode, vcpu.vmpl, operands, done.eax);
+                machine
+                    .platform
+                    .count_early(opcode, vcpu.vmpl, operands, done.eax);
             }
             return Outcome::Platform(early);
         }
     };
     let view = View::new(&machine.platform, vcpu.vmpl);
-    let to = match vcpu.paging().translate(&view, request.gva, Access::default()) {
+    let to = match vcpu
+        .paging()
+        .translate(&view, request.gva, Access::default())
+    {
         Ok(to) => to,
         Err(fault) => return Outcome::PageFault(fault.code),
     };
-    let result = machine.platform.execute(vcpu.vmpl, &request, to.alias, to.gpa);
+    let result = machine
+        .platform
+        .execute(vcpu.vmpl, &request, to.alias, to.gpa);
     if matches!(result, Instruction::Complete(done) if done.eax == ReturnCode::FAIL_IN_USE.0) {
         // On hardware the host's timer interrupts every processor now and then, so a VMSA that
         // is in use is free, or runs with fresh translations, a moment later. Here interrupts
