@@ -20,11 +20,26 @@ pub enum Vmgexit {
     Nae(u64),
 }
 
-#[derive(Default)]
+/// Exit codes below this are counted in a table, the others in a map: an exit is counted before
+/// anything else is done about it.
+const FREQUENT: usize = 0x90;
+
 struct Level {
     fixed: VmplCounters,
+    frequent_exits: [u64; FREQUENT],
     exits: BTreeMap<u64, u64>,
     vmgexits: BTreeMap<Vmgexit, u64>,
+}
+
+impl Default for Level {
+    fn default() -> Self {
+        Self {
+            fixed: VmplCounters::default(),
+            frequent_exits: [0; FREQUENT],
+            exits: BTreeMap::new(),
+            vmgexits: BTreeMap::new(),
+        }
+    }
 }
 
 /// All counters of a run.
@@ -50,7 +65,11 @@ impl Counters {
 
     /// Counts a #VMEXIT by its exit code (APM-B, Appendix C).
     pub fn count_exit(&mut self, vmpl: Vmpl, code: u64) {
-        *self.levels[vmpl.index()].exits.entry(code).or_default() += 1;
+        let level = &mut self.levels[vmpl.index()];
+        match level.frequent_exits.get_mut(code as usize) {
+            Some(count) => *count += 1,
+            None => *level.exits.entry(code).or_default() += 1,
+        }
     }
 
     /// Counts a VMGEXIT.
@@ -63,7 +82,8 @@ impl Counters {
         self.levels.each_ref().map(|level| {
             let mut counters = level.fixed.clone();
             // Several codes share a name, so this adds up instead of collecting.
-            for (&code, &n) in &level.exits {
+            let frequent = level.frequent_exits.iter().zip(0u64..).filter(|&(&n, _)| n != 0);
+            for (&n, code) in frequent.chain(level.exits.iter().map(|(code, n)| (n, *code))) {
                 *counters.exits.entry(exit_name(code)).or_default() += n;
             }
             counters.vmgexits = level

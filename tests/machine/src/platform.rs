@@ -143,6 +143,12 @@ impl<P: PhysicalMemory> Platform<P> {
         self.host.take_invalidations()
     }
 
+    /// Whether there is anything to take: invalidations or events.
+    #[inline]
+    pub const fn has_news(&self) -> bool {
+        self.host.has_invalidations() || !self.events.is_empty()
+    }
+
     /// Lines for the log since the last call, oldest first.
     pub fn take_events(&mut self) -> Vec<Event> {
         core::mem::take(&mut self.events)

@@ -31,12 +31,7 @@ pub fn addresses(bytes: &[u8], rip: u64, registers: &[u64; 16], segments: [u64; 
 }
 
 /// The effective address of the ModRM operand, if the instruction has one in memory.
-fn modrm_operand(
-    bytes: &[u8],
-    rip: u64,
-    registers: &[u64; 16],
-    segments: [u64; 2],
-) -> Option<u64> {
+fn modrm_operand(bytes: &[u8], rip: u64, registers: &[u64; 16], segments: [u64; 2]) -> Option<u64> {
     let mut rest = bytes.iter().copied().enumerate();
     let mut base = 0;
     let mut operand_16 = false;
@@ -154,7 +149,10 @@ mod tests {
         // mov [rdi], al
         assert_eq!(operand(&[0x88, 0x07]), Some(0x8000));
         // mov rax, [rbx + rcx*8 + 0x10]
-        assert_eq!(operand(&[0x48, 0x8B, 0x44, 0xCB, 0x10]), Some(0x4000 + 0x2000 * 8 + 0x10));
+        assert_eq!(
+            operand(&[0x48, 0x8B, 0x44, 0xCB, 0x10]),
+            Some(0x4000 + 0x2000 * 8 + 0x10)
+        );
         // mov eax, [r12]
         assert_eq!(operand(&[0x41, 0x8B, 0x04, 0x24]), Some(0xD000));
         // mov eax, [rbp - 4]

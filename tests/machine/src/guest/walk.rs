@@ -192,3 +192,200 @@ pub fn pages(address: u64, len: usize) -> impl Iterator<Item = (u64, core::ops::
         Some((at, part))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::Pages;
+    use super::*;
+    use std::vec::Vec;
+
+    const C: u64 = 1 << C_BIT;
+    const P: u64 = 1;
+    const PW: u64 = 3;
+    const PWU: u64 = 7;
+    const NX: u64 = 1 << 63;
+
+    const LONG: Paging = Paging {
+        cr0: 1 << 31 | 1 << 16 | 1,
+        cr3: 0x1000 | C,
+        cr4: 1 << 5,
+        efer: 0xD00,
+    };
+
+    /// 0x0: 4 KiB pages; 0x20_0000: a 2 MiB page; 0x4000_0000: a 1 GiB page.
+    fn tables() -> Pages {
+        let mut memory = Pages::default();
+        memory.put(0x1000, 0x2000 | PWU | C);
+        memory.put(0x2000, 0x3000 | PWU);
+        memory.put(0x2008, 0x4000_0000 | PW | entry::LARGE | C);
+        memory.put(0x3000, 0x4000 | PWU | C);
+        memory.put(0x3008, 0x60_0000 | PW | entry::LARGE);
+        memory.put(0x4000, 0x9000 | PWU | C);
+        memory.put(0x4008, 0xA000 | P | C | NX);
+        memory
+    }
+
+    fn walk(address: u64, access: Access) -> Result<(u64, Alias), u32> {
+        LONG.translate(&tables(), address, access)
+            .map(|to| (to.gpa.get(), to.alias))
+            .map_err(|fault| fault.code)
+    }
+
+    const READ: Access = Access {
+        write: false,
+        user: false,
+        execute: false,
+    };
+
+    #[test]
+    fn the_c_bit_is_stripped_from_tables_and_told_of_leaves() {
+        assert_eq!(walk(0x123, READ), Ok((0x9123, Alias::Private)));
+        assert_eq!(walk(0x20_1234, READ), Ok((0x60_1234, Alias::Shared)));
+        assert_eq!(walk(0x4012_3456, READ), Ok((0x4012_3456, Alias::Private)));
+    }
+
+    #[test]
+    fn rights_of_all_levels_count() {
+        assert_eq!(
+            walk(
+                0,
+                Access {
+                    write: true,
+                    user: true,
+                    ..READ
+                }
+            ),
+            Ok((0x9000, Alias::Private))
+        );
+        assert_eq!(
+            walk(
+                0x1000,
+                Access {
+                    write: true,
+                    ..READ
+                }
+            ),
+            Err(0b00011)
+        );
+        assert_eq!(walk(0x1000, Access { user: true, ..READ }), Err(0b00101));
+        assert_eq!(
+            walk(
+                0x1000,
+                Access {
+                    execute: true,
+                    ..READ
+                }
+            ),
+            Err(0b10001)
+        );
+        assert_eq!(walk(0x20_0000, Access { user: true, ..READ }), Err(0b00101));
+    }
+
+    #[test]
+    fn absent_entries_and_absent_tables_are_faults() {
+        assert_eq!(walk(0x2000, READ), Err(0));
+        assert_eq!(
+            walk(
+                0x80_0000_0000,
+                Access {
+                    write: true,
+                    ..READ
+                }
+            ),
+            Err(2)
+        );
+        let lost = Paging {
+            cr3: 0x77_0000,
+            ..LONG
+        };
+        assert!(lost.translate(&tables(), 0, READ).is_err());
+    }
+
+    #[test]
+    fn supervisor_writes_ignore_protection_without_wp() {
+        let lax = Paging {
+            cr0: 1 << 31 | 1,
+            ..LONG
+        };
+        assert!(
+            lax.translate(
+                &tables(),
+                0x1000,
+                Access {
+                    write: true,
+                    ..READ
+                }
+            )
+            .is_ok()
+        );
+    }
+
+    #[test]
+    fn without_paging_addresses_are_private_and_32_bits_wide() {
+        let off = Paging {
+            cr0: 1,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+        };
+        let to = off.translate(&Pages::default(), 0x1_FFFF_FFF0, READ);
+        assert_eq!(
+            to,
+            Ok(Translation {
+                gpa: Gpa::new(0xFFFF_FFF0),
+                alias: Alias::Private
+            })
+        );
+        assert!(!off.has_c_bit());
+    }
+
+    #[test]
+    fn two_and_three_level_tables_are_walked() {
+        let mut memory = Pages::default();
+        memory.put(0x1000, 0x2000 | P);
+        memory.put(0x2000, 0x4000 | PW);
+        memory.put(0x4000, 0x5000 | PW);
+        let pae = Paging {
+            cr0: 1 << 31 | 1,
+            cr3: 0x1000,
+            cr4: 1 << 5,
+            efer: 0,
+        };
+        let to = pae.translate(
+            &memory,
+            0x12,
+            Access {
+                write: true,
+                ..READ
+            },
+        );
+        assert_eq!(to.map(|to| to.gpa.get()), Ok(0x5012));
+
+        let mut memory = Pages::default();
+        memory.put(0x1000, 0x2000 | PW | (0x40_0000 | PW | entry::LARGE) << 32);
+        memory.put(0x2000, 0x3000 | PW);
+        let legacy = Paging {
+            cr0: 1 << 31 | 1,
+            cr3: 0x1000,
+            cr4: 1 << 4,
+            efer: 0,
+        };
+        let at = |address| {
+            legacy
+                .translate(&memory, address, READ)
+                .map(|to| to.gpa.get())
+        };
+        assert_eq!(at(0x34), Ok(0x3034));
+        assert_eq!(at(0x40_1234), Ok(0x40_1234));
+    }
+
+    #[test]
+    fn ranges_split_at_page_borders() {
+        let parts: Vec<_> = pages(0xFFE, 0x1004).collect();
+        assert_eq!(
+            parts,
+            [(0xFFE, 0..2), (0x1000, 2..0x1002), (0x2000, 0x1002..0x1004)]
+        );
+        assert_eq!(pages(0, 0).count(), 0);
+    }
+}

@@ -105,8 +105,12 @@ pub fn arm_trampoline(stack: u64, argument: u64) {
     let values = [root_table_physical(), stack, argument];
     // SAFETY: the three words at the end of the blob, inside the trampoline's page.
     unsafe {
-        let offset = (&raw const trampoline_values) as usize - (&raw const trampoline_start) as usize;
-        memory::virt(TRAMPOLINE).add(offset).cast::<[u64; 3]>().write_volatile(values);
+        let offset =
+            (&raw const trampoline_values) as usize - (&raw const trampoline_start) as usize;
+        memory::virt(TRAMPOLINE)
+            .add(offset)
+            .cast::<[u64; 3]>()
+            .write_volatile(values);
     }
 }
 

@@ -69,7 +69,11 @@ pub fn tsc() -> u64 {
 pub fn random() -> u64 {
     let mut value = 0;
     // SAFETY: every CPU model the machine runs on has RDRAND (`-cpu EPYC-Milan`).
-    if unsafe { random_step(&mut value) } { value } else { tsc().wrapping_mul(0x9E37_79B9_7F4A_7C15) }
+    if unsafe { random_step(&mut value) } {
+        value
+    } else {
+        tsc().wrapping_mul(0x9E37_79B9_7F4A_7C15)
+    }
 }
 
 #[target_feature(enable = "rdrand")]

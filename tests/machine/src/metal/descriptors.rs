@@ -83,8 +83,10 @@ pub fn load() {
             idt.non_maskable_interrupt.set_handler_addr(address(nmi));
             idt.invalid_opcode.set_handler_addr(address(invalid_opcode));
             idt.double_fault.set_handler_addr(address(double_fault));
-            idt.stack_segment_fault.set_handler_addr(address(stack_fault));
-            idt.general_protection_fault.set_handler_addr(address(general_protection));
+            idt.stack_segment_fault
+                .set_handler_addr(address(stack_fault));
+            idt.general_protection_fault
+                .set_handler_addr(address(general_protection));
             idt.page_fault.set_handler_addr(address(page_fault));
         }
         Tables { gdt, idt }

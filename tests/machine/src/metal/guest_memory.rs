@@ -4,11 +4,11 @@
 //! the nested tables, or is about to be refused by them). Writes are checked like the guest's
 //! own: the level needs a private, validated, writable page.
 
+use machine::Platform;
 use machine::guest::GuestMemory;
 use machine::guest::walk::{Access, pages};
 use machine::memory::PhysicalMemory;
 use machine::types::{Alias, Gpa, Vmpl};
-use machine::Platform;
 
 use super::memory::DirectMap;
 use super::shared::Machine;
@@ -29,7 +29,9 @@ impl<'a> View<'a> {
 
 impl GuestMemory for View<'_> {
     fn read(&self, gpa: Gpa, out: &mut [u8]) -> bool {
-        let Some(spa) = self.platform.spa_of(gpa) else { return false };
+        let Some(spa) = self.platform.spa_of(gpa) else {
+            return false;
+        };
         DirectMap.read(spa, out);
         true
     }
@@ -50,8 +52,16 @@ impl GuestMemory for View<'_> {
 pub fn fetch<const N: usize>(machine: &Machine, vcpu: &Vcpu) -> ([u8; N], usize) {
     let view = View::new(&machine.platform, vcpu.vmpl);
     let paging = vcpu.paging();
-    let base = if vcpu.is_64_bit() { 0 } else { vcpu.save().segments[super::svm::seg::CS].base };
-    let access = Access { execute: true, user: vcpu.cpl() == 3, write: false };
+    let base = if vcpu.is_64_bit() {
+        0
+    } else {
+        vcpu.save().segments[super::svm::seg::CS].base
+    };
+    let access = Access {
+        execute: true,
+        user: vcpu.cpl() == 3,
+        write: false,
+    };
     let mut bytes = [0; N];
     for (at, part) in pages(base.wrapping_add(vcpu.rip()), N) {
         let start = part.start;

@@ -113,7 +113,12 @@ const PER_FAULT: u64 = 4;
 impl Tables {
     /// Empty views over a pool.
     pub fn new(pool: Range) -> Self {
-        Tables { pool, next: pool.start, free: Vec::new(), roots: Default::default() }
+        Tables {
+            pool,
+            next: pool.start,
+            free: Vec::new(),
+            roots: Default::default(),
+        }
     }
 
     /// Whether the next fault may find the pool empty. The caller then gets every CPU out of
@@ -132,7 +137,10 @@ impl Tables {
     fn allocate(&mut self) -> u64 {
         let table = self.free.pop().unwrap_or_else(|| {
             let table = self.next;
-            assert!(table < self.pool.end, "the caller recycles an exhausted pool first");
+            assert!(
+                table < self.pool.end,
+                "the caller recycles an exhausted pool first"
+            );
             self.next += 4096;
             table
         });
@@ -181,7 +189,9 @@ impl Tables {
 
     /// What a view has for the 2 MiB at `address` (48 bits, with the C-bit).
     pub fn slot(&self, vmpl: Vmpl, mode: Mode, address: u64) -> Slot {
-        let Some(root) = self.roots[vmpl.index()][mode as usize] else { return Slot::Empty };
+        let Some(root) = self.roots[vmpl.index()][mode as usize] else {
+            return Slot::Empty;
+        };
         match Self::directory(root, address).map(|table| get(table, index(address, 2))) {
             Some(entry) if entry & bits::PRESENT == 0 => Slot::Empty,
             Some(entry) if entry & bits::LARGE != 0 => Slot::Large,
@@ -223,9 +233,14 @@ impl Tables {
     ) {
         let block = PageSize::Size2M.bytes();
         let end = stale.gpa.get() + stale.bytes;
-        for vmpl in Vmpl::ALL.into_iter().filter(|&vmpl| stale.views.contains(vmpl)) {
+        for vmpl in Vmpl::ALL
+            .into_iter()
+            .filter(|&vmpl| stale.views.contains(vmpl))
+        {
             for mode in [Mode::Long, Mode::Flat] {
-                let Some(root) = self.roots[vmpl.index()][mode as usize] else { continue };
+                let Some(root) = self.roots[vmpl.index()][mode as usize] else {
+                    continue;
+                };
                 for alias in [0, C_BIT] {
                     let mut at = stale.gpa.get();
                     while at < end {
@@ -246,7 +261,9 @@ impl Tables {
         pages: core::ops::Range<u64>,
         refill: impl Fn(u64) -> Option<Mapping>,
     ) {
-        let Some(directory) = Self::directory(root, pages.start) else { return };
+        let Some(directory) = Self::directory(root, pages.start) else {
+            return;
+        };
         let slot = index(pages.start, 2);
         let entry = get(directory, slot);
         if entry & bits::PRESENT == 0 {

@@ -14,10 +14,10 @@ const MSRPM_PAGES: usize = 2;
 
 /// MSRs whose state a VMSA holds: hardware never reflects them (APM 15.35.3).
 const SWITCHED: [u32; 14] = [
-    0x10,        // TSC
-    0x174,       // SYSENTER_CS
-    0x175,       // SYSENTER_ESP
-    0x176,       // SYSENTER_EIP
+    0x10,  // TSC
+    0x174, // SYSENTER_CS
+    0x175, // SYSENTER_ESP
+    0x176, // SYSENTER_EIP
     msr::PAT,
     0xC000_0081, // STAR
     0xC000_0082, // LSTAR
@@ -27,7 +27,7 @@ const SWITCHED: [u32; 14] = [
     0xC000_0101, // GS_BASE
     0xC000_0102, // KERNEL_GS_BASE
     msr::TSC_AUX,
-    0x48,        // SPEC_CTRL
+    0x48, // SPEC_CTRL
 ];
 
 /// MSRs that the machine answers itself at every level.
@@ -81,7 +81,12 @@ impl Bitmap {
     fn new(pages: usize, all: bool) -> Self {
         let bitmap = Bitmap(OwnPages::new(pages));
         // SAFETY: the pages were just allocated for this.
-        unsafe { bitmap.0.pointer::<u8>().write_bytes(if all { 0xFF } else { 0 }, pages * 4096) };
+        unsafe {
+            bitmap
+                .0
+                .pointer::<u8>()
+                .write_bytes(if all { 0xFF } else { 0 }, pages * 4096)
+        };
         bitmap
     }
 

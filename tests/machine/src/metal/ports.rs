@@ -64,7 +64,11 @@ pub struct Ports {
 impl Ports {
     /// The ports of a machine with this memory.
     pub fn new(layout: &Layout) -> Self {
-        Ports { filter: e820_filter(layout.reserved), dma_high: 0, reserved: layout.reserved }
+        Ports {
+            filter: e820_filter(layout.reserved),
+            dma_high: 0,
+            reserved: layout.reserved,
+        }
     }
 
     /// A guest reads a port.
@@ -130,8 +134,8 @@ impl Ports {
 fn e820_filter(reserved: Range) -> Filter {
     const FILE: &str = "etc/e820";
     let selector = fwcfg::selector(FILE);
-    let patched = fwcfg::file(FILE)
-        .and_then(|table| patch_e820(&table, reserved.start, reserved.len()));
+    let patched =
+        fwcfg::file(FILE).and_then(|table| patch_e820(&table, reserved.start, reserved.len()));
     match (selector, patched) {
         (Some(selector), Some(patched)) => Filter::new(selector, patched),
         // Without the file there is nothing to hide.

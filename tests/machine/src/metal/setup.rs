@@ -33,7 +33,9 @@ const GIB: u64 = 1 << 30;
 
 /// Makes the machine and puts the guest into it.
 pub fn launch(layout: &Layout) {
-    let vcpus = fwcfg::item::<2>(KEY_CPUS).map_or(1, u16::from_le_bytes).max(1);
+    let vcpus = fwcfg::item::<2>(KEY_CPUS)
+        .map_or(1, u16::from_le_bytes)
+        .max(1);
     let text = fwcfg::text(FILE_SETTINGS).unwrap_or_default();
     let settings = Settings::parse(&text);
     let (settings, bad) = match settings {
@@ -71,7 +73,9 @@ pub fn launch(layout: &Layout) {
 /// Adds the memory and launches the image.
 fn fill(layout: &Layout) -> Result<(), alloc::string::String> {
     let mut machine = shared::lock(0);
-    let Machine { platform, cpuid, .. } = &mut *machine;
+    let Machine {
+        platform, cpuid, ..
+    } = &mut *machine;
     let ranges = [
         (0, CONVENTIONAL_END),
         (MIB, layout.reserved.start - MIB),
@@ -88,6 +92,8 @@ fn fill(layout: &Layout) -> Result<(), alloc::string::String> {
         random: &mut cpu::random,
         cpuid,
     };
-    platform.launch(&image, &mut environment).map_err(|error| error.to_string())?;
+    platform
+        .launch(&image, &mut environment)
+        .map_err(|error| error.to_string())?;
     Ok(())
 }

@@ -46,7 +46,10 @@ pub struct Guard {
 /// Takes the lock.
 pub fn lock(rip: u64) -> Guard {
     let machine = MACHINE.get().expect("init ran before any guest");
-    Guard { inner: machine.lock(), rip }
+    Guard {
+        inner: machine.lock(),
+        rip,
+    }
 }
 
 impl Deref for Guard {
@@ -64,7 +67,9 @@ impl DerefMut for Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.inner.settle(self.rip);
+        if self.inner.platform.has_news() {
+            self.inner.settle(self.rip);
+        }
     }
 }
 
@@ -130,12 +135,17 @@ impl Machine {
         if !matches!(self.tables.slot(vmpl, mode, address), Slot::Table(_)) {
             let table = self.tables.grow(vmpl, mode, address);
             let block = address & !(PageSize::Size2M.bytes() - 1);
-            for page in (0..PageSize::Size2M.bytes()).step_by(4096).map(|offset| block + offset) {
+            for page in (0..PageSize::Size2M.bytes())
+                .step_by(4096)
+                .map(|offset| block + offset)
+            {
                 let (gpa, alias) = split(page, mode);
                 table.set(page, self.platform.peek(vmpl, alias, gpa));
             }
         }
-        self.tables.grow(vmpl, mode, address).set(address, Some(mapping));
+        self.tables
+            .grow(vmpl, mode, address)
+            .set(address, Some(mapping));
     }
 
     /// After an instruction that gives rights to a page: lets the tables that exist show it, so

@@ -12,7 +12,10 @@
 //! * a request to a CPU is answered (its slot is empty again) before the requester goes on, so
 //!   a VMSA that was stopped or replaced is at rest when the guest hears so.
 
-#![expect(unsafe_code, reason = "the trampoline is copied to conventional memory")]
+#![expect(
+    unsafe_code,
+    reason = "the trampoline is copied to conventional memory"
+)]
 
 use alloc::boxed::Box;
 use alloc::format;
@@ -75,7 +78,10 @@ fn slot(id: VcpuId) -> &'static Slot {
 pub fn init_table(vcpus: u32) {
     SLOTS.call_once(|| {
         (0..vcpus)
-            .map(|n| Slot { asleep: AtomicBool::new(n != 0), ..Slot::default() })
+            .map(|n| Slot {
+                asleep: AtomicBool::new(n != 0),
+                ..Slot::default()
+            })
             .collect()
     });
 }
@@ -91,7 +97,11 @@ pub fn start_others(permissions: Permissions) {
         for id in 1..vcpus {
             let stack: Box<[Page]> = (0..STACK / 4096).map(|_| Page::zeroed()).collect();
             let top = Box::leak(stack).as_ptr_range().end as u64;
-            let start = Box::leak(Box::new(Start { id, permissions, ready: AtomicBool::new(false) }));
+            let start = Box::leak(Box::new(Start {
+                id,
+                permissions,
+                ready: AtomicBool::new(false),
+            }));
             boot::arm_trampoline(top, core::ptr::from_ref(start) as u64);
             send_ipi(id, DELIVERY_INIT | LEVEL_ASSERT, 0);
             send_ipi(id, DELIVERY_STARTUP, (TRAMPOLINE >> 12) as u8);
@@ -129,7 +139,10 @@ const DELIVERY_STARTUP: u64 = 6 << 8;
 const LEVEL_ASSERT: u64 = 1 << 14;
 
 fn send_ipi(to: u32, command: u64, vector: u8) {
-    cpu::wrmsr(msr::X2APIC_ICR, u64::from(to) << 32 | command | u64::from(vector));
+    cpu::wrmsr(
+        msr::X2APIC_ICR,
+        u64::from(to) << 32 | command | u64::from(vector),
+    );
 }
 
 fn kick(id: usize) {
@@ -206,7 +219,9 @@ pub fn answer(id: VcpuId) {
 
 /// Asks a CPU and waits until it has answered. Never with the machine's lock held.
 fn ask(from: VcpuId, to: VcpuId, request: Request) {
-    let Some(slot) = slots().get(to.index()).filter(|_| to != from) else { return };
+    let Some(slot) = slots().get(to.index()).filter(|_| to != from) else {
+        return;
+    };
     loop {
         let mut pending = slot.request.lock();
         if pending.is_none() {
@@ -266,7 +281,9 @@ pub fn startup(from: VcpuId, to: VcpuId) {
 /// Releases what a start-up IPI releases: the context of this vCPU that waits for it.
 pub fn released_by_startup(id: VcpuId) -> Option<Vmpl> {
     let mut machine = shared::lock(0);
-    Vmpl::ALL.into_iter().find(|&vmpl| machine.platform.release_hold(id, vmpl, true))
+    Vmpl::ALL
+        .into_iter()
+        .find(|&vmpl| machine.platform.release_hold(id, vmpl, true))
 }
 
 /// The parked guest: real mode, one page with a HLT and a jump back to it.
@@ -291,6 +308,8 @@ impl Park {
         }
         // SAFETY: the last page, just allocated.
         unsafe { pages[4].pointer::<[u8; 3]>().write(CODE) };
-        Park { root: pages[0].physical() }
+        Park {
+            root: pages[0].physical(),
+        }
     }
 }

@@ -61,7 +61,10 @@ pub fn access(vcpu: &mut Vcpu) -> Flow {
         // A 32-bit result clears the upper half, smaller ones keep the rest.
         let kept = if bytes == 4 { 0 } else { rax & !mask };
         vcpu.save_mut().rax = kept | value;
-    } else if let Some(end) = machine.ports.output(info.port(), bytes, (rax & mask) as u32) {
+    } else if let Some(end) = machine
+        .ports
+        .output(info.port(), bytes, (rax & mask) as u32)
+    {
         return Flow::End(end);
     }
     vcpu.resume_at(next)
@@ -71,15 +74,35 @@ pub fn access(vcpu: &mut Vcpu) -> Flow {
 /// base 0 in every guest that uses these with 64-bit code.
 fn string(vcpu: &mut Vcpu, info: Info, next: u64) -> Flow {
     const DIRECTION: u64 = 1 << 10;
-    let address_mask = if vcpu.is_64_bit() { u64::MAX } else { 0xFFFF_FFFF };
+    let address_mask = if vcpu.is_64_bit() {
+        u64::MAX
+    } else {
+        0xFFFF_FFFF
+    };
     let width = u64::from(info.bytes());
-    let step = if vcpu.save().rflags & DIRECTION != 0 { width.wrapping_neg() } else { width };
+    let step = if vcpu.save().rflags & DIRECTION != 0 {
+        width.wrapping_neg()
+    } else {
+        width
+    };
     let segment = if info.is_input() { seg::ES } else { seg::DS };
-    let base = if vcpu.is_64_bit() { 0 } else { vcpu.save().segments[segment].base };
-    let count = if info.is_repeated() { vcpu.registers.rcx & address_mask } else { 1 };
+    let base = if vcpu.is_64_bit() {
+        0
+    } else {
+        vcpu.save().segments[segment].base
+    };
+    let count = if info.is_repeated() {
+        vcpu.registers.rcx & address_mask
+    } else {
+        1
+    };
     let now = count.min(BATCH);
     for _ in 0..now {
-        let index = if info.is_input() { vcpu.registers.rdi } else { vcpu.registers.rsi };
+        let index = if info.is_input() {
+            vcpu.registers.rdi
+        } else {
+            vcpu.registers.rsi
+        };
         let address = base.wrapping_add(index & address_mask);
         match element(vcpu, info, address) {
             Element::Done => {}
@@ -96,7 +119,11 @@ fn string(vcpu: &mut Vcpu, info: Info, next: u64) -> Flow {
             vcpu.registers.rcx = vcpu.registers.rcx.wrapping_sub(1) & address_mask;
         }
     }
-    if now < count { Flow::Resume } else { vcpu.resume_at(next) }
+    if now < count {
+        Flow::Resume
+    } else {
+        vcpu.resume_at(next)
+    }
 }
 
 enum Element {
@@ -107,7 +134,11 @@ enum Element {
 
 fn element(vcpu: &Vcpu, info: Info, address: u64) -> Element {
     let mut machine = shared::lock(vcpu.rip());
-    let access = Access { write: info.is_input(), user: vcpu.cpl() == 3, execute: false };
+    let access = Access {
+        write: info.is_input(),
+        user: vcpu.cpl() == 3,
+        execute: false,
+    };
     let to = {
         let view = View::new(&machine.platform, vcpu.vmpl);
         match vcpu.paging().translate(&view, address, access) {
@@ -124,7 +155,10 @@ fn element(vcpu: &Vcpu, info: Info, address: u64) -> Element {
     }
     let mut value = [0; 4];
     View::new(&machine.platform, vcpu.vmpl).read(to.gpa, &mut value[..width]);
-    match machine.ports.output(info.port(), bytes, u32::from_le_bytes(value)) {
+    match machine
+        .ports
+        .output(info.port(), bytes, u32::from_le_bytes(value))
+    {
         Some(end) => Element::End(Flow::End(end)),
         None => Element::Done,
     }

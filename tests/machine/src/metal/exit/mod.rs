@@ -29,7 +29,10 @@ use super::{shared, smp};
 /// Handles the exit that VMRUN returned with.
 pub fn handle(vcpu: &mut Vcpu) -> Flow {
     let code = vcpu.vmcb().control.exit_code;
-    shared::lock(vcpu.rip()).platform.counters().count_exit(vcpu.vmpl, code);
+    shared::lock(vcpu.rip())
+        .platform
+        .counters()
+        .count_exit(vcpu.vmpl, code);
     let control = &vcpu.vmcb().control;
     let (info_1, info_2) = (control.exit_info1, control.exit_info2);
     vcpu.trace(format_args!("exit {code:#x} {info_1:#x} {info_2:#x}"));
@@ -59,7 +62,10 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
                 vcpu.nmi()
             }
         }
-        ExitCode::SHUTDOWN => Flow::End(End::Shutdown { vmpl: vcpu.vmpl, rip: vcpu.rip() }),
+        ExitCode::SHUTDOWN => Flow::End(End::Shutdown {
+            vmpl: vcpu.vmpl,
+            rip: vcpu.rip(),
+        }),
         other => Flow::End(End::Refused(format!("{} exited with {other:?}", vcpu.vmpl))),
     }
 }
@@ -93,7 +99,11 @@ fn invalid(vcpu: &mut Vcpu) -> Flow {
 
 /// An access that no host can make succeed ends the run.
 fn refused(vcpu: &Vcpu, what: fmt::Arguments<'_>, denial: Denial) -> Flow {
-    Flow::End(End::Refused(format!("{} at RIP {:#x}: {what}: {denial}", vcpu.vmpl, vcpu.rip())))
+    Flow::End(End::Refused(format!(
+        "{} at RIP {:#x}: {what}: {denial}",
+        vcpu.vmpl,
+        vcpu.rip()
+    )))
 }
 
 fn cpuid(vcpu: &mut Vcpu) -> Flow {
@@ -103,7 +113,9 @@ fn cpuid(vcpu: &mut Vcpu) -> Flow {
     let length = instruction_at_rip(vcpu).length;
     let (leaf, subleaf) = (vcpu.save().rax as u32, vcpu.registers.rcx as u32);
     let context = cpuid_context(vcpu);
-    let result = shared::lock(vcpu.rip()).cpuid.lookup(leaf, subleaf, &context);
+    let result = shared::lock(vcpu.rip())
+        .cpuid
+        .lookup(leaf, subleaf, &context);
     vcpu.save_mut().rax = u64::from(result.eax);
     vcpu.registers.rbx = u64::from(result.ebx);
     vcpu.registers.rcx = u64::from(result.ecx);
@@ -131,7 +143,15 @@ fn halt(vcpu: &mut Vcpu) -> Flow {
     vcpu.skip(1);
     if smp::is_alone_awake(vcpu.id) {
         let save = vcpu.save();
-        return Flow::End(End::Halted { vmpl: vcpu.vmpl, rip: save.rip, rsp: save.rsp });
+        return Flow::End(End::Halted {
+            vmpl: vcpu.vmpl,
+            rip: save.rip,
+            rsp: save.rsp,
+        });
     }
-    Flow::Hold(Reason { code: ExitCode::HLT.0, info_1: 0, info_2: 0 })
+    Flow::Hold(Reason {
+        code: ExitCode::HLT.0,
+        info_1: 0,
+        info_2: 0,
+    })
 }

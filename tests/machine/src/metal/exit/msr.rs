@@ -4,10 +4,10 @@ use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
 use protocols::vmsa::Efer;
 
+use crate::metal::apic;
 use crate::metal::cpu::{self, msr};
 use crate::metal::shared;
 use crate::metal::vcpu::{Flow, Vcpu};
-use crate::metal::apic;
 
 /// SEV_STATUS: SEV, SEV-ES and SEV-SNP are active (APM 15.34.10).
 const SEV_STATUS: u64 = 7;
@@ -28,10 +28,14 @@ pub fn access(vcpu: &mut Vcpu) -> Flow {
         }
         msr::EFER => set_result(vcpu, vcpu.save().efer),
         msr::GHCB if write => {
-            shared::lock(vcpu.rip()).platform.set_ghcb_msr(vcpu.id, vcpu.vmpl, value);
+            shared::lock(vcpu.rip())
+                .platform
+                .set_ghcb_msr(vcpu.id, vcpu.vmpl, value);
         }
         msr::GHCB => {
-            let value = shared::lock(vcpu.rip()).platform.ghcb_msr(vcpu.id, vcpu.vmpl);
+            let value = shared::lock(vcpu.rip())
+                .platform
+                .ghcb_msr(vcpu.id, vcpu.vmpl);
             set_result(vcpu, value);
         }
         msr::SEV_STATUS if write => return vcpu.general_protection(),
@@ -90,7 +94,11 @@ fn write_efer(vcpu: &mut Vcpu, value: u64) -> bool {
     if value & !KNOWN != 0 || (paging && (value ^ old) & Efer::LME.0 != 0) {
         return false;
     }
-    let active = if paging && value & Efer::LME.0 != 0 { Efer::LMA.0 } else { 0 };
+    let active = if paging && value & Efer::LME.0 != 0 {
+        Efer::LMA.0
+    } else {
+        0
+    };
     vcpu.save_mut().efer = value & !Efer::LMA.0 | active | Efer::SVME.0;
     true
 }

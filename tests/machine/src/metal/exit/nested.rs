@@ -1,9 +1,9 @@
 //! Nested page faults: the platform's verdict on an access becomes a mapping, a #VC, or the end
 //! of the run.
 
-use machine::types::{Alias, Gpa, Kind, Spa};
-use machine::access::Mapping;
 use machine::Verdict;
+use machine::access::Mapping;
+use machine::types::{Alias, Gpa, Kind, Spa};
 use protocols::exit_code::ExitCode;
 use protocols::snp::NestedFault;
 
@@ -37,7 +37,11 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
     machine.platform.counters().vmpl(vcpu.vmpl).npf += 1;
     match verdict {
         Verdict::Map(mapping) => {
-            let seen_as = if mode == Mode::Flat { alias } else { kind.effective_alias(alias) };
+            let seen_as = if mode == Mode::Flat {
+                alias
+            } else {
+                kind.effective_alias(alias)
+            };
             // Stale leaves go first, so that none of them survives next to the new one.
             machine.settle(vcpu.rip());
             machine.map(vcpu.vmpl, mode, address, mapping, seen_as);
@@ -62,7 +66,11 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
 
 /// Devices are mapped one to one; nobody fetches instructions from them.
 fn map_device(machine: &mut shared::Machine, vcpu: &Vcpu, mode: Mode, address: u64, spa: Spa) {
-    let mapping = Mapping { spa, write: true, execute: false };
+    let mapping = Mapping {
+        spa,
+        write: true,
+        execute: false,
+    };
     machine.map(vcpu.vmpl, mode, address, mapping, Alias::Shared);
 }
 

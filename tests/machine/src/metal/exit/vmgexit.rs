@@ -14,9 +14,20 @@ pub fn exit(vcpu: &mut Vcpu, length: u64) -> Flow {
     // The instruction is complete before the host sees the exit (APM 15.35.6).
     vcpu.skip(length);
     let mut machine = shared::lock(vcpu.rip());
-    let shared::Machine { platform, ports, cpuid, .. } = &mut *machine;
+    let shared::Machine {
+        platform,
+        ports,
+        cpuid,
+        ..
+    } = &mut *machine;
     let value = platform.ghcb_msr(vcpu.id, vcpu.vmpl);
-    let mut host = Host { vcpu, ports, cpuid, ended: None, icr: None };
+    let mut host = Host {
+        vcpu,
+        ports,
+        cpuid,
+        ended: None,
+        icr: None,
+    };
     let reply = platform.vmgexit(host.vcpu.id, host.vcpu.vmpl, &mut host);
     let (ended, icr) = (host.ended.take(), host.icr.take());
     drop(machine);
@@ -27,15 +38,21 @@ pub fn exit(vcpu: &mut Vcpu, length: u64) -> Flow {
     if let Some(value) = icr {
         apic::write_icr(vcpu.id, value);
     }
-    let why = Reason { code: ExitCode::VMGEXIT.0, info_1: 0, info_2: 0 };
+    let why = Reason {
+        code: ExitCode::VMGEXIT.0,
+        info_1: 0,
+        info_2: 0,
+    };
     match reply {
         Reply::Resume => Flow::Resume,
         Reply::Run(vmpl) => Flow::Run(vmpl, why),
         Reply::Ap(action) => start_or_stop(vcpu, action),
         Reply::Hold => Flow::Hold(why),
-        Reply::Terminate { set, code } => {
-            Flow::End(End::Terminated { vmpl: vcpu.vmpl, set, code })
-        }
+        Reply::Terminate { set, code } => Flow::End(End::Terminated {
+            vmpl: vcpu.vmpl,
+            set,
+            code,
+        }),
         Reply::Refused(why) => Flow::End(End::Refused(why)),
     }
 }
