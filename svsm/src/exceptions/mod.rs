@@ -96,14 +96,16 @@ fn build_idt() -> InterruptDescriptorTable {
     macro_rules! emergency_gate {
         ($entry:expr, $stub:ident) => {{
             let options = gate!($entry, $stub);
-            // SAFETY: every processor's TSS has the emergency stack, and these exceptions do
-            // not return to each other.
+            // SAFETY: every processor's TSS has the emergency stack, and handlers of these
+            // exceptions do not return, so a frame on it that is overwritten is not missed.
             unsafe { options.set_stack_index(EMERGENCY_STACK) };
         }};
     }
     gate!(idt.divide_error, divide_error);
     gate!(idt.debug, debug);
-    emergency_gate!(idt.non_maskable_interrupt, nmi);
+    // On the current stack, as there is no SYSCALL here: the host can inject a second NMI while
+    // the first is handled, and on a stack of its own that would overwrite the first one's frame.
+    gate!(idt.non_maskable_interrupt, nmi);
     gate!(idt.breakpoint, breakpoint);
     gate!(idt.overflow, overflow);
     gate!(idt.bound_range_exceeded, bound_range);
