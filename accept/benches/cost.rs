@@ -8,8 +8,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, OnNoChange, PageSize, Range, Region,
-    RegionLock, RegionLocks, ValidateFault,
+    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, OnNoChange, PageSize,
+    Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
 
 /// A platform on which every instruction is free.
@@ -41,7 +41,9 @@ impl Backend for Free {
         black_box(block);
         Ok(())
     }
-    fn flush(&self) {}
+    fn flush(&self) -> Result<(), NotFlushed> {
+        Ok(())
+    }
 }
 
 const REGIONS: u64 = 4096;
@@ -79,7 +81,7 @@ fn there_and_back(engine: &Engine<'_, Free>, block: Block) {
     engine.accept(block, OnNoChange::Fail).expect("accepted");
     let rescinded = engine.rescind(block, OnNoChange::Fail).expect("rescinded");
     if let Some(owed) = rescinded.flush {
-        engine.flush(owed);
+        engine.flush(owed).expect("flushed");
     }
 }
 

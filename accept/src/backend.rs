@@ -46,8 +46,16 @@ pub trait Backend {
 
     /// Drops every cached translation of the guest on all of its vCPUs, and returns when that is
     /// certain. Called without any lock held.
-    fn flush(&self);
+    ///
+    /// # Errors
+    /// [`NotFlushed`] when it is not certain within the platform's bound on waiting (I12).
+    fn flush(&self) -> Result<(), NotFlushed>;
 }
+
+/// A vCPU went on running for so long that it may still hold translations which the RMP would not
+/// give any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotFlushed;
 
 /// Why [`Backend::validate`] or [`Backend::rescind`] did not change the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 //! region, take its lock, look at the states, act, record, release the lock, flush if something
 //! went wrong half-way.
 
-use crate::backend::{Backend, Operation, STATUS_SIZE_MISMATCH, Trouble};
+use crate::backend::{Backend, NotFlushed, Operation, STATUS_SIZE_MISMATCH, Trouble};
 use crate::block::{Block, Frame, PageSize};
 use crate::counters::{Counters, Tally};
 use crate::lock::{Guard, RegionLocks};
@@ -76,7 +76,8 @@ pub enum Error {
     /// The host's fault: the hardware contradicts the map. Every page is recorded as what the
     /// hardware says, nothing that the map did not know was granted, and the VM should stop.
     HostLied,
-    /// Nobody's fault: another vCPU held the lock for too long. Ask again.
+    /// Nobody's fault: another vCPU held the lock, or kept a flush from being certain, for too
+    /// long. Ask again.
     Busy,
     /// An instruction failed. What it did to part of the block was undone, or is recorded.
     Backend {
@@ -140,9 +141,11 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     /// Pays every debt there is, this one included: one flush is enough for many rescinds.
-    pub fn flush(&self, owed: FlushOwed) {
-        let FlushOwed(()) = owed;
-        self.backend.flush();
+    ///
+    /// # Errors
+    /// The debt, when a vCPU kept the flush from being certain for too long.
+    pub fn flush(&self, owed: FlushOwed) -> Result<(), FlushOwed> {
+        self.backend.flush().map_err(|NotFlushed| owed)
     }
 
     /// The sum of all counters.
@@ -210,7 +213,9 @@ impl<'m, B: Backend> Engine<'m, B> {
     pub(crate) fn end(&self, held: Held<'m>, ended: Ended) -> Result<Done, Error> {
         drop(held);
         if ended.flush_now {
-            self.backend.flush();
+            // Nobody relies on pages that a failed flow has put out: they are invalid, and the
+            // caller hears of the failure whether this is certain or not.
+            let _ = self.backend.flush();
         }
         ended.result
     }

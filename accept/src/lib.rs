@@ -41,13 +41,14 @@
 //! * **I9** After an error the block is as it was before, or, where that is impossible, every page
 //!   is recorded as what it really is.
 //! * **I12** Waiting for a lock is bounded ([`Error::Busy`]), and no lock is held across a flush.
+//!   A flush that takes too long has not happened: its debt is still owed.
 //!
 //! # Example
 //!
 //! ```
 //! use accept::{
 //!     Backend, Block, Engine, Fault, Frame, Map, OnNoChange, PageSize, Range, Region, RegionLock,
-//!     RegionLocks, AdjustFault, ValidateFault,
+//!     RegionLocks, AdjustFault, NotFlushed, ValidateFault,
 //! };
 //!
 //! /// A platform on which everything works.
@@ -58,7 +59,7 @@
 //!     fn scrub(&self, _: Block) -> Result<(), Fault> { Ok(()) }
 //!     fn grant(&self, _: Block) -> Result<(), AdjustFault> { Ok(()) }
 //!     fn revoke(&self, _: Block) -> Result<(), AdjustFault> { Ok(()) }
-//!     fn flush(&self) {}
+//!     fn flush(&self) -> Result<(), NotFlushed> { Ok(()) }
 //! }
 //!
 //! let regions = [const { Region::new() }; 2]; // 4 MiB from address 0
@@ -92,7 +93,7 @@ mod rescinding;
 mod sweep;
 mod sync;
 
-pub use backend::{AdjustFault, Backend, Fault, Operation, ValidateFault};
+pub use backend::{AdjustFault, Backend, Fault, NotFlushed, Operation, ValidateFault};
 pub use block::{Block, Frame, Misaligned, PAGES_PER_REGION, PageSize};
 pub use counters::Counters;
 pub use engine::{Done, Engine, Error, FlushOwed, OnNoChange, Rescinded};

@@ -56,7 +56,11 @@ impl<B: Backend> Engine<'_, B> {
     ///
     /// # Errors
     /// [`Error::Owned`], [`Error::NotAccepted`], [`Error::OutOfRange`], [`Error::Busy`], and
-    /// [`Error::HostLied`] or [`Error::Backend`] when the guest's access could not be revoked.
+    /// [`Error::HostLied`] or [`Error::Backend`] when the guest's access could not be revoked. In
+    /// all cases the page's state is what it was: a page that turns out to be invalid stays
+    /// Accepted, because nobody has rescinded it. Were it recorded Unaccepted, the guest could
+    /// have it validated a second time while the host keeps the first page back: the remap attack
+    /// (I2).
     pub fn take(&self, frame: Frame, role: Role) -> Result<Taken, Error> {
         let block = Block::page(frame);
         let held = self.hold(block)?;
@@ -65,9 +69,19 @@ impl<B: Backend> Engine<'_, B> {
             PageState::Unaccepted | PageState::Ahead => Ended::with(Err(Error::NotAccepted)),
             PageState::Accepted => self.take_held(&held, frame, role),
         };
-        // The flush follows the unlock; the page is Owned by then, so nobody can get between.
         let Done { .. } = self.end(held, ended)?;
-        Ok(Taken { frame, role })
+        let taken = Taken { frame, role };
+        // The flush follows the unlock; the page is Owned by then, so nobody can get between. A
+        // vCPU that may still write to the page through a stale translation could change what is
+        // found good in it, its privilege level for instance: no flush, no page.
+        if role == Role::Vmsa && self.backend.flush().is_err() {
+            return match self.give_back(taken) {
+                Ok(()) => Err(Error::Busy),
+                // It stays Owned: the guest has lost a page, nobody has gained one.
+                Err(NotReturned { error, .. }) => Err(error),
+            };
+        }
+        Ok(taken)
     }
 
     fn take_held(&self, held: &Held<'_>, frame: Frame, role: Role) -> Ended {
@@ -77,19 +91,9 @@ impl<B: Backend> Engine<'_, B> {
             return Ended::with(Ok(Done::NOTHING));
         }
         match self.adjust(held, &page, |block| self.backend.revoke(block)) {
-            None => Ended {
-                result: Ok(Done::NOTHING),
-                flush_now: true,
-            },
+            None => Ended::with(Ok(Done::NOTHING)),
             Some(stopped) => {
-                held.record(
-                    &page,
-                    if stopped.trouble == Trouble::Contradiction {
-                        PageState::Unaccepted
-                    } else {
-                        PageState::Accepted
-                    },
-                );
+                held.record(&page, PageState::Accepted);
                 Ended::with(Err(held.error(Operation::Revoke, stopped)))
             }
         }

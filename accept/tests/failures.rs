@@ -201,7 +201,7 @@ fn i9_a_rescind_that_fails_half_way_is_recorded_as_it_is() {
             .rescind(large(0), OnNoChange::Ignore)
             .expect("the rest goes");
         assert_eq!(done.changed_pages, 502);
-        engine.flush(done.flush.expect("owed"));
+        engine.flush(done.flush.expect("owed")).expect("flushed");
         model.assert_agrees(engine);
     });
 }
@@ -324,7 +324,42 @@ fn i9_a_page_that_cannot_be_taken_stays_the_guest_s() {
 
         model.remove(9);
         assert_eq!(engine.take(frame(9), Role::Vmsa), Err(Error::HostLied));
-        assert_eq!(engine.state(frame(9)), Some(PageState::Unaccepted));
+        // The page that was validated may come back: nobody may validate another one here.
+        assert_eq!(engine.state(frame(9)), Some(PageState::Accepted));
+        let again = engine.accept(page(9), OnNoChange::Fail);
+        assert_eq!(again, Err(Error::NoChange));
+        assert!(!model.entry(9).validated, "I2: not without a rescind");
+    });
+}
+
+#[test]
+fn i3_a_page_that_somebody_may_still_write_to_is_not_taken_as_a_vmsa() {
+    // The attack: another vCPU keeps running with a translation from before the revoke, waits
+    // until the page is found good, and then writes another privilege level into it.
+    let model = Model::new(1, true);
+    with_engine(&model, 1, 1000, |engine| {
+        all_accepted(engine, &model);
+        model.fail_flush();
+        assert_eq!(engine.take(frame(9), Role::Vmsa), Err(Error::Busy));
+        assert_eq!(engine.state(frame(9)), Some(PageState::Accepted));
+        assert!(model.entry(9).granted, "the guest has it as before");
+        let taken = engine.take(frame(9), Role::Vmsa).expect("taken");
+        assert!(!model.entry(9).stale);
+        engine.give_back(taken).expect("returned");
+    });
+}
+
+#[test]
+fn i3_a_flush_that_is_not_certain_is_still_owed() {
+    let model = Model::new(1, true);
+    with_engine(&model, 1, 1000, |engine| {
+        all_accepted(engine, &model);
+        let done = engine.rescind(page(3), OnNoChange::Fail).expect("done");
+        model.fail_flush();
+        let owed = engine.flush(done.flush.expect("owed"));
+        let owed = owed.expect_err("still owed");
+        assert!(model.entry(3).stale);
+        engine.flush(owed).expect("flushed");
         model.assert_agrees(engine);
     });
 }

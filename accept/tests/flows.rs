@@ -9,7 +9,8 @@ const SMALL: PageSize = PageSize::Size4K;
 const LARGE: PageSize = PageSize::Size2M;
 
 fn rescinded(done: Result<Rescinded, Error>, engine: &accept::Engine<'_, &Model>) {
-    engine.flush(done.expect("rescinded").flush.expect("a flush is owed"));
+    let owed = done.expect("rescinded").flush.expect("a flush is owed");
+    engine.flush(owed).expect("flushed");
 }
 
 #[test]

@@ -130,7 +130,7 @@ fn apply(
         Step::Accept(block, choice) => engine.accept(*block, *choice).map(|_| ())?,
         Step::Rescind(block, choice) => {
             if let Some(owed) = engine.rescind(*block, *choice)?.flush {
-                engine.flush(owed);
+                engine.flush(owed).expect("flushed");
             }
         }
         Step::Prepare(block) => engine.prepare(*block).map(|_| ())?,

@@ -8,7 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use accept::{
-    AdjustFault, Backend, Block, Error, Fault, OnNoChange, PageState, Role, ValidateFault,
+    AdjustFault, Backend, Block, Error, Fault, NotFlushed, OnNoChange, PageState, Role,
+    ValidateFault,
 };
 use model::{Model, frame, large, page, with_engine};
 
@@ -73,7 +74,7 @@ fn i1_i2_random_work_on_few_regions_never_validates_twice() {
                             _ => engine.rescind(block, choice).map(|done| done.flush),
                         };
                         match result {
-                            Ok(Some(owed)) => engine.flush(owed),
+                            Ok(Some(owed)) => engine.flush(owed).expect("flushed"),
                             Ok(None) => {}
                             Err(error) => assert_eq!(error, Error::NoChange),
                         }
@@ -102,7 +103,7 @@ fn a_page_on_its_way_out_is_waited_for_not_called_owned() {
                         .rescind(page(0), OnNoChange::Ignore)
                         .expect("rescinded");
                     if let Some(owed) = done.flush {
-                        engine.flush(owed);
+                        engine.flush(owed).expect("flushed");
                     }
                     engine
                         .accept(page(0), OnNoChange::Ignore)
@@ -158,9 +159,9 @@ impl Backend for Stoppable<'_> {
     fn revoke(&self, block: Block) -> Result<(), AdjustFault> {
         self.model.revoke(block)
     }
-    fn flush(&self) {
+    fn flush(&self) -> Result<(), NotFlushed> {
         self.stop(self.flushing.as_ref());
-        self.model.flush();
+        self.model.flush()
     }
 }
 

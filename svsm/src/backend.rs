@@ -3,7 +3,7 @@
 //! No decisions are taken here. The engine calls with the region's lock held; every block lies
 //! in a range of the map and therefore in the guest window.
 
-use accept::{AdjustFault, Backend, Block, Fault, ValidateFault};
+use accept::{AdjustFault, Backend, Block, Fault, NotFlushed, ValidateFault};
 use protocols::addr::{Gpa, PAGE_SIZE, PageSize, Vmpl};
 
 use crate::guest::GUEST_VMPL;
@@ -43,6 +43,18 @@ impl<P: Platform> WindowBackend<P> {
         let block = mapped(page, PageSize::Size4K).ok_or(AdjustFault::Failed(FAIL_INPUT))?;
         self.platform
             .adjust(block, GUEST_VMPL, Rights::ReadableVmsa)
+            .map_err(adjust_fault)
+    }
+
+    /// Makes a VMSA an ordinary page again, which nobody below VMPL0 has rights to.
+    ///
+    /// # Errors
+    ///
+    /// As the instruction reported; nothing changed.
+    pub fn unmake_vmsa(&self, page: Gpa) -> Result<(), AdjustFault> {
+        let block = mapped(page, PageSize::Size4K).ok_or(AdjustFault::Failed(FAIL_INPUT))?;
+        self.platform
+            .adjust(block, GUEST_VMPL, Rights::None)
             .map_err(adjust_fault)
     }
 
@@ -95,9 +107,9 @@ impl<P: Platform> Backend for WindowBackend<P> {
         Ok(())
     }
 
-    fn flush(&self) {
+    fn flush(&self) -> Result<(), NotFlushed> {
         self.platform.flush_local();
-        self.registry.flush_all();
+        self.registry.flush_all()
     }
 }
 

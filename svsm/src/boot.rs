@@ -109,14 +109,16 @@ fn start(
     let mut pool = validate_carve_out(&platform, &plan, &mut region_pool)?;
     map_guest_memory(&plan, &launch, &mut pool)?;
 
-    let vcpus = make_vcpus(vp_count, launch.region(), &mut pool)?;
+    let vmsas = VmsaWindow {
+        region: launch.region(),
+        platform,
+    };
+    let vcpus = make_vcpus(vp_count, vmsas, &mut pool)?;
     let engine = make_engine(&platform, &launch, &plan, locks, vcpus.registry, &mut pool)?;
     let system = system::publish(System {
         engine,
         registry: vcpus.registry,
-        vmsas: VmsaWindow {
-            region: launch.region(),
-        },
+        vmsas,
         ghcbs,
         fault: params.fault,
     });
@@ -311,7 +313,7 @@ struct MadeVcpus {
 
 fn make_vcpus(
     vp_count: usize,
-    region: PageRange,
+    vmsas: VmsaWindow,
     pool: &mut Pool,
 ) -> Result<MadeVcpus, TurnstileReason> {
     // QEMU and KVM number processors by APIC id from 0 as long as the topology has no gaps.
@@ -324,7 +326,7 @@ fn make_vcpus(
             records,
             shown,
         },
-        VmsaWindow { region },
+        vmsas,
         GUEST_SEV_FEATURES,
     );
     Ok(MadeVcpus {

@@ -4,7 +4,7 @@
 //! Only in test builds (feature `faults`). The engine and the protocols below and above it are the
 //! code that ships; the fault is in how the wrapper passes on what they ask for.
 
-use accept::{AdjustFault, Backend, Block, Fault as ScrubFault, ValidateFault};
+use accept::{AdjustFault, Backend, Block, Fault as ScrubFault, NotFlushed, ValidateFault};
 use protocols::addr::Gpa;
 use protocols::launch::Fault;
 
@@ -101,8 +101,8 @@ impl<B: Backend> Backend for Faulty<B> {
         self.inner.revoke(block)
     }
 
-    fn flush(&self) {
-        self.inner.flush();
+    fn flush(&self) -> Result<(), NotFlushed> {
+        self.inner.flush()
     }
 }
 
@@ -178,7 +178,9 @@ mod tests {
             self.note(Operation::Revoke);
             Ok(())
         }
-        fn flush(&self) {}
+        fn flush(&self) -> Result<(), NotFlushed> {
+            Ok(())
+        }
     }
 
     /// What arrives at the platform when the engine accepts and rescinds a page properly.

@@ -60,10 +60,18 @@ fn answer(system: &System, service: &GuestService, index: usize) -> Result<(), T
     };
     let vmsa = system.vmsas.vmsa(frame);
     vmsa.stop();
-    match service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers()) {
-        Answer::Return(registers) => vmsa.set_registers(&registers),
-        Answer::Resume | Answer::Gone => {}
+    let answer = service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers());
+    match answer {
         Answer::Terminate(reason) => return Err(reason),
+        // The page may be anything of the guest's by now.
+        Answer::Gone => return Ok(()),
+        // The host ran it on another processor while it called from this one: its exit has put
+        // back what was stopped, and the call was made with the registers of an earlier exit.
+        Answer::Return(_) | Answer::Resume if vmsa.is_runnable() => {
+            return Err(TurnstileReason::GUEST_LOST);
+        }
+        Answer::Return(registers) => vmsa.set_registers(&registers),
+        Answer::Resume => {}
     }
     Ok(())
 }

@@ -14,7 +14,7 @@
 
 use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use accept::{Frame, Taken};
+use accept::{Frame, NotFlushed, Taken};
 use protocols::addr::Gpa;
 use protocols::map::VcpuEntry;
 use protocols::vmsa::SevFeatures;
@@ -22,10 +22,10 @@ use spin::Mutex;
 
 use crate::protocol::{DeleteRefusal, TableFull, VcpuIndex, VcpuPages, Vcpus};
 
-/// How long a flush waits for one processor in the guest, in cycles of the time stamp counter:
-/// a millisecond or two, in which a running processor is interrupted by its own timer, as a rule.
-/// The bound is I12's; what it costs is in [`Registry::flush_all`].
-const FLUSH_CYCLES: u64 = 1 << 22;
+/// How often a flush looks at one VMSA before it gives up (I12). A look at one that runs costs
+/// hundreds of cycles, so this is long enough for the host's timer to interrupt it. Looks are
+/// counted and not timed: the host can make the time stamp counter stand still.
+const FLUSH_LOOKS: u32 = 1 << 16;
 /// Replaced records that have room, for each processor.
 const REPLACED_PER_VCPU: usize = 3;
 
@@ -51,8 +51,8 @@ pub trait VmsaControl {
     fn owe_flush(&self, vmsa: Frame);
     /// Whether that has happened since.
     fn has_flushed(&self, vmsa: Frame) -> bool;
-    /// A count of time that never stands still.
-    fn now(&self) -> u64;
+    /// Whether it may run right now, on any processor of the host.
+    fn is_running(&self, vmsa: Frame) -> bool;
 }
 
 /// What the referee reads about one VMSA; layout of [`VcpuEntry`]. 0 means none.
@@ -215,14 +215,18 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     }
 
     /// Makes every processor drop its translations before it runs guest code again, and waits
-    /// (within bounds) for those that run just now.
+    /// for those that run just now.
     ///
     /// A processor does this by itself when it is about to run a VMSA whose PCPU_ID is 0
-    /// (APM 15.36.15). One that is not in the guest needs no wait: it passes there first. One
-    /// that the host keeps in the guest for longer than the bound is not waited for: until its
-    /// next exit it may use translations that the RMP would not give any more. To wait without
-    /// bound would let one halted processor stop all others.
-    pub fn flush_all(&self) {
+    /// (APM 15.36.15). So a VMSA is done with when its PCPU_ID has been set since, or when it is
+    /// seen not to run: it then passes there first. All VMSAs on record count, whatever
+    /// [`Activity`] says of their processors: which of them run is the host's choice.
+    ///
+    /// # Errors
+    /// [`NotFlushed`] when one ran for longer than the bound. The tempting shortcut, to go on all
+    /// the same, lets a guest write to a page through a translation that is as old as the page's
+    /// former life, after the page was found to be a good VMSA.
+    pub fn flush_all(&self) -> Result<(), NotFlushed> {
         {
             // Under the lock: a page that is being given back is the guest's to write.
             let records = self.records.lock();
@@ -230,16 +234,24 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
                 self.control.owe_flush(record.vmsa);
             }
         }
-        for (index, vcpu) in self.vcpus.iter().enumerate() {
-            let start = self.control.now();
-            while let Some(vmsa) = self.vmsa(index).filter(|_| vcpu.is(Activity::InGuest)) {
-                let waited = self.control.now().wrapping_sub(start);
-                if self.control.has_flushed(vmsa) || waited > FLUSH_CYCLES {
-                    break;
-                }
-                core::hint::spin_loop();
+        // Ascending, because a record that is replaced meanwhile moves to a higher slot. One that
+        // is new meanwhile owes a flush from its making.
+        (0..self.shown.len()).try_for_each(|slot| self.await_flush(slot))
+    }
+
+    /// Waits until the VMSA in `slot` has dropped its translations or does not run.
+    fn await_flush(&self, slot: usize) -> Result<(), NotFlushed> {
+        for _ in 0..FLUSH_LOOKS {
+            match self.records.lock().get(slot) {
+                // Its page may be the guest's already, so it cannot be asked: the end is near.
+                Some(Some(record)) if record.deleting => {}
+                Some(Some(Record { vmsa, .. }))
+                    if !self.control.has_flushed(*vmsa) && self.control.is_running(*vmsa) => {}
+                _ => return Ok(()),
             }
+            core::hint::spin_loop();
         }
+        Err(NotFlushed)
     }
 
     /// Puts a record into a slot and shows it. The lock is held: `records` proves it.
@@ -256,10 +268,13 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
         (self.vcpus.len()..records.len()).find(is_free)
     }
 
-    fn slot_of(records: &[Option<Record>], vmsa: Frame) -> Option<usize> {
+    /// The record of the VMSA at `vmsa`. There may be two for a moment: the page of one that is
+    /// being deleted is the guest's again before its record goes, and may be lent anew.
+    fn slot_of(records: &[Option<Record>], vmsa: Frame, deleting: bool) -> Option<usize> {
+        let is_it = |record: &Record| record.vmsa == vmsa && record.deleting == deleting;
         records
             .iter()
-            .position(|slot| slot.as_ref().is_some_and(|record| record.vmsa == vmsa))
+            .position(|slot| slot.as_ref().is_some_and(is_it))
     }
 }
 
@@ -298,6 +313,9 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
             return Err(TableFull(pages));
         };
         let mut records = self.records.lock();
+        if let Some(Some(Record { deleting: true, .. })) = records.get(owner) {
+            return Err(TableFull(pages));
+        }
         let spare = self.spare_slot(&records);
         let current = records.get_mut(owner).and_then(Option::take);
         // A processor keeps the state it makes a call from: the new one is on record, and the
@@ -324,7 +342,10 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         if let Some(slot) = moved_to {
             self.put(&mut records, slot, current);
         }
+        let vmsa = record.vmsa;
         self.put(&mut records, record_slot, Some(record));
+        // Only now: what can run is on record.
+        self.control.release(vmsa);
         Ok(())
     }
 
@@ -334,16 +355,16 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         vmsa: Frame,
     ) -> Result<VcpuPages, DeleteRefusal> {
         let mut records = self.records.lock();
-        let slot = Registry::<C>::slot_of(&records, vmsa).ok_or(DeleteRefusal::Unknown)?;
+        if Registry::<C>::slot_of(&records, vmsa, true).is_some() {
+            return Err(DeleteRefusal::InUse);
+        }
+        let slot = Registry::<C>::slot_of(&records, vmsa, false).ok_or(DeleteRefusal::Unknown)?;
         let record = records
             .get_mut(slot)
             .and_then(Option::as_mut)
             .ok_or(DeleteRefusal::Unknown)?;
         if record.startup {
             return Err(DeleteRefusal::Startup);
-        }
-        if record.deleting {
-            return Err(DeleteRefusal::InUse);
         }
         let runs_elsewhere = slot == record.owner && record.owner != caller;
         if runs_elsewhere
@@ -365,7 +386,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
 
     fn end_delete(&self, vmsa: Frame) {
         let mut records = self.records.lock();
-        if let Some(slot) = Registry::<C>::slot_of(&records, vmsa) {
+        if let Some(slot) = Registry::<C>::slot_of(&records, vmsa, true) {
             let owner = records
                 .get(slot)
                 .and_then(Option::as_ref)
@@ -379,7 +400,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
 
     fn undo_delete(&self, pages: VcpuPages) {
         let mut records = self.records.lock();
-        let slot = Registry::<C>::slot_of(&records, pages.vmsa.frame());
+        let slot = Registry::<C>::slot_of(&records, pages.vmsa.frame(), true);
         let record = slot
             .and_then(|slot| records.get_mut(slot))
             .and_then(Option::as_mut);
@@ -387,6 +408,8 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         record.vmsa_loan = Some(pages.vmsa);
         record.area_loan = Some(pages.calling_area);
         record.deleting = false;
+        // A flush may have passed it over meanwhile.
+        self.control.owe_flush(record.vmsa);
         match self
             .vcpus
             .get(record.owner)

@@ -13,8 +13,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, Operation, PageSize, PageState, Range,
-    Region, RegionLock, RegionLocks, ValidateFault,
+    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, Operation, PageSize,
+    PageState, Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
 
 /// The status that injected failures carry.
@@ -74,6 +74,8 @@ struct Machine {
     /// it while `and_then` is set.
     fail_in: Option<(usize, Injected)>,
     keep_failing: bool,
+    /// The next flush is not certain.
+    flush_fails: bool,
 }
 
 /// The platform. Shared by all threads of a test.
@@ -96,6 +98,7 @@ impl Model {
                 broken_laws: Vec::new(),
                 fail_in: None,
                 keep_failing: false,
+                flush_fails: false,
             }),
             double_validations: AtomicUsize::new(0),
             yield_often: false,
@@ -156,6 +159,11 @@ impl Model {
         let mut machine = self.machine.lock().unwrap();
         machine.fail_in = Some((n, how));
         machine.keep_failing = on_and_on;
+    }
+
+    /// A vCPU keeps the next flush from being certain.
+    pub fn fail_flush(&self) {
+        self.machine.lock().unwrap().flush_fails = true;
     }
 
     pub fn stop_failing(&self) {
@@ -318,12 +326,16 @@ impl Backend for Model {
         })
     }
 
-    fn flush(&self) {
+    fn flush(&self) -> Result<(), NotFlushed> {
         let mut machine = self.machine.lock().unwrap();
         machine.log.push(Call::Flush);
+        if core::mem::take(&mut machine.flush_fails) {
+            return Err(NotFlushed);
+        }
         for entry in &mut machine.entries {
             entry.stale = false;
         }
+        Ok(())
     }
 }
 
@@ -344,8 +356,8 @@ impl Backend for &Model {
     fn revoke(&self, block: Block) -> Result<(), AdjustFault> {
         (**self).revoke(block)
     }
-    fn flush(&self) {
-        (**self).flush();
+    fn flush(&self) -> Result<(), NotFlushed> {
+        (**self).flush()
     }
 }
 

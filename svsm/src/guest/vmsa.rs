@@ -8,7 +8,7 @@
 use core::mem::offset_of;
 
 use accept::{AdjustFault, Frame};
-use protocols::addr::{Gpa, PAGE_SIZE};
+use protocols::addr::{Gpa, PAGE_SIZE, PageSize};
 use protocols::exit_code::ExitCode;
 use protocols::terminate::TurnstileReason;
 use protocols::vmsa::{Efer, SevFeatures, Vmsa};
@@ -16,7 +16,8 @@ use protocols::vmsa::{Efer, SevFeatures, Vmsa};
 use super::GUEST_VMPL;
 use crate::memory::layout::PageRange;
 use crate::memory::{access, guest_map};
-use crate::platform::{self, AccessFault};
+use crate::platform::snp::Snp;
+use crate::platform::{AccessFault, AdjustError, MappedBlock, Platform, Rights};
 use crate::protocol::{Registers, Unreachable, VmsaClaims, VmsaPages};
 use crate::system::{self, GuestEngine};
 use crate::terminate::terminate;
@@ -31,10 +32,18 @@ pub struct GuestVmsa {
 impl GuestVmsa {
     /// Makes the processor impossible to run: VMRUN refuses a VMSA without SVME.
     pub fn stop(self) {
-        on_record(access::clear_bits(
-            self.field(Vmsa::EFER_OFFSET),
-            Efer::SVME.bits(),
-        ));
+        on_record(self.try_stop());
+    }
+
+    fn try_stop(self) -> Result<(), AccessFault> {
+        access::clear_bits(self.field(Vmsa::EFER_OFFSET), Efer::SVME.bits())
+    }
+
+    /// Whether the host could run it: not between [`GuestVmsa::stop`] and
+    /// [`GuestVmsa::release`], unless it ran all the while and its exit has put the old EFER back.
+    #[must_use]
+    pub fn is_runnable(self) -> bool {
+        Efer(self.load(Vmsa::EFER_OFFSET)).contains(Efer::SVME)
     }
 
     /// Makes the processor runnable again. Everything the guest shall see is written already.
@@ -74,7 +83,11 @@ impl GuestVmsa {
 
     /// Forces the next VMRUN to drop all translations (APM 15.36.15).
     pub fn owe_flush(self) {
-        self.store(offset_of!(Vmsa, pcpu_id), 0);
+        on_record(self.try_owe_flush());
+    }
+
+    fn try_owe_flush(self) -> Result<(), AccessFault> {
+        access::store_u64(self.field(offset_of!(Vmsa, pcpu_id)), 0)
     }
 
     /// Whether a flush owed since [`GuestVmsa::owe_flush`] has happened: the processor was run.
@@ -101,6 +114,8 @@ impl GuestVmsa {
 pub struct VmsaWindow {
     /// The paravisor's region.
     pub region: PageRange,
+    /// The processor.
+    pub platform: Snp,
 }
 
 impl VmsaWindow {
@@ -108,12 +123,17 @@ impl VmsaWindow {
     #[must_use]
     pub fn vmsa(self, page: Frame) -> GuestVmsa {
         let gpa = Gpa::new(page.gpa());
-        let address = if (self.region.start()..self.region.end()).contains(&gpa) {
+        let address = if self.holds(page) {
             gpa.get()
         } else {
             on_record(guest_map::address(gpa, PAGE_SIZE))
         };
         GuestVmsa { address }
+    }
+
+    /// Whether the page lies in the region.
+    fn holds(&self, page: Frame) -> bool {
+        (self.region.start()..self.region.end()).contains(&Gpa::new(page.gpa()))
     }
 }
 
@@ -134,8 +154,22 @@ impl VmsaControl for VmsaWindow {
         self.vmsa(vmsa).has_flushed()
     }
 
-    fn now(&self) -> u64 {
-        platform::timestamp()
+    fn is_running(&self, vmsa: Frame) -> bool {
+        let GuestVmsa { address } = self.vmsa(vmsa);
+        let rights = if self.holds(vmsa) {
+            Rights::Vmsa
+        } else {
+            Rights::ReadableVmsa
+        };
+        // The rights it has already: nothing changes, but the processor says "in use" of a VMSA
+        // between VMRUN and the exit (APM 15.36.12).
+        let asked = MappedBlock::try_new(address, PageSize::Size4K)
+            .map(|block| self.platform.adjust(block, GUEST_VMPL, rights));
+        match asked {
+            Some(Ok(())) => false,
+            Some(Err(AdjustError::Fault(fault))) => on_record(Err(fault)),
+            Some(Err(AdjustError::SizeMismatch | AdjustError::Status(_))) | None => true,
+        }
     }
 }
 
@@ -162,8 +196,29 @@ impl VmsaPages for NewVmsas {
     }
 
     fn make_vmsa(&self, vmsa: Frame) -> Result<(), AdjustFault> {
-        system::window_backend(self.engine).make_vmsa(Gpa::new(vmsa.gpa()))
+        let page = page_of(vmsa).map_err(|_| AdjustFault::NotValidated)?;
+        page.try_stop()
+            .and_then(|()| page.try_owe_flush())
+            .map_err(|_| AdjustFault::NotValidated)?;
+        let made = system::window_backend(self.engine).make_vmsa(Gpa::new(vmsa.gpa()));
+        if made.is_err() {
+            page.release();
+        }
+        made
     }
+
+    fn unmake_vmsa(&self, vmsa: Frame) -> Result<(), AdjustFault> {
+        system::window_backend(self.engine).unmake_vmsa(Gpa::new(vmsa.gpa()))?;
+        page_of(vmsa)
+            .map(GuestVmsa::release)
+            .map_err(|_| AdjustFault::NotValidated)
+    }
+}
+
+/// A page of the guest that is about to be a VMSA, or was not to become one.
+fn page_of(vmsa: Frame) -> Result<GuestVmsa, AccessFault> {
+    let address = guest_map::address(Gpa::new(vmsa.gpa()), PAGE_SIZE)?;
+    Ok(GuestVmsa { address })
 }
 
 /// I6: a page that the map says is valid and ours faulted.

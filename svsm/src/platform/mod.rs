@@ -9,16 +9,6 @@ use protocols::addr::{PageSize, Vmpl};
 #[cfg(target_os = "none")]
 pub mod snp;
 
-/// The time stamp counter, in cycles. For bounds on waiting only: the host may scale it.
-#[must_use]
-pub fn timestamp() -> u64 {
-    // SAFETY: RDTSC has no preconditions; guests may execute it.
-    #[expect(unsafe_code, reason = "the instruction itself")]
-    unsafe {
-        core::arch::x86_64::_rdtsc()
-    }
-}
-
 /// A page of either size that is mapped privately (C=1) at a virtual address.
 ///
 /// Proves alignment, not that anything is mapped: an access may still fault, and every

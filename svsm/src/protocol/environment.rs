@@ -63,7 +63,8 @@ pub struct VcpuPages {
     pub calling_area: Taken,
 }
 
-/// There is no room for another VMSA; the pages come back.
+/// There is no room for another VMSA, or the processor's present one is just being deleted; the
+/// pages come back.
 #[derive(Debug, PartialEq, Eq)]
 pub struct TableFull(pub VcpuPages);
 
@@ -98,9 +99,10 @@ pub trait Vcpus {
     /// none if it had none.
     fn exchange_calling_area(&self, vcpu: VcpuIndex, new: Taken) -> Option<Taken>;
 
-    /// Records a new VMSA, which from now on is the one of the processor with this APIC id. If
-    /// that has one already, the old one stays on record until it is deleted: the guest replaces
-    /// the firmware's processors without deleting them.
+    /// Records a new VMSA, which from now on is the one of the processor with this APIC id, and
+    /// then makes it runnable: what can run is on record, so that a flush reaches it. If the
+    /// processor has one already, the old one stays on record until it is deleted: the guest
+    /// replaces the firmware's processors without deleting them.
     ///
     /// # Errors
     /// [`TableFull`].
@@ -149,9 +151,21 @@ pub trait VmsaPages {
     /// [`Unreachable`]: a page that is on record as valid was lost.
     fn claims(&self, vmsa: Frame) -> Result<VmsaClaims, Unreachable>;
 
-    /// Gives the page the VMSA attribute, and the guest read access (RMPADJUST). [`accept::Engine::give_back`] takes it away.
+    /// Gives the page the VMSA attribute, and the guest read access (RMPADJUST).
+    /// [`accept::Engine::give_back`] takes it away.
+    ///
+    /// The VMSA cannot run before [`Vcpus::register`] has it on record: its SVME is cleared first.
+    /// And it owes a flush: its PCPU_ID, which the guest has written, says "none". With the
+    /// number of the right CPU there its first VMRUN would go on with the translations that
+    /// another VMSA has left behind.
     ///
     /// # Errors
-    /// As the instruction reported; nothing changed.
+    /// As the instruction reported; the page is as it was, but for PCPU_ID.
     fn make_vmsa(&self, vmsa: Frame) -> Result<(), AdjustFault>;
+
+    /// Undoes [`VmsaPages::make_vmsa`] of a VMSA that was not registered.
+    ///
+    /// # Errors
+    /// As the instruction reported; the page is a VMSA that cannot run.
+    fn unmake_vmsa(&self, vmsa: Frame) -> Result<(), AdjustFault>;
 }

@@ -25,6 +25,10 @@ use super::{GuestMemory, Service, Stop, VcpuIndex, Vcpus, VmsaPages, stop_for};
 /// page costs at least an instruction, so this bounds rescinds and claims as well as scrubbing.
 const WORK_BUDGET: u64 = 32 << 20;
 
+/// How often a flush that is not certain is tried again. Each try waits for long enough that a
+/// processor which an honest host runs is interrupted many times.
+const FLUSH_TRIES: u32 = 16;
+
 /// A list that the guest has passed: a header whose counts make sense, in a page.
 struct List<'a, B, M> {
     page: ArgumentPage<'a, B, M>,
@@ -96,14 +100,25 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
         };
         let ended = self.work_off(&list, &mut progress);
         // One exit: whatever happened, what is owed is paid and what was done is reported.
-        if let Some(owed) = progress.owed {
-            self.engine.flush(owed);
-        }
+        self.pay(progress.owed)?;
         if let Err(Stop::Machine(_)) = ended {
             return ended;
         }
         list.write_next(progress.next)?;
         ended
+    }
+
+    /// Flushes what rescinds owe. The guest is not answered before (I3): it would share a page
+    /// with the host that another of its processors still writes secrets to.
+    fn pay(&self, mut owed: Option<FlushOwed>) -> Result<(), Stop> {
+        for _ in 0..FLUSH_TRIES {
+            let Some(debt) = owed else { return Ok(()) };
+            owed = self.engine.flush(debt).err();
+        }
+        match owed {
+            None => Ok(()),
+            Some(_) => Err(Stop::Machine(TurnstileReason::GUEST_LOST)),
+        }
     }
 
     /// Does entry after entry; on return `progress.next` names the first that is not done.

@@ -28,7 +28,7 @@ const STATUS_SIZE_MISMATCH: u32 = 6;
 impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P> {
     /// Moves the caller's calling area to the page at `gpa`.
     pub(super) fn remap_calling_area(&self, caller: VcpuIndex, gpa: u64) -> Result<(), Stop> {
-        let new = Frame::starting_at(gpa).ok_or(ResultCode::INVALID_PARAMETER)?;
+        let new = calling_area_at(gpa)?;
         let old = self.vcpus.calling_area(caller);
         if old == Some(new) {
             return Ok(());
@@ -53,10 +53,8 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
 
     /// Makes the page at `vmsa` the VMSA of a processor with the calling area at `area`.
     pub(super) fn create_vcpu(&self, vmsa: u64, area: u64, apic_id: u32) -> Result<(), Stop> {
-        let frames = (Frame::starting_at(vmsa), Frame::starting_at(area));
-        let (Some(vmsa_frame), Some(area_frame)) = frames else {
-            return Err(ResultCode::INVALID_PARAMETER.into());
-        };
+        let vmsa_frame = Frame::starting_at(vmsa).ok_or(ResultCode::INVALID_PARAMETER)?;
+        let area_frame = calling_area_at(area)?;
         // Processor erratum: such a VMSA makes the host take false RMP faults, and hosts refuse it.
         if vmsa.is_multiple_of(LARGE_PAGE_SIZE) || !self.vcpus.has_apic_id(apic_id) {
             return Err(ResultCode::INVALID_PARAMETER.into());
@@ -78,6 +76,9 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
                 .vcpus
                 .register(apic_id, pages)
                 .or_else(|TableFull(pages)| {
+                    self.vmsa_pages
+                        .unmake_vmsa(vmsa_frame)
+                        .map_err(stop_for_adjust)?;
                     self.give_back_both(pages)?;
                     Err(ResultCode::INVALID_REQUEST.into())
                 }),
@@ -106,15 +107,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
     }
 
     fn make_vmsa(&self, vmsa: Frame) -> Result<(), Stop> {
-        self.vmsa_pages
-            .make_vmsa(vmsa)
-            .map_err(|fault| match fault {
-                AdjustFault::NotValidated => LOST,
-                AdjustFault::SizeMismatch => {
-                    ResultCode::of_instruction(STATUS_SIZE_MISMATCH).into()
-                }
-                AdjustFault::Failed(status) => ResultCode::of_instruction(status).into(),
-            })
+        self.vmsa_pages.make_vmsa(vmsa).map_err(stop_for_adjust)
     }
 
     /// Gives the VMSA at `gpa` and its calling area back to the guest.
@@ -191,5 +184,24 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             page.frame()
         );
         Ok(())
+    }
+}
+
+/// The page at `gpa` as a calling area. The first page of memory cannot be one: the table that
+/// shows calling areas says 0 for "none", and a processor without one is not answered.
+fn calling_area_at(gpa: u64) -> Result<Frame, ResultCode> {
+    match Frame::starting_at(gpa) {
+        Some(_) if gpa == 0 => Err(ResultCode::INVALID_ADDRESS),
+        Some(frame) => Ok(frame),
+        None => Err(ResultCode::INVALID_PARAMETER),
+    }
+}
+
+/// What a caller is told when the attribute of a VMSA page could not be set.
+fn stop_for_adjust(fault: AdjustFault) -> Stop {
+    match fault {
+        AdjustFault::NotValidated => LOST,
+        AdjustFault::SizeMismatch => ResultCode::of_instruction(STATUS_SIZE_MISMATCH).into(),
+        AdjustFault::Failed(status) => ResultCode::of_instruction(status).into(),
     }
 }

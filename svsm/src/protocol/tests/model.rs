@@ -6,8 +6,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, PageState, Range, Region, RegionLock,
-    RegionLocks, Taken, ValidateFault,
+    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, PageState, Range, Region,
+    RegionLock, RegionLocks, Taken, ValidateFault,
 };
 use protocols::addr::Gpa;
 use protocols::exit_code::ExitCode;
@@ -78,6 +78,8 @@ pub struct Machine {
     pub adjust_fails: Cell<Option<u32>>,
     /// A validating instruction on this address fails.
     pub validate_fails_at: Cell<Option<u64>>,
+    /// So many flushes are not certain.
+    pub flush_fails: Cell<u32>,
     /// The table of processors is full.
     pub full: Cell<bool>,
     /// VMSAs that are busy on another processor.
@@ -95,6 +97,7 @@ impl Machine {
             large: Cell::new(true),
             adjust_fails: Cell::new(None),
             validate_fails_at: Cell::new(None),
+            flush_fails: Cell::new(0),
             full: Cell::new(false),
             busy: RefCell::default(),
         }
@@ -131,6 +134,17 @@ impl Machine {
 
     pub fn take_log(&self) -> Vec<Event> {
         self.log.take()
+    }
+
+    /// SVME of the VMSA in this page.
+    pub fn svme(&self, vmsa: Frame) -> bool {
+        self.bytes(vmsa.gpa() + Vmsa::EFER_OFFSET as u64 + 1, 1)[0] & 0x10 != 0
+    }
+
+    fn set_svme(&self, vmsa: Frame, set: bool) {
+        let at = vmsa.gpa() + Vmsa::EFER_OFFSET as u64 + 1;
+        let byte = self.bytes(at, 1)[0] & !0x10 | if set { 0x10 } else { 0 };
+        self.fill(at, &[byte]);
     }
 
     fn note(&self, event: Event) {
@@ -239,12 +253,17 @@ impl Backend for &Machine {
         })
     }
 
-    fn flush(&self) {
+    fn flush(&self) -> Result<(), NotFlushed> {
         self.note(Event::Flush);
+        if let Some(more) = self.flush_fails.get().checked_sub(1) {
+            self.flush_fails.set(more);
+            return Err(NotFlushed);
+        }
         self.pages
             .borrow_mut()
             .iter_mut()
             .for_each(|page| page.stale = false);
+        Ok(())
     }
 }
 
@@ -291,10 +310,12 @@ impl Vcpus for &Machine {
     }
 
     fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), TableFull> {
+        let frame = pages.vmsa.frame();
+        assert!(!self.svme(frame), "runnable before it is on record");
         if self.full.get() {
             return Err(TableFull(pages));
         }
-        let frame = pages.vmsa.frame();
+        self.set_svme(frame, true);
         let record = Record {
             apic_id,
             pages: Some(pages),
@@ -368,7 +389,14 @@ impl VmsaPages for &Machine {
         if let Some(status) = self.adjust_fails.take() {
             return Err(AdjustFault::Failed(status));
         }
+        self.set_svme(vmsa, false);
         self.pages.borrow_mut()[vmsa.number() as usize].vmsa = true;
+        Ok(())
+    }
+
+    fn unmake_vmsa(&self, vmsa: Frame) -> Result<(), AdjustFault> {
+        self.pages.borrow_mut()[vmsa.number() as usize].vmsa = false;
+        self.set_svme(vmsa, true);
         Ok(())
     }
 }
@@ -547,6 +575,14 @@ impl World<'_> {
         );
         assert!((states(), pages()) == before, "a state changed");
         result
+    }
+
+    /// The guest has the first page of memory.
+    pub fn accept_page_0(&self) {
+        let page = accept::Block::page(Frame::containing(0));
+        self.engine
+            .accept(page, accept::OnNoChange::Fail)
+            .expect("accepted");
     }
 
     /// A page of the guest that holds a VMSA which would be taken, changed by `spoil`.

@@ -1,7 +1,7 @@
 //! PVALIDATE, good and bad.
 
 use accept::PageSize::{Size2M, Size4K};
-use accept::PageState;
+use accept::{Backend, PageState};
 use protocols::svsm::{CoreCall, ResultCode};
 use protocols::terminate::TurnstileReason;
 
@@ -358,5 +358,25 @@ fn a_two_mib_entry_costs_one_validate_on_large_pages() {
         );
         world.pvalidate(&[validate_4k(PAGE)]);
         assert_eq!(world.machine.take_log()[0], Event::Validate(PAGE, Size4K));
+    });
+}
+
+#[test]
+fn i3_a_rescind_is_answered_only_when_the_flush_is_certain() {
+    in_world(|world| {
+        world.machine.flush_fails.set(3);
+        let answer = world.pvalidate(&[rescind_4k(GUEST)]);
+        assert_eq!(answer, (ResultCode::SUCCESS, 1));
+        assert_eq!(world.machine.flush_fails.get(), 0);
+        assert!(!world.machine.page(GUEST).stale);
+
+        // A processor that the host never lets go of ends the machine.
+        world.machine.flush_fails.set(u32::MAX);
+        world.write_list(LIST, 1, 0, &[rescind_4k(GUEST + 0x1000)]);
+        let registers = core_registers(CoreCall::PVALIDATE, [LIST, 0, 0]);
+        let answer = world.call_raw(&registers);
+        assert_eq!(answer, Answer::Terminate(TurnstileReason::GUEST_LOST));
+        world.machine.flush_fails.set(0);
+        (&world.machine).flush().expect("flushed");
     });
 }

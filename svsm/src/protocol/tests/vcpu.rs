@@ -54,6 +54,8 @@ fn moving_a_calling_area_to_where_it_is_changes_nothing() {
 #[test]
 fn a_calling_area_cannot_move_to_a_bad_page() {
     in_world(|world| {
+        // The guest's own, but 0 is how the table of calling areas says "none".
+        world.accept_page_0();
         for (gpa, code) in [
             (GUEST + 8, ResultCode::INVALID_PARAMETER),
             (u64::MAX, ResultCode::INVALID_PARAMETER),
@@ -62,6 +64,7 @@ fn a_calling_area_cannot_move_to_a_bad_page() {
             (VMSA, ResultCode::INVALID_ADDRESS),
             (END, ResultCode::INVALID_ADDRESS),
             (1 << 52, ResultCode::INVALID_ADDRESS),
+            (0, ResultCode::INVALID_ADDRESS),
         ] {
             let answer = world.nothing_changes(|| world.core(CoreCall::REMAP_CA, [gpa, 0, 0]));
             assert_eq!(answer, code, "{gpa:#x}");
@@ -186,7 +189,8 @@ fn bad_arguments_of_create_change_nothing() {
             assert_eq!(answer, code, "{vmsa:#x} {area:#x} {apic_id:#x}");
         }
         // A bad calling area is found when the VMSA is taken already.
-        for area in [OWN_PAGE, VMSA, AREA, UNACCEPTED, END, NEW_VMSA] {
+        world.accept_page_0();
+        for area in [OWN_PAGE, VMSA, AREA, UNACCEPTED, END, NEW_VMSA, 0] {
             let (call, arguments) = create(NEW_VMSA, area, 1);
             assert_eq!(
                 world.core(call, arguments),
@@ -213,6 +217,23 @@ fn a_create_that_fails_late_gives_both_pages_back() {
             assert!(world.machine.page(gpa).granted && !world.machine.page(gpa).vmsa);
         }
         world.machine.full.set(false);
+        assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
+        let vmsa = accept::Frame::containing(NEW_VMSA);
+        assert!(world.machine.svme(vmsa), "and can be run");
+    });
+}
+
+#[test]
+fn i3_a_vmsa_is_not_made_while_somebody_may_still_write_to_it() {
+    in_world(|world| {
+        world.write_vmsa(NEW_VMSA, |_| {});
+        let (call, arguments) = create(NEW_VMSA, NEW_AREA, 1);
+        world.machine.flush_fails.set(1);
+        assert_eq!(world.core(call, arguments), ResultCode::BUSY);
+        for gpa in [NEW_VMSA, NEW_AREA] {
+            assert_eq!(world.state(gpa), Some(PageState::Accepted));
+            assert!(world.machine.page(gpa).granted && !world.machine.page(gpa).vmsa);
+        }
         assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
     });
 }
