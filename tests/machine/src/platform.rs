@@ -72,8 +72,6 @@ pub struct Platform<P> {
     /// Whether paravisor and firmware have been entered.
     pub(crate) stages: [bool; 2],
     pub(crate) ap_jump_table: u64,
-    /// Requests of lower VMPLs served, for the host that returns early.
-    pub(crate) served: u64,
     progress: u64,
 }
 
@@ -90,7 +88,6 @@ impl<P: PhysicalMemory> Platform<P> {
             clock,
             stages: [false; 2],
             ap_jump_table: 0,
-            served: 0,
             progress: 0,
         };
         let reset = platform.sev_info();

@@ -104,9 +104,6 @@ pub enum Reply {
 const VERSION_MIN: u16 = 1;
 const VERSION_MAX: u16 = 2;
 
-/// How often a host that returns early does so, in requests of lower VMPLs.
-const EARLY_RETURN_EVERY: u64 = 8;
-
 /// What this host offers (`guests.md` §5.3).
 const FEATURES: HypervisorFeatures = HypervisorFeatures::SNP
     .union(HypervisorFeatures::AP_CREATION)
@@ -117,24 +114,11 @@ impl<P: PhysicalMemory> Platform<P> {
     /// Serves a VMGEXIT of `vmpl` on `vcpu`.
     pub fn vmgexit(&mut self, vcpu: VcpuId, vmpl: Vmpl, cpu: &mut dyn Cpu) -> Reply {
         let value = self.ghcb_msr(vcpu, vmpl);
-        let reply = if Info::of(value) != Info::GHCB_GPA {
-            self.msr_request(vcpu, vmpl, value, cpu)
-        } else {
+        if Info::of(value) == Info::GHCB_GPA {
             self.page_request(vcpu, vmpl, Gpa::new(value), cpu)
-        };
-        if reply == Reply::Resume && self.returns_early(vcpu, vmpl) {
-            return Reply::Run(Vmpl::VMPL0);
+        } else {
+            self.msr_request(vcpu, vmpl, value, cpu)
         }
-        reply
-    }
-
-    /// Whether this hostile host now enters VMPL0 although `vmpl` asked for something else.
-    fn returns_early(&mut self, vcpu: VcpuId, vmpl: Vmpl) -> bool {
-        if vmpl == Vmpl::VMPL0 || !self.settings.is_hostile(Hostile::EarlyReturn) {
-            return false;
-        }
-        self.served += 1;
-        self.served.is_multiple_of(EARLY_RETURN_EVERY) && self.can_run(vcpu, 0).is_some()
     }
 
     /// The SEV_INFO response, which is also the reset value of the MSR.

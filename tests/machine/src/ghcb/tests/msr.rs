@@ -130,20 +130,3 @@ fn hostile_hosts_lie_as_their_names_say() {
     let reply = platform("hostile=ghcb-unknown").msr(VMPL1, 0x100).0;
     assert_eq!(reply, Reply::Terminate { set: 0, code: 0 });
 }
-
-#[test]
-fn a_host_that_returns_early_runs_vmpl0_unasked_but_answers_first() {
-    let mut platform = platform("hostile=early-return");
-    platform.set_vmsa(CPU0, Vmpl::VMPL0, Some(BLOCK));
-    let replies: Vec<_> = (0..16).map(|_| platform.msr(VMPL1, 0x080)).collect();
-    assert!(replies.iter().all(|(_, response)| *response == 0x33081));
-    let early = replies
-        .iter()
-        .filter(|(reply, _)| *reply == Reply::Run(Vmpl::VMPL0));
-    assert_eq!(early.count(), 2);
-    // The paravisor itself is never sent to itself.
-    let own: Vec<_> = (0..16)
-        .map(|_| platform.msr(Vmpl::VMPL0, 0x080).0)
-        .collect();
-    assert!(own.iter().all(|reply| *reply == Reply::Resume));
-}
