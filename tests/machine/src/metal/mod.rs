@@ -8,6 +8,7 @@ mod boot;
 mod console;
 mod cpu;
 mod descriptors;
+mod events;
 mod exit;
 mod finish;
 mod fwcfg;
