@@ -94,7 +94,7 @@ pub struct Settings {
     pub oracle: bool,
     /// `hostile=NAME[,NAME…]`.
     pub hostile: Vec<Hostile>,
-    /// `trace=on|off`: one log line per refusal-free special event.
+    /// `trace=on|off`: a log line for each world switch, VMGEXIT, RMP instruction and #VC.
     pub trace: bool,
 }
 

@@ -1,7 +1,7 @@
 //! The host's side of the GHCB protocol, version 2 (`ghcb.md`, `guests.md` §5).
 //!
 //! [`Platform::vmgexit`] is the one door: it reads the GHCB MSR of the context and speaks the
-//! MSR protocol ([`msr`]) or the page protocol ([`page`]). What needs the CPU or a device
+//! MSR protocol (`msr`) or the page protocol (`page`). What needs the CPU or a device
 //! goes through [`Cpu`]; what changes who runs comes back as a [`Reply`].
 //!
 //! The host trusts nothing in the page: it is copied once, required fields are checked
