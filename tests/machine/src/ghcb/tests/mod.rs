@@ -3,6 +3,7 @@
 mod ap;
 mod events;
 mod frame;
+mod fuzz;
 mod msr;
 mod psc;
 
