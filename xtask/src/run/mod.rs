@@ -265,6 +265,10 @@ impl Display {
 
 /// Prints the report; the exit status, and whether everything was as it should be.
 fn conclude(finished: &Finished, exec: bool) -> Result<(ExitCode, bool)> {
+    if finished.left_by_user() {
+        eprintln!("\nleft; a machine that is killed makes no report");
+        return Ok((ExitCode::SUCCESS, true));
+    }
     let report = match finished.report() {
         Ok(report) => report,
         Err(error) => {

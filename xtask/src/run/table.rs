@@ -8,7 +8,7 @@ use protocols::report::{Outcome, PvalidateResults, Report, RmpadjustResults, Vmp
 use protocols::terminate::explain;
 
 /// Width of the first column.
-const NAME: usize = 34;
+const NAME: usize = 40;
 /// Width of a column of numbers.
 const NUMBER: usize = 12;
 

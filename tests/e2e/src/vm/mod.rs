@@ -179,11 +179,8 @@ impl Config {
 
 impl Running {
     fn ended(&mut self) -> Result<bool> {
-        Ok(self
-            .child
-            .try_wait()
-            .context("QEMU cannot be waited for")?
-            .is_some())
+        self.seen.qemu_status = self.child.try_wait().context("QEMU cannot be waited for")?;
+        Ok(self.seen.qemu_status.is_some())
     }
 
     fn look(&mut self, watch: &mut impl FnMut(&Happening)) {
@@ -252,6 +249,11 @@ impl Drop for Running {
 }
 
 impl Finished {
+    /// Whether the user left the machine by Ctrl-A X: QEMU says so as its last word.
+    pub fn left_by_user(&self) -> bool {
+        self.report.is_none() && self.console.trim_end().ends_with("QEMU: Terminated")
+    }
+
     /// The machine's report, or what can be said about its absence.
     pub fn report(&self) -> Result<&Report> {
         if let Some(report) = &self.report {
@@ -267,8 +269,8 @@ impl Finished {
             match self.qemu_status {
                 // With -no-reboot QEMU takes a reset, such as a triple fault, for its end.
                 Some(status) if status.success() => "the machine itself was reset".to_owned(),
-                Some(status) => format!("QEMU ended ({status}) {own_word}"),
-                None => format!("QEMU ended {own_word}"),
+                Some(status) => format!("QEMU ended ({status}): {own_word}"),
+                None => format!("QEMU was ended: {own_word}"),
             }
         };
         bail!(
