@@ -9,7 +9,7 @@
 //! - records change under one lock; what a processor needs about itself it reads without;
 //! - the current record of processor `i` is entry `i` of the public table, replaced ones follow
 //!   behind the processors;
-//! - a processor is in the guest, or serves a call, or is being deleted ([`Activity`]), and
+//! - a processor is in the guest, or serves a call, or is being deleted (`Activity`), and
 //!   changes between these only from the first: nobody deletes the state under a call.
 
 use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -22,10 +22,14 @@ use spin::Mutex;
 
 use crate::protocol::{DeleteRefusal, TableFull, VcpuIndex, VcpuPages, Vcpus};
 
-/// How often a flush looks at one VMSA before it gives up (I12). A look at one that runs costs
-/// hundreds of cycles, so this is long enough for the host's timer to interrupt it. Looks are
-/// counted and not timed: the host can make the time stamp counter stand still.
-const FLUSH_LOOKS: u32 = 1 << 16;
+/// How often a flush looks at one VMSA before it gives up (I12). A look costs a locked
+/// operation and a load, so all of them take milliseconds, in which the host's timer interrupts
+/// whoever runs. Looks are counted and not timed: the host can make the time stamp counter
+/// stand still.
+const FLUSH_LOOKS: u32 = 1 << 18;
+/// At every how many looks the processor is asked whether the VMSA runs; that costs hundreds of
+/// cycles, or a trip to the host.
+const LOOKS_PER_QUESTION: u32 = 64;
 /// Replaced records that have room, for each processor.
 const REPLACED_PER_VCPU: usize = 3;
 
@@ -220,7 +224,7 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     /// A processor does this by itself when it is about to run a VMSA whose PCPU_ID is 0
     /// (APM 15.36.15). So a VMSA is done with when its PCPU_ID has been set since, or when it is
     /// seen not to run: it then passes there first. All VMSAs on record count, whatever
-    /// [`Activity`] says of their processors: which of them run is the host's choice.
+    /// `Activity` says of their processors: which of them run is the host's choice.
     ///
     /// # Errors
     /// [`NotFlushed`] when one ran for longer than the bound. The tempting shortcut, to go on all
@@ -241,12 +245,14 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
 
     /// Waits until the VMSA in `slot` has dropped its translations or does not run.
     fn await_flush(&self, slot: usize) -> Result<(), NotFlushed> {
-        for _ in 0..FLUSH_LOOKS {
+        for look in 0..FLUSH_LOOKS {
+            let may_run =
+                |vmsa| !look.is_multiple_of(LOOKS_PER_QUESTION) || self.control.is_running(vmsa);
             match self.records.lock().get(slot) {
                 // Its page may be the guest's already, so it cannot be asked: the end is near.
                 Some(Some(record)) if record.deleting => {}
                 Some(Some(Record { vmsa, .. }))
-                    if !self.control.has_flushed(*vmsa) && self.control.is_running(*vmsa) => {}
+                    if !self.control.has_flushed(*vmsa) && may_run(*vmsa) => {}
                 _ => return Ok(()),
             }
             core::hint::spin_loop();

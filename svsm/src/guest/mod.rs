@@ -2,10 +2,10 @@
 //!
 //! | module | what it owns |
 //! |---|---|
-//! | [`prepare`] | the firmware's pages and areas, in the order they are filled |
+//! | `prepare` | the firmware's pages and areas, in the order they are filled |
 //! | [`secrets`] | the guest's copy of the secrets page |
 //! | [`parameters`] | the memory map the firmware is shown |
-//! | [`vmsa`] | reading and changing the state of a stopped processor |
+//! | `vmsa` | reading and changing the state of a stopped processor |
 
 use protocols::addr::Vmpl;
 

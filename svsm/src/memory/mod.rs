@@ -4,10 +4,10 @@
 //! |---|---|
 //! | [`layout`] | page ranges and the virtual address space |
 //! | [`plan`] | which memory gets a state, where the acceptance map lies |
-//! | [`page_tables`] | the live page tables |
-//! | [`pool`] | memory that the paravisor gives to itself, once |
-//! | [`access`] | the few instructions that touch memory others control |
-//! | [`guest_map`] | the window onto guest memory |
+//! | `page_tables` | the live page tables |
+//! | `pool` | memory that the paravisor gives to itself, once |
+//! | `access` | the few instructions that touch memory others control |
+//! | `guest_map` | the window onto guest memory |
 
 pub mod layout;
 pub mod plan;
