@@ -28,8 +28,8 @@ pub fn write_icr(from: VcpuId, value: u64) {
 /// Turns the APIC of this CPU on in x2APIC mode. The guest finds it so (facts: tcg-svm.md §8).
 pub fn enable_x2apic() {
     const ENABLE: u64 = 1 << 11;
-    const X2APIC: u64 = 1 << 10;
     let base = cpu::rdmsr(msr::APIC_BASE);
+    // First on, then x2APIC: the direct way is #GP (APM 16.9).
     cpu::wrmsr(msr::APIC_BASE, base | ENABLE);
-    cpu::wrmsr(msr::APIC_BASE, base | ENABLE | X2APIC);
+    cpu::wrmsr(msr::APIC_BASE, base | cpu::APIC_ENABLED);
 }

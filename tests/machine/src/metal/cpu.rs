@@ -26,6 +26,8 @@ pub mod msr {
     pub const PAT: u32 = 0x277;
     /// The value RDTSCP gives in ECX.
     pub const TSC_AUX: u32 = 0xC000_0103;
+    /// SVM control; bit 4 disables SVM.
+    pub const VM_CR: u32 = 0xC001_0114;
     /// Where VMRUN saves the host's state.
     pub const VM_HSAVE_PA: u32 = 0xC001_0117;
     pub use protocols::snp::msr::{GHCB, SEV_STATUS};
@@ -96,6 +98,20 @@ pub fn wrmsr(number: u32, value: u64) {
     // `svm::enable`; all others are the guest's.
     unsafe { Msr::new(number).write(value) }
 }
+
+/// Whether writing `value` to an MSR would take from the machine what it runs on: SVM itself,
+/// the page VMRUN saves the host in, or the APIC in x2APIC mode, which carries the NMIs between
+/// CPUs.
+pub fn is_forbidden_write(number: u32, value: u64) -> bool {
+    match number {
+        msr::EFER | msr::VM_CR | msr::VM_HSAVE_PA => true,
+        msr::APIC_BASE => value & APIC_ENABLED != APIC_ENABLED,
+        _ => false,
+    }
+}
+
+/// APIC_BASE: enabled, and in x2APIC mode.
+pub const APIC_ENABLED: u64 = 1 << 11 | 1 << 10;
 
 /// CPUID as the physical (QEMU) processor answers it.
 pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {

@@ -53,7 +53,11 @@ impl Permissions {
         for number in ANSWERED {
             direct_msrs.intercept_msr(number, true, true);
         }
-        direct_msrs.intercept_msr(msr::X2APIC_ICR, false, true);
+        // What interrupt commands do, and what the machine itself runs on, is not the guest's.
+        for number in [msr::X2APIC_ICR, msr::APIC_BASE, msr::VM_CR] {
+            direct_msrs.intercept_msr(number, false, true);
+        }
+        direct_msrs.intercept_msr(msr::VM_HSAVE_PA, true, true);
         let strict_msrs = Bitmap::new(MSRPM_PAGES, true);
         for number in SWITCHED {
             strict_msrs.allow_msr(number);

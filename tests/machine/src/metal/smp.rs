@@ -18,7 +18,6 @@
 )]
 
 use alloc::boxed::Box;
-use alloc::format;
 use alloc::vec::Vec;
 use core::hint;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -270,7 +269,7 @@ pub fn for_each_target(from: VcpuId, icr: u64, act: fn(VcpuId, VcpuId)) {
 /// INIT for one vCPU. An SNP guest's vCPU cannot be reset by the host; firmware sends INIT out
 /// of habit before the start-up IPI, which is what counts.
 pub fn init(_from: VcpuId, to: VcpuId) {
-    log!("{}", format!("INIT for vCPU {} is not emulated", to.0));
+    log!("INIT for vCPU {} is not emulated", to.0);
 }
 
 /// Start-up IPI for one vCPU.

@@ -75,8 +75,8 @@ pub fn read_for_guest(vcpu: &mut Vcpu, number: u32) -> Option<u64> {
 pub fn write_for_guest(vcpu: &mut Vcpu, number: u32, value: u64) -> bool {
     match number {
         msr::X2APIC_ICR => apic::write_icr(vcpu.id, value),
-        // Writing either would hand the host's own state to the guest.
-        msr::VM_HSAVE_PA | msr::SVSM_CAA => return false,
+        msr::SVSM_CAA => return false,
+        _ if cpu::is_forbidden_write(number, value) => return false,
         _ => cpu::wrmsr(number, value),
     }
     true

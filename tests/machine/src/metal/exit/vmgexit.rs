@@ -102,7 +102,7 @@ impl Cpu for Host<'_> {
     fn wrmsr(&mut self, msr: u32, value: u64) -> bool {
         match msr {
             cpu::msr::X2APIC_ICR => self.icr = Some(value),
-            cpu::msr::VM_HSAVE_PA | cpu::msr::EFER => return false,
+            _ if cpu::is_forbidden_write(msr, value) => return false,
             _ => cpu::wrmsr(msr, value),
         }
         true
