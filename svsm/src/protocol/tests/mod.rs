@@ -6,6 +6,7 @@
 mod model;
 
 mod calls;
+mod histories;
 mod pvalidate;
 mod races;
 mod vcpu;
