@@ -74,7 +74,8 @@ pub enum Error {
     /// The guest's fault: a page of the block already is what it should become.
     NoChange,
     /// The host's fault: the hardware contradicts the map. Every page is recorded as what the
-    /// hardware says, nothing that the map did not know was granted, and the VM should stop.
+    /// hardware says (but for one that was only to be lent: see [`Engine::take`]), nothing that
+    /// the map did not know was granted, and the VM should stop.
     HostLied,
     /// Nobody's fault: another vCPU held the lock, or kept a flush from being certain, for too
     /// long. Ask again.

@@ -5,8 +5,9 @@
 //! * A range has exactly one [`Region`] for each 2 MiB that it touches; the first and the last may
 //!   stick out of the range, and their pages outside it are never looked up.
 //!
-//! Two ranges may share a 2 MiB region of address space (RAM below and above a hole). Each then
-//! has its own state words, and both share a lock, because locks are chosen by address.
+//! Two ranges may share a 2 MiB region of address space (RAM below and above a hole). Whether they
+//! share its state words too is the caller's choice: their pages in it are different ones, and both
+//! have one lock, because locks are chosen by address.
 
 use crate::block::{Block, Frame, PAGES_PER_REGION};
 use crate::pages::{Region, RegionWords};

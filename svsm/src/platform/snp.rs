@@ -203,7 +203,8 @@ impl Platform for Snp {
             Rights::Vmsa => (Permissions::empty(), true),
             Rights::ReadableVmsa => (Permissions::READ, true),
         };
-        // SAFETY: callers of `Platform` hand over only pages of the guest.
+        // SAFETY: callers of `Platform` hand over pages of the guest, or make a VMSA of a page of
+        // their own that they have filled and will not touch as an object again.
         let status = unsafe { rmpadjust(block, RmpAdjust::new(vmpl, permissions, vmsa)) };
         match status.map_err(AdjustError::Fault)? {
             ReturnCode::SUCCESS => Ok(()),
