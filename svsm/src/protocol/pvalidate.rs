@@ -25,6 +25,8 @@ use super::{GuestMemory, Service, Stop, VcpuIndex, Vcpus, VmsaPages, stop_for};
 /// page costs at least an instruction, so this bounds rescinds and claims as well as scrubbing.
 const WORK_BUDGET: u64 = 32 << 20;
 
+const _: () = assert!(WORK_BUDGET >= PageSize::Size2M.bytes());
+
 /// How often a flush that is not certain is tried again. Each try waits for long enough that a
 /// processor which an honest host runs is interrupted many times.
 const FLUSH_TRIES: u32 = 16;
@@ -124,9 +126,6 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
     /// Does entry after entry; on return `progress.next` names the first that is not done.
     fn work_off(&self, list: &List<'_, B, M>, progress: &mut Progress) -> Result<(), Stop> {
         while progress.next < list.entries {
-            if progress.work >= WORK_BUDGET {
-                return Err(ResultCode::INCOMPLETE.into());
-            }
             let done = list
                 .entry(progress.next)
                 .and_then(|entry| entry.decode().map_err(malformed))
@@ -148,6 +147,10 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
 
     /// Does one entry.
     fn apply(&self, request: &PvalidateRequest, progress: &mut Progress) -> Result<(), Stop> {
+        // An entry is no larger than the budget, so a call does one at least.
+        if progress.work + request.size.bytes() > WORK_BUDGET {
+            return Err(ResultCode::INCOMPLETE.into());
+        }
         let size = match request.size {
             PageSize::Size4K => accept::PageSize::Size4K,
             PageSize::Size2M => accept::PageSize::Size2M,

@@ -380,3 +380,15 @@ fn i3_a_rescind_is_answered_only_when_the_flush_is_certain() {
         (&world.machine).flush().expect("flushed");
     });
 }
+
+#[test]
+fn i8_a_large_entry_does_not_exceed_what_is_left_of_the_budget() {
+    in_world(|world| {
+        let first = 2 << 21;
+        let mut entries = vec![validate_4k(1 << 21)];
+        entries.extend((0..16).map(|n| validate_2m(first + (n << 21))));
+        assert_eq!(world.pvalidate(&entries), (ResultCode::INCOMPLETE, 16));
+        assert_eq!(world.state(first + (15 << 21)), Some(PageState::Unaccepted));
+        assert_eq!(world.pvalidate_again(LIST), (ResultCode::SUCCESS, 17));
+    });
+}
