@@ -124,6 +124,13 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
     let target = build::prepare(layout)?;
     let firmware = given_or(&options.firmware, &fetch::OVMF)?;
     let kernel = given_or(&options.kernel, &fetch::KERNEL)?;
+    let userspace = match &options.initrd {
+        Some(file) => read(file)?,
+        None => {
+            let busybox = read(&fetch::BUSYBOX.obtain(layout)?)?;
+            initramfs::build(&busybox, options.exec.as_deref())
+        }
+    };
     let built = build::for_run(layout, target, &firmware)?;
 
     let dir = match &options.out {
@@ -137,15 +144,8 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
     // The image is copied, so that a build during the run cannot change what the logs are about.
     let own_image = dir.join("turnstile.igvm");
     fs::copy(&built.image, &own_image).with_context(|| format!("{}", own_image.display()))?;
-    let initrd = match &options.initrd {
-        Some(file) => file.clone(),
-        None => {
-            let busybox = read(&fetch::BUSYBOX.obtain(layout)?)?;
-            let file = dir.join("initramfs.cpio");
-            write(&file, initramfs::build(&busybox, options.exec.as_deref()))?;
-            file
-        }
-    };
+    let initrd = dir.join("initramfs.cpio");
+    write(&initrd, userspace)?;
     let append = format!("{COMMAND_LINE} {}", options.append);
     Ok(Config {
         qemu,
