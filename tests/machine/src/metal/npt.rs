@@ -226,11 +226,15 @@ impl Tables {
     /// Withdraws stale leaves, both aliases. For each page whose table of 4 KiB leaves stays,
     /// `refill` says what holds now; a whole block is left to the next fault, which may find
     /// that one large leaf will do. A large leaf over a single page is dropped.
+    ///
+    /// Says for each VMPL whether it lost or got another mapping: only then can a CPU hold a
+    /// translation that is no longer true.
     pub fn forget(
         &self,
         stale: &Invalidation,
         refill: impl Fn(Vmpl, Mode, u64) -> Option<Mapping>,
-    ) {
+    ) -> [bool; Vmpl::COUNT] {
+        let mut changed = [false; Vmpl::COUNT];
         let block = PageSize::Size2M.bytes();
         let end = stale.gpa.get() + stale.bytes;
         for vmpl in Vmpl::ALL
@@ -245,42 +249,47 @@ impl Tables {
                     let mut at = stale.gpa.get();
                     while at < end {
                         let next = (at / block + 1) * block;
-                        Self::forget_in_block(root, at | alias..next.min(end) | alias, |page| {
-                            refill(vmpl, mode, page)
-                        });
+                        let pages = at | alias..next.min(end) | alias;
+                        changed[vmpl.index()] |=
+                            Self::forget_in_block(root, pages, |page| refill(vmpl, mode, page));
                         at = next;
                     }
                 }
             }
         }
+        changed
     }
 
-    /// The part of [`Tables::forget`] inside one block.
+    /// The part of [`Tables::forget`] inside one block; whether a mapping changed.
     fn forget_in_block(
         root: u64,
         pages: core::ops::Range<u64>,
         refill: impl Fn(u64) -> Option<Mapping>,
-    ) {
+    ) -> bool {
         let Some(directory) = Self::directory(root, pages.start) else {
-            return;
+            return false;
         };
         let slot = index(pages.start, 2);
         let entry = get(directory, slot);
         if entry & bits::PRESENT == 0 {
-            return;
+            return false;
         }
         if entry & bits::LARGE != 0 {
             set(directory, slot, 0);
-            return;
+            return true;
         }
         let table = entry & bits::ADDRESS;
         if pages.end - pages.start == PageSize::Size2M.bytes() {
+            let changed = (0..512).any(|n| get(table, n) & bits::PRESENT != 0);
             // SAFETY: a table of the pool, in use as such.
             unsafe { memory::virt(table).write_bytes(0, 4096) };
-            return;
+            return changed;
         }
-        for page in pages.step_by(4096) {
-            LeafTable(table).set(page, refill(page));
-        }
+        pages.step_by(4096).fold(false, |changed, page| {
+            let old = get(table, index(page, 1));
+            let new = refill(page).map_or(0, leaf);
+            set(table, index(page, 1), new);
+            changed || (old & bits::PRESENT != 0 && old != new)
+        })
     }
 }

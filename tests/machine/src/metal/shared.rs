@@ -11,7 +11,9 @@ use machine::cpuid::Table;
 use machine::types::{Alias, Gpa, Kind, PageSize, Spa, VcpuId, Vmpl};
 use machine::{Platform, Verdict};
 use protocols::report::Event;
-use spin::{Mutex, MutexGuard, Once};
+use spin::Once;
+use spin::mutex::{Mutex, MutexGuard};
+use spin::relax::Loop;
 
 use super::memory::DirectMap;
 use super::npt::{C_BIT, Mode, Slot, Tables};
@@ -30,7 +32,8 @@ pub struct Machine {
     pub cpuid: Table,
 }
 
-static MACHINE: Once<Mutex<Machine>> = Once::new();
+// A plain spin: PAUSE takes QEMU's big lock (facts: tcg-svm.md §7).
+static MACHINE: Once<Mutex<Machine, Loop>> = Once::new();
 
 /// Makes the machine. Called once, before any guest runs.
 pub fn init(machine: Machine) {
@@ -95,13 +98,15 @@ impl Machine {
         let stale = self.platform.take_invalidations();
         if !stale.is_empty() {
             let platform = &self.platform;
+            let mut lost = [false; Vmpl::COUNT];
             for range in &stale {
-                self.tables.forget(range, |vmpl, mode, address| {
+                let changed = self.tables.forget(range, |vmpl, mode, address| {
                     let (gpa, alias) = split(address, mode);
                     platform.peek(vmpl, alias, gpa)
                 });
+                lost = core::array::from_fn(|n| lost[n] || changed[n]);
             }
-            smp::shoot_down(this_cpu());
+            smp::shoot_down(this_cpu(), lost);
         }
         for mut event in self.platform.take_events() {
             if let Event::Refusal(refusal) = &mut event {
@@ -114,7 +119,7 @@ impl Machine {
     /// Makes sure that the next fault finds tables to grow with.
     pub fn reserve_tables(&mut self) {
         if self.tables.is_exhausted() {
-            smp::shoot_down(this_cpu());
+            smp::shoot_down(this_cpu(), [true; Vmpl::COUNT]);
             self.tables.recycle();
         }
     }

@@ -20,7 +20,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::hint;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use machine::ghcb::{ApAction, ApKind};
 use machine::types::{VcpuId, Vmpl};
@@ -52,6 +52,8 @@ pub enum Request {
 struct Slot {
     /// Between VMRUN and the exit, or about to be.
     in_guest: AtomicBool,
+    /// The level that runs there.
+    vmpl: AtomicUsize,
     /// Exits so far: tells a CPU that has left from one that has entered again.
     exits: AtomicU64,
     /// An NMI of the machine is on its way or has arrived.
@@ -150,8 +152,10 @@ fn kick(id: usize) {
 }
 
 /// Called with the machine's lock held, right before a CPU enters its guest.
-pub fn enter_guest(id: VcpuId) {
-    slot(id).in_guest.store(true, Ordering::SeqCst);
+pub fn enter_guest(id: VcpuId, vmpl: Vmpl) {
+    let slot = slot(id);
+    slot.vmpl.store(vmpl.index(), Ordering::SeqCst);
+    slot.in_guest.store(true, Ordering::SeqCst);
 }
 
 /// Called right after an exit.
@@ -161,13 +165,17 @@ pub fn left_guest(id: VcpuId) {
     slot.in_guest.store(false, Ordering::SeqCst);
 }
 
-/// Gets every other CPU out of its guest once. With the machine's lock held none can enter
-/// again, so afterwards no CPU uses a mapping that was withdrawn before the call.
-pub fn shoot_down(id: VcpuId) {
+/// Gets every other CPU that runs one of `levels` out of its guest once. With the machine's lock
+/// held none can enter again, so afterwards no CPU uses a mapping of these levels that was
+/// withdrawn before the call.
+pub fn shoot_down(id: VcpuId, levels: [bool; Vmpl::COUNT]) {
+    let concerned = |slot: &Slot| {
+        slot.in_guest.load(Ordering::SeqCst) && levels[slot.vmpl.load(Ordering::SeqCst)]
+    };
     let waiting: Vec<(usize, u64)> = slots()
         .iter()
         .enumerate()
-        .filter(|&(n, slot)| n != id.index() && slot.in_guest.load(Ordering::SeqCst))
+        .filter(|&(n, slot)| n != id.index() && concerned(slot))
         .map(|(n, slot)| (n, slot.exits.load(Ordering::SeqCst)))
         .collect();
     for &(n, _) in &waiting {

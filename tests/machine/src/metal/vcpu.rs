@@ -389,7 +389,7 @@ impl Vcpu {
         let root = {
             let mut machine = shared::lock(self.rip());
             machine.reserve_tables();
-            smp::enter_guest(self.id);
+            smp::enter_guest(self.id, self.vmpl);
             machine.tables.root(self.vmpl, mode)
         };
         self.vmcb_mut().control.n_cr3 = root;

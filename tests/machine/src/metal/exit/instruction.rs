@@ -4,12 +4,13 @@
 use machine::guest::decode::{self, MAX_LENGTH, Opcode};
 use machine::guest::walk::Access;
 use machine::isa::{self, Completion, Instruction, Operands, Operation, Request};
+use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
 use protocols::snp::ReturnCode;
 
 use crate::metal::guest_memory::{View, fetch};
 use crate::metal::vcpu::{Flow, Vcpu};
-use crate::metal::{shared, smp};
+use crate::metal::{shared, smp, world};
 
 use super::{instruction_at_rip, vmgexit};
 
@@ -85,7 +86,12 @@ fn execute(vcpu: &Vcpu, opcode: isa::Opcode, operands: &Operands) -> Outcome {
         // On hardware the host's timer interrupts every processor now and then, so a VMSA that
         // is in use is free, or runs with fresh translations, a moment later. Here interrupts
         // go straight to the guest and an idle one would never leave.
-        smp::shoot_down(vcpu.id);
+        // Once it is out (and it stays out while the lock is held) its translations are gone,
+        // which is what PCPU_ID would tell when it runs again.
+        smp::shoot_down(vcpu.id, [true; Vmpl::COUNT]);
+        if let Some(vmsa) = machine.platform.spa_of(to.gpa) {
+            world::mark_running(vmsa, vcpu.id);
+        }
     }
     if matches!(result, Instruction::Complete(done) if done.eax == 0) {
         // What follows is nearly always a scrub of the page, or its use by the level that was
