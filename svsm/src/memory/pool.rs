@@ -120,10 +120,4 @@ impl Pool {
             Ok(&*place)
         }
     }
-
-    /// How many bytes are left.
-    #[must_use]
-    pub const fn left(&self) -> u64 {
-        self.end - self.next
-    }
 }
