@@ -82,7 +82,11 @@ impl Counters {
         self.levels.each_ref().map(|level| {
             let mut counters = level.fixed.clone();
             // Several codes share a name, so this adds up instead of collecting.
-            let frequent = level.frequent_exits.iter().zip(0u64..).filter(|&(&n, _)| n != 0);
+            let frequent = level
+                .frequent_exits
+                .iter()
+                .zip(0u64..)
+                .filter(|&(&n, _)| n != 0);
             for (&n, code) in frequent.chain(level.exits.iter().map(|(code, n)| (n, *code))) {
                 *counters.exits.entry(exit_name(code)).or_default() += n;
             }

@@ -167,7 +167,8 @@ impl Layout {
 
     /// Whether the page of `gpa` is backed by memory of the machine.
     pub fn is_window(&self, gpa: Gpa) -> bool {
-        self.range(gpa).is_some_and(|range| range.backing == Backing::Window)
+        self.range(gpa)
+            .is_some_and(|range| range.backing == Backing::Window)
     }
 
     /// Where the page of `gpa` is; `None` if there is no memory.
