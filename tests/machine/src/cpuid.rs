@@ -105,9 +105,10 @@ mod bits {
     pub const LEAF1_ECX_OSXSAVE: u32 = 1 << 27;
     /// Leaf 1: XSAVE.
     pub const LEAF1_ECX_XSAVE: u32 = 1 << 26;
-    /// Leaf 1: FMA 12, PCID 17, XSAVE, OSXSAVE, AVX 28, F16C 29.
+    /// Leaf 1: MONITOR 3 (KVM reflects it, and OVMF's processors would wait by it where they
+    /// cannot take #VC any more), FMA 12, PCID 17, XSAVE, OSXSAVE, AVX 28, F16C 29.
     pub const LEAF1_ECX_OFF: u32 =
-        1 << 12 | 1 << 17 | LEAF1_ECX_XSAVE | LEAF1_ECX_OSXSAVE | 1 << 28 | 1 << 29;
+        1 << 3 | 1 << 12 | 1 << 17 | LEAF1_ECX_XSAVE | LEAF1_ECX_OSXSAVE | 1 << 28 | 1 << 29;
     /// Leaf 1: RDRAND 30 (Linux cannot do without), hypervisor present 31.
     pub const LEAF1_ECX_ON: u32 = 1 << 30 | 1 << 31;
     /// All that is left of leaf 7: FSGSBASE 0, BMI1 3, SMEP 7, BMI2 8, ERMS 9, RDSEED 18,
@@ -371,7 +372,7 @@ mod tests {
                 ..FIRST
             },
         );
-        for bit in [12, 17, 26, 27, 28, 29] {
+        for bit in [3, 12, 17, 26, 27, 28, 29] {
             assert_eq!(leaf1.ecx & 1 << bit, 0, "leaf 1 ECX bit {bit}");
         }
         let leaf7 = table.lookup(7, 0, &FIRST);

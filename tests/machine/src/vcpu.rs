@@ -118,15 +118,14 @@ impl<P: PhysicalMemory> Platform<P> {
         }
     }
 
-    /// Gives a context its VMSA, as the launch and AP creation do.
+    /// Gives a context its VMSA, or takes it, as the launch, AP creation and AP destruction do.
+    ///
+    /// The GHCB MSR and the registered GHCB belong to the vCPU's context and outlive its VMSA,
+    /// as in KVM: OVMF starts its processors anew without telling where their GHCBs are.
     pub fn set_vmsa(&mut self, vcpu: VcpuId, vmpl: Vmpl, gpa: Option<Gpa>) {
-        let reset = self.sev_info();
         if let Some(context) = self.context_mut(vcpu, vmpl) {
-            *context = Context {
-                vmsa: gpa,
-                ghcb_msr: reset,
-                ..Context::default()
-            };
+            context.vmsa = gpa;
+            context.hold = None;
         }
     }
 
@@ -322,12 +321,18 @@ mod tests {
     }
 
     #[test]
-    fn a_new_vmsa_starts_with_a_clean_ghcb() {
+    fn the_ghcb_outlives_the_vmsa() {
         let (mut platform, _) = ready();
-        platform.register_ghcb_page(Vmpl::VMPL1);
-        platform.set_vmsa(CPU0, Vmpl::VMPL1, Some(VMSA));
         let context = platform.context(CPU0, Vmpl::VMPL1).unwrap();
-        assert_eq!(context.registered, None);
         assert_eq!(context.ghcb_msr, platform.sev_info());
+        platform.register_ghcb_page(Vmpl::VMPL1);
+        let before = *platform.context(CPU0, Vmpl::VMPL1).unwrap();
+        assert!(before.registered.is_some());
+        for vmsa in [None, Some(VMSA)] {
+            platform.set_vmsa(CPU0, Vmpl::VMPL1, vmsa);
+            let context = platform.context(CPU0, Vmpl::VMPL1).unwrap();
+            assert_eq!(context.registered, before.registered);
+            assert_eq!(context.ghcb_msr, before.ghcb_msr);
+        }
     }
 }
