@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # The first process of the guest. Announces userspace, runs the command that the host left in
-# /turnstile/exec (its output goes to the second serial port, followed by its exit status), or gives
-# a shell on the console; then powers the machine off.
+# /turnstile/exec (its output goes to the second serial port, between two marks, the latter with its
+# exit status), or gives a shell on the console; then powers the machine off.
 /bin/busybox mkdir -p /proc /sys /dev /tmp /root
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sysfs /sys
@@ -15,6 +15,7 @@ echo "@MARKER@"
 if [ -e /turnstile/exec ]; then
     exec 3>/dev/ttyS1
     stty -F /dev/ttyS1 raw -echo
+    printf '\000@BEGINS@\n' >&3
     sh /turnstile/exec >&3 2>&1 </dev/null
     printf '\000@TRAILER@%d\n' $? >&3
     # The last close waits until the port has sent everything.

@@ -9,6 +9,8 @@ use cpio::Archive;
 
 /// What init prints on the console when userspace is reached.
 pub const USERSPACE_MARKER: &str = "turnstile: userspace reached";
+/// What precedes the output of `--exec` on the second serial port: NUL, this, LF.
+pub const OUTPUT_BEGINS: &str = "turnstile-begin:";
 /// What follows the output of `--exec` on the second serial port: NUL, this, the exit status, LF.
 pub const EXIT_TRAILER: &str = "turnstile-exit:";
 
@@ -18,6 +20,7 @@ const INIT: &str = include_str!("init.sh");
 pub fn build(busybox: &[u8], exec: Option<&str>) -> Vec<u8> {
     let init = INIT
         .replace("@MARKER@", USERSPACE_MARKER)
+        .replace("@BEGINS@", OUTPUT_BEGINS)
         .replace("@TRAILER@", EXIT_TRAILER);
     let mut archive = Archive::default();
     for dir in ["bin", "dev", "proc", "sys", "tmp", "root", "turnstile"] {
@@ -55,5 +58,6 @@ mod tests {
         assert!(!contains(&archive, "turnstile/exec\0"));
         assert!(contains(&archive, super::USERSPACE_MARKER));
         assert!(!contains(&archive, "@MARKER@") && !contains(&archive, "@TRAILER@"));
+        assert!(!contains(&archive, "@BEGINS@"));
     }
 }

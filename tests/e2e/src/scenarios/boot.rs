@@ -95,6 +95,12 @@ fn guest_says(findings: &mut Findings, finished: &Finished) {
             || format!("not in {} bytes of output", output.len()),
         );
     }
+    // dmesg comes first; the firmware writes to the same port before.
+    findings.check(
+        "nothing stands before the command's output",
+        output.starts_with('['),
+        || output.chars().take(80).collect(),
+    );
     let (before, after) = output.split_once(AFTER).unwrap_or((&output, ""));
     match (unaccepted_kib(before), unaccepted_kib(after)) {
         (Some(before), Some(after)) => {

@@ -1,19 +1,44 @@
-//! The output of the guest's command on the second serial port, and its exit status behind it.
+//! The output of the guest's command on the second serial port, between what the firmware wrote
+//! there and the command's exit status.
 
-use crate::initramfs::EXIT_TRAILER;
+use crate::initramfs::{EXIT_TRAILER, OUTPUT_BEGINS};
 
-/// Separates the command's output from the trailer: NUL, [`EXIT_TRAILER`], the status, LF.
+/// Takes the command's output out of what arrives at the port: it stands between NUL,
+/// [`OUTPUT_BEGINS`], LF and NUL, [`EXIT_TRAILER`], the status, LF.
 #[derive(Debug, Default)]
 pub struct ExecStream {
     held: Vec<u8>,
+    /// Whether the output has yet to begin.
+    waiting: bool,
     status: Option<i32>,
 }
 
 impl ExecStream {
+    /// The port of a guest with an operating system. Its firmware takes the port for a terminal and
+    /// clears the screen of it, so nothing counts before the command begins.
+    pub fn behind_firmware() -> ExecStream {
+        ExecStream {
+            waiting: true,
+            ..ExecStream::default()
+        }
+    }
+
     /// Takes the next bytes of the port and returns what certainly is output. Bytes that may be the
     /// begin of the trailer are held until it is known.
     pub fn push(&mut self, bytes: &[u8]) -> Vec<u8> {
         self.held.extend_from_slice(bytes);
+        if self.waiting {
+            let begin = [b"\0", OUTPUT_BEGINS.as_bytes(), b"\n"].concat();
+            let Some(at) = self
+                .held
+                .windows(begin.len())
+                .position(|bytes| bytes == begin)
+            else {
+                return Vec::new();
+            };
+            self.held.drain(..at + begin.len());
+            self.waiting = false;
+        }
         let mut output = Vec::new();
         while let Some(nul) = self.held.iter().position(|&byte| byte == 0) {
             output.extend(self.held.drain(..nul));
@@ -45,7 +70,7 @@ impl ExecStream {
 
 #[cfg(test)]
 mod tests {
-    use super::{EXIT_TRAILER, ExecStream};
+    use super::{EXIT_TRAILER, ExecStream, OUTPUT_BEGINS};
 
     /// Whatever the cuts between the pieces, output and status come out the same.
     #[test]
@@ -57,6 +82,20 @@ mod tests {
             output.extend(stream.push(&whole[cut..]));
             assert_eq!(output, b"a\0b\n", "cut at {cut}");
             assert_eq!(stream.status(), Some(42), "cut at {cut}");
+        }
+    }
+
+    /// Whatever the cut, the firmware's words are left out.
+    #[test]
+    fn what_stands_before_the_begin_is_no_output() {
+        let whole =
+            format!("\x1b[2J\0turn\0{OUTPUT_BEGINS}\nhello\n\0{EXIT_TRAILER}0\n").into_bytes();
+        for cut in 0..=whole.len() {
+            let mut stream = ExecStream::behind_firmware();
+            let mut output = stream.push(&whole[..cut]);
+            output.extend(stream.push(&whole[cut..]));
+            assert_eq!(output, b"hello\n", "cut at {cut}");
+            assert_eq!(stream.status(), Some(0), "cut at {cut}");
         }
     }
 

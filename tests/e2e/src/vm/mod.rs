@@ -95,7 +95,7 @@ pub struct Finished {
     pub stages: Vec<(Stage, Duration)>,
     /// The guest's console.
     pub console: String,
-    /// The second serial port without the trailer of the guest's command.
+    /// What the guest's command printed; without an operating system, the second serial port.
     pub output: Vec<u8>,
     /// Exit status of the guest's command, if it came to its end.
     pub exec_status: Option<i32>,
@@ -141,7 +141,10 @@ impl Config {
             machine: (Tail::new(&logs.machine), Lines::default()),
             console: (Tail::new(&logs.console), Lines::default()),
             second: Tail::new(&logs.second),
-            exec: ExecStream::default(),
+            exec: match self.linux {
+                Some(_) => ExecStream::behind_firmware(),
+                None => ExecStream::default(),
+            },
             seen: Finished {
                 dir: self.dir.clone(),
                 report: None,
