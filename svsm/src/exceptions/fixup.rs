@@ -42,6 +42,44 @@ macro_rules! fixup {
 }
 pub(crate) use fixup;
 
+/// One instruction with AC set and a landing pad: evaluates to the new RAX, or to the fault. More
+/// lines behind the instruction are skipped by a fault.
+///
+/// RAX may be an operand; on a fault its value is replaced by what happened. The code around
+/// the macro answers for what the instruction does, the macro for where a fault lands.
+macro_rules! guarded {
+    ($($line:literal),+; rax = $rax:expr, $($operands:tt)*) => {{
+        let mut rax: u64 = $rax;
+        let faulted: u64;
+        // SAFETY: a fault of the instruction continues at label 3, and AC is clear afterwards
+        // either way; what the instruction does to its operands is what the function around
+        // this macro is for, and says.
+        unsafe {
+            core::arch::asm!(
+                "stac",
+                "xor {faulted:e}, {faulted:e}",
+                "2:",
+                $($line,)+
+                "jmp 4f",
+                "3:",
+                "inc {faulted}",
+                "4:",
+                "clac",
+                $crate::exceptions::fixup::fixup!("2b", "3b"),
+                faulted = out(reg) faulted,
+                inout("rax") rax,
+                $($operands)*
+            );
+        }
+        if faulted == 0 {
+            Ok(rax)
+        } else {
+            Err($crate::exceptions::fixup::decode(rax))
+        }
+    }};
+}
+pub(crate) use guarded;
+
 /// Where to continue when the instruction at `rip` faulted, if it may.
 pub fn landing_for(rip: u64) -> Option<u64> {
     let start = &raw const START;

@@ -9,40 +9,8 @@
 //! ([`super::guest_map`]), or pass pages of their own that hold no Rust object.
 #![expect(unsafe_code, reason = "the accesses themselves")]
 
-use core::arch::asm;
-
-use crate::exceptions::fixup::{self, fixup};
+use crate::exceptions::fixup::guarded;
 use crate::platform::AccessFault;
-
-/// One instruction with AC set and a landing pad: evaluates to `Result<(), AccessFault>`.
-///
-/// RAX may be an operand; on a fault its value is replaced by what happened.
-macro_rules! guarded {
-    ($instruction:literal, rax = $rax:expr, $($operands:tt)*) => {{
-        let mut rax: u64 = $rax;
-        let faulted: u64;
-        // SAFETY: the instruction touches the memory its operands name, which the caller of
-        // this module answers for; a fault continues at label 3.
-        unsafe {
-            asm!(
-                "stac",
-                "xor {faulted:e}, {faulted:e}",
-                "2:",
-                $instruction,
-                "jmp 4f",
-                "3:",
-                "inc {faulted}",
-                "4:",
-                "clac",
-                fixup!("2b", "3b"),
-                faulted = out(reg) faulted,
-                inout("rax") rax,
-                $($operands)*
-            );
-        }
-        if faulted == 0 { Ok(rax) } else { Err(fixup::decode(rax)) }
-    }};
-}
 
 /// Copies `data` to `address`.
 ///
@@ -50,7 +18,7 @@ macro_rules! guarded {
 ///
 /// The fault; the memory may be written in part.
 pub fn copy_out(address: u64, data: &[u8]) -> Result<(), AccessFault> {
-    guarded!("rep movsb", rax = 0,
+    guarded!("rep movsb"; rax = 0,
         inout("rcx") data.len() => _,
         inout("rsi") data.as_ptr() => _,
         inout("rdi") address => _,
@@ -64,7 +32,7 @@ pub fn copy_out(address: u64, data: &[u8]) -> Result<(), AccessFault> {
 ///
 /// The fault; the memory may be filled in part.
 pub fn fill_zero(address: u64, bytes: u64) -> Result<(), AccessFault> {
-    guarded!("rep stosq", rax = 0,
+    guarded!("rep stosq"; rax = 0,
         inout("rcx") bytes / 8 => _,
         inout("rdi") address => _,
     )
@@ -77,7 +45,7 @@ pub fn fill_zero(address: u64, bytes: u64) -> Result<(), AccessFault> {
 ///
 /// The fault.
 pub fn load_u8(address: u64) -> Result<u8, AccessFault> {
-    guarded!("movzx eax, byte ptr [{address}]", rax = 0, address = in(reg) address)
+    guarded!("movzx eax, byte ptr [{address}]"; rax = 0, address = in(reg) address)
         .map(|value| value as u8)
 }
 
@@ -87,7 +55,7 @@ pub fn load_u8(address: u64) -> Result<u8, AccessFault> {
 ///
 /// The fault.
 pub fn load_u64(address: u64) -> Result<u64, AccessFault> {
-    guarded!("mov rax, [{address}]", rax = 0, address = in(reg) address)
+    guarded!("mov rax, [{address}]"; rax = 0, address = in(reg) address)
 }
 
 /// Writes 64 bits at once.
@@ -96,7 +64,7 @@ pub fn load_u64(address: u64) -> Result<u64, AccessFault> {
 ///
 /// The fault; nothing was written.
 pub fn store_u64(address: u64, value: u64) -> Result<(), AccessFault> {
-    guarded!("mov [{address}], rax", rax = value, address = in(reg) address).map(drop)
+    guarded!("mov [{address}], rax"; rax = value, address = in(reg) address).map(drop)
 }
 
 /// Writes 16 bits at once.
@@ -105,7 +73,7 @@ pub fn store_u64(address: u64, value: u64) -> Result<(), AccessFault> {
 ///
 /// The fault; nothing was written.
 pub fn store_u16(address: u64, value: u16) -> Result<(), AccessFault> {
-    guarded!("mov [{address}], ax", rax = value.into(), address = in(reg) address).map(drop)
+    guarded!("mov [{address}], ax"; rax = value.into(), address = in(reg) address).map(drop)
 }
 
 /// Clears bits of a 64-bit word as one locked operation.
@@ -114,7 +82,7 @@ pub fn store_u16(address: u64, value: u16) -> Result<(), AccessFault> {
 ///
 /// The fault; nothing was written.
 pub fn clear_bits(address: u64, bits: u64) -> Result<(), AccessFault> {
-    guarded!("lock and [{address}], rax", rax = !bits, address = in(reg) address).map(drop)
+    guarded!("lock and [{address}], rax"; rax = !bits, address = in(reg) address).map(drop)
 }
 
 /// Sets bits of a 64-bit word as one locked operation.
@@ -123,5 +91,5 @@ pub fn clear_bits(address: u64, bits: u64) -> Result<(), AccessFault> {
 ///
 /// The fault; nothing was written.
 pub fn set_bits(address: u64, bits: u64) -> Result<(), AccessFault> {
-    guarded!("lock or [{address}], rax", rax = bits, address = in(reg) address).map(drop)
+    guarded!("lock or [{address}], rax"; rax = bits, address = in(reg) address).map(drop)
 }

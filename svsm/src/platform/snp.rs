@@ -18,7 +18,7 @@ use x86_64::registers::control::{Cr4, Cr4Flags};
 use x86_64::registers::model_specific::Msr;
 
 use super::{AccessFault, AdjustError, MappedBlock, Platform, Rights, ValidateError};
-use crate::exceptions::fixup::{self, fixup};
+use crate::exceptions::fixup::guarded;
 use crate::memory::access;
 
 /// What PVALIDATE left behind.
@@ -38,34 +38,15 @@ unsafe fn pvalidate(block: MappedBlock, validate: bool) -> Result<PvalidateResul
         size: block.size(),
         validate,
     };
-    let mut rax = block.address();
     let carry: u8;
-    let faulted: u64;
-    // SAFETY: the operands follow the manual, a fault lands behind the instruction with RAX
-    // describing it, and contents are the caller's affair (1).
-    unsafe {
-        asm!(
-            "stac",
-            "xor {faulted:e}, {faulted:e}",
-            "2:",
-            ".byte 0xf2, 0x0f, 0x01, 0xff", // pvalidate
-            "setc {carry}",
-            "jmp 4f",
-            "3:",
-            "inc {faulted}",
-            "4:",
-            "clac",
-            fixup!("2b", "3b"),
-            carry = out(reg_byte) carry,
-            faulted = out(reg) faulted,
-            inout("rax") rax,
-            in("ecx") operands.ecx(),
-            in("edx") operands.edx(),
-        );
-    }
-    if faulted != 0 {
-        return Err(fixup::decode(rax));
-    }
+    let rax = guarded!(
+        ".byte 0xf2, 0x0f, 0x01, 0xff", // pvalidate
+        "setc {carry}";
+        rax = block.address(),
+        carry = out(reg_byte) carry,
+        in("ecx") operands.ecx(),
+        in("edx") operands.edx(),
+    )?;
     Ok(PvalidateResult {
         status: ReturnCode(rax as u32),
         carry: carry != 0,
@@ -79,31 +60,12 @@ unsafe fn pvalidate(block: MappedBlock, validate: bool) -> Result<PvalidateResul
 /// Giving rights (or the VMSA attribute) hands the page to a lower privilege level: the page
 /// holds nothing of the paravisor's and no Rust object lives in it.
 unsafe fn rmpadjust(block: MappedBlock, target: RmpAdjust) -> Result<ReturnCode, AccessFault> {
-    let mut rax = block.address();
-    let faulted: u64;
-    // SAFETY: the operands follow the manual, a fault lands behind the instruction with RAX
-    // describing it.
-    unsafe {
-        asm!(
-            "stac",
-            "xor {faulted:e}, {faulted:e}",
-            "2:",
-            ".byte 0xf3, 0x0f, 0x01, 0xfe", // rmpadjust
-            "jmp 4f",
-            "3:",
-            "inc {faulted}",
-            "4:",
-            "clac",
-            fixup!("2b", "3b"),
-            faulted = out(reg) faulted,
-            inout("rax") rax,
-            inout("rcx") u64::from(block.size().encoding()) => _,
-            inout("rdx") target.0 => _,
-        );
-    }
-    if faulted != 0 {
-        return Err(fixup::decode(rax));
-    }
+    let rax = guarded!(
+        ".byte 0xf3, 0x0f, 0x01, 0xfe"; // rmpadjust
+        rax = block.address(),
+        inout("rcx") u64::from(block.size().encoding()) => _,
+        inout("rdx") target.0 => _,
+    )?;
     Ok(ReturnCode(rax as u32))
 }
 
