@@ -63,7 +63,7 @@ pub fn run(layout: &Layout) -> Result<bool> {
             },
         ),
     ];
-    for wanted in fetch::ALL {
+    for wanted in fetch::for_a_run() {
         let state = match wanted.cached(layout) {
             Some((file, version)) => State::Ready(format!("{version}, {}", file.display())),
             None if debian.is_ok() => State::Fetched(format!(
@@ -77,7 +77,7 @@ pub fn run(layout: &Layout) -> Result<bool> {
                 wanted.purpose
             )),
         };
-        lines.push((wanted.package, state));
+        lines.push((wanted.name, state));
     }
     let mut good = true;
     for (name, state) in lines {

@@ -36,6 +36,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use e2e::guests::Firmware;
 
 use layout::Layout;
 
@@ -76,7 +77,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Test(options) => test::run(&layout, &options),
         Task::Build => {
             let target = build::prepare(&layout)?;
-            let firmware = fetch::OVMF.obtain(&layout)?;
+            let firmware = fetch::guests::firmware(Firmware::default()).obtain(&layout)?;
             build::for_run(&layout, target, &firmware)?;
             build::for_tests(&layout, target)?;
             println!("{}", layout.artefacts.display());

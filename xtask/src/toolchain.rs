@@ -136,6 +136,7 @@ impl Toolchain {
     /// Puts the library source of Debian's `rust-src` where cargo looks for it.
     fn library_from_debian(&self, layout: &Layout) -> Result<()> {
         let source = Wanted {
+            name: "rust-src",
             package: "rust-src",
             suites: &[
                 "trixie-backports",

@@ -4,6 +4,7 @@
 //!
 //! - [`vm`]: one run of the machine, also used by `xtask run`;
 //! - [`image`]: the images that are run;
+//! - [`guests`]: the kernels and firmware that are booted, by name;
 //! - [`initramfs`]: the guest's userspace;
 //! - [`scenario`]: what a scenario is given and what it returns;
 //! - [`scenarios`]: the scenarios, one module per intent.
@@ -13,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod guests;
 pub mod image;
 pub mod initramfs;
 pub mod scenario;

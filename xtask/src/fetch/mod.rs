@@ -5,6 +5,7 @@
 //! one process fills the cache at a time.
 
 pub mod apt;
+pub mod guests;
 pub mod sources;
 
 use std::borrow::Cow;
@@ -13,6 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use e2e::guests::{Firmware, Kernel};
 
 use apt::{Archive, Candidate};
 use sources::Debian;
@@ -23,6 +25,8 @@ use crate::progress;
 /// A package to be taken from Debian, unpacked and used in place.
 #[derive(Debug)]
 pub struct Wanted {
+    /// Its name in the cache; no two share one, though they may come from the same package.
+    pub name: &'static str,
     /// Name of the package; for a kernel the meta package, which is followed to the image itself.
     pub package: &'static str,
     /// Suites that may have it, best first.
@@ -30,7 +34,7 @@ pub struct Wanted {
     /// Versions that will do.
     pub version: Version,
     /// The only part of the package that is kept, relative to its root; a whole directory or a file.
-    /// The last component may end in `*`.
+    /// A component may hold one `*`.
     pub keep: Cow<'static, str>,
     /// What it is for.
     pub purpose: &'static str,
@@ -67,27 +71,9 @@ impl fmt::Display for Version {
     }
 }
 
-/// The firmware: the first version with the IGVM parameter area that hides the paravisor's memory
-/// and without the calling-area MSR mistake of older builds.
-pub static OVMF: Wanted = Wanted {
-    package: "ovmf-generic",
-    suites: &["forky", "sid"],
-    version: Version::AtLeast("2026.08"),
-    keep: Cow::Borrowed("usr/share/ovmf/OVMF.fd"),
-    purpose: "the guest's firmware",
-};
-
-/// The guest kernel: lazy acceptance and SVSM client code of the 6.12 series.
-pub static KERNEL: Wanted = Wanted {
-    package: "linux-image-cloud-amd64",
-    suites: &["bookworm-backports", "trixie"],
-    version: Version::Series(Cow::Borrowed("6.12.")),
-    keep: Cow::Borrowed("boot/vmlinuz-*"),
-    purpose: "the guest's kernel",
-};
-
 /// The guest's userspace.
 pub static BUSYBOX: Wanted = Wanted {
+    name: "busybox-static",
     package: "busybox-static",
     suites: &["bookworm", "trixie"],
     version: Version::Any,
@@ -95,8 +81,14 @@ pub static BUSYBOX: Wanted = Wanted {
     purpose: "the guest's userspace",
 };
 
-/// Everything that a run needs besides QEMU and the toolchain.
-pub static ALL: [&Wanted; 3] = [&OVMF, &KERNEL, &BUSYBOX];
+/// Everything that a plain run needs besides QEMU and the toolchain.
+pub fn for_a_run() -> [&'static Wanted; 3] {
+    [
+        guests::firmware(Firmware::default()),
+        guests::kernel(Kernel::default()),
+        &BUSYBOX,
+    ]
+}
 
 impl Wanted {
     /// The kept file, if the package is in the cache already, and the version it came from.
@@ -145,11 +137,11 @@ impl Wanted {
 
     /// The package in `archive` that will do, or why there is none.
     fn choose(&self, archive: &Archive) -> Result<Candidate, String> {
-        let found = self.fitting(archive, self.package)?;
-        match image_behind(&found) {
-            Some(image) => self.fitting(archive, &image),
-            None => Ok(found),
+        let mut found = self.fitting(archive, self.package)?;
+        while let Some(next) = guests::behind(&found) {
+            found = self.fitting(archive, &next)?;
         }
+        Ok(found)
     }
 
     /// The newest version of `package` in `archive` that will do.
@@ -203,7 +195,7 @@ impl Wanted {
     }
 
     fn dir(&self, layout: &Layout) -> PathBuf {
-        layout.cache.join("packages").join(self.package)
+        layout.cache.join("packages").join(self.name)
     }
 }
 
@@ -216,43 +208,35 @@ pub fn lock(layout: &Layout) -> Result<fs::File> {
     Ok(file)
 }
 
-/// The package with the kernel image that a kernel meta package stands for.
-fn image_behind(meta: &Candidate) -> Option<String> {
-    let stem = meta.package.strip_suffix("-cloud-amd64")?;
-    let name = meta
-        .depends
-        .split([',', '|'])
-        .next()?
-        .split_whitespace()
-        .next()?;
-    let specific = name.strip_prefix(stem)?.strip_prefix('-')?;
-    specific
-        .starts_with(|c: char| c.is_ascii_digit())
-        .then(|| name.to_owned())
-}
-
-/// The entry below `root` that `pattern` names; its last component may end in `*`.
+/// The entry below `root` that `pattern` names; each component may hold one `*`. Of several the last
+/// in the order of names.
 fn find(root: &Path, pattern: &str) -> Option<PathBuf> {
-    let path = root.join(pattern);
-    let Some(prefix) = path
-        .file_name()?
-        .to_str()?
-        .strip_suffix('*')
-        .map(str::to_owned)
-    else {
-        return path.exists().then_some(path);
+    let (component, rest) = match pattern.split_once('/') {
+        Some((component, rest)) => (component, Some(rest)),
+        None => (pattern, None),
     };
-    let mut found: Vec<PathBuf> = fs::read_dir(path.parent()?)
+    let below = |path: PathBuf| match rest {
+        Some(rest) => find(&path, rest),
+        None => path.exists().then_some(path),
+    };
+    let Some((prefix, suffix)) = component.split_once('*') else {
+        return below(root.join(component));
+    };
+    let fits = |name: &str| {
+        name.len() >= prefix.len() + suffix.len()
+            && name.starts_with(prefix)
+            && name.ends_with(suffix)
+    };
+    let mut names: Vec<String> = fs::read_dir(root)
         .ok()?
-        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter(|path| {
-            path.file_name()
-                .and_then(|name| name.to_str())
-                .is_some_and(|n| n.starts_with(&prefix))
-        })
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| fits(name))
         .collect();
-    found.sort();
-    found.pop()
+    names.sort();
+    names
+        .into_iter()
+        .rev()
+        .find_map(|name| below(root.join(name)))
 }
 
 fn remove_dir(dir: &Path) -> Result<()> {
@@ -266,37 +250,56 @@ fn remove_dir(dir: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::image_behind;
-    use crate::fetch::apt::Candidate;
+    use std::fs;
 
-    fn candidate(package: &str, depends: &str) -> Candidate {
-        Candidate {
-            package: package.into(),
-            version: "6.12.1-1".into(),
-            size: 0,
-            depends: depends.into(),
+    use e2e::guests::{Firmware, Kernel};
+
+    use super::{BUSYBOX, Layout, find, for_a_run, guests};
+
+    #[test]
+    fn a_pattern_may_leave_out_part_of_any_component() {
+        let root = Layout::find().unwrap().artefacts.join("find-test");
+        let _ = fs::remove_dir_all(&root);
+        for file in [
+            "boot/config-1",
+            "boot/vmlinuz-1",
+            "lib/1/other",
+            "lib/2/vmlinuz",
+        ] {
+            let file = root.join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, "").unwrap();
         }
+        let found = |pattern: &str| {
+            let path = find(&root, pattern)?;
+            Some(path.strip_prefix(&root).unwrap().display().to_string())
+        };
+        assert_eq!(found("boot/vmlinuz-*").as_deref(), Some("boot/vmlinuz-1"));
+        assert_eq!(found("lib/*/vmlinuz").as_deref(), Some("lib/2/vmlinuz"));
+        assert_eq!(found("lib/*/other").as_deref(), Some("lib/1/other"));
+        assert_eq!(found("boot").as_deref(), Some("boot"));
+        assert_eq!(found("boot/initrd-*"), None);
+        assert_eq!(found("lib/*/initrd"), None);
+        fs::remove_dir_all(&root).unwrap();
     }
 
     #[test]
-    fn a_kernel_meta_package_is_followed_to_its_image() {
-        let meta = candidate(
-            "linux-image-cloud-amd64",
-            "linux-image-6.12.95+deb12-cloud-amd64 (= 6.12.95-1~bpo12+1)",
+    fn names_in_the_cache_are_unique() {
+        let kernels = Kernel::ALL.map(|kernel| guests::kernel(kernel).name);
+        let firmwares = Firmware::ALL.map(|firmware| guests::firmware(firmware).name);
+        let mut names: Vec<&str> = kernels
+            .into_iter()
+            .chain(firmwares)
+            .chain([BUSYBOX.name])
+            .collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
+        assert!(
+            for_a_run()
+                .iter()
+                .all(|wanted| names.contains(&wanted.name))
         );
-        assert_eq!(
-            image_behind(&meta).as_deref(),
-            Some("linux-image-6.12.95+deb12-cloud-amd64")
-        );
-    }
-
-    #[test]
-    fn other_packages_stand_for_themselves() {
-        assert_eq!(
-            image_behind(&candidate("busybox-static", "libc6 (>= 2)")),
-            None
-        );
-        let image = candidate("linux-image-6.12.95-cloud-amd64", "kmod, initramfs-tools");
-        assert_eq!(image_behind(&image), None);
     }
 }

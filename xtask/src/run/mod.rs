@@ -15,10 +15,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use e2e::guests::{Firmware, Kernel};
 use e2e::vm::{Backing, Config, Console, Finished, Happening, Linux, Settings, Stage, Vc};
 use e2e::{image, initramfs};
 use protocols::report::{Event, Outcome, Report};
 
+use crate::fetch::guests::{self, Choice, choice};
 use crate::layout::{Layout, create_dir, read, write};
 use crate::progress::{self, Step};
 use crate::{build, fetch, qemu};
@@ -41,9 +43,9 @@ pub struct Options {
     /// What of the guest's own intercepts is reflected as #VC: direct (little) or strict (all)
     #[arg(long, default_value = "direct")]
     vc: Vc,
-    /// Kernel to boot instead of Debian's
-    #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
+    /// Kernel to boot, one of Debian's or a file: 6.12, 6.12-generic, 7.2, 7.2-generic, FILE
+    #[arg(long, value_name = "KERNEL", default_value = "6.12", value_parser = choice::<Kernel>)]
+    kernel: Choice<Kernel>,
     /// Initial root file system to use instead of the built one
     #[arg(long, value_name = "FILE", conflicts_with = "exec")]
     initrd: Option<PathBuf>,
@@ -55,9 +57,9 @@ pub struct Options {
         allow_hyphen_values = true
     )]
     append: String,
-    /// Firmware to use instead of Debian's OVMF
-    #[arg(long, value_name = "FILE")]
-    firmware: Option<PathBuf>,
+    /// Firmware to use, one of Debian's OVMF or a file: 2026.08, 2025.02, FILE
+    #[arg(long, value_name = "FIRMWARE", default_value = "2026.08", value_parser = choice::<Firmware>)]
+    firmware: Choice<Firmware>,
     /// Command to run in the guest instead of a shell; ends with its output and exit status
     #[arg(long, value_name = "CMD")]
     exec: Option<String>,
@@ -81,19 +83,15 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     if options.exec.is_none() && options.initrd.is_none() && !terminal {
         bail!("the guest's shell needs a terminal; run a command with --exec CMD instead");
     }
-    for (file, what) in [
-        (&options.kernel, "a kernel"),
-        (&options.initrd, "a root file system"),
-        (&options.firmware, "an OVMF image"),
-    ] {
-        if let Some(file) = file
-            && !file.is_file()
-        {
-            bail!(
-                "{}: expected {what}, there is no such file; check the path",
-                file.display()
-            );
-        }
+    options.kernel.check("a kernel")?;
+    options.firmware.check("an OVMF image")?;
+    if let Some(file) = &options.initrd
+        && !file.is_file()
+    {
+        bail!(
+            "{}: expected a root file system, there is no such file; check the path",
+            file.display()
+        );
     }
     let config = prepare(layout, options, terminal)?;
     let limit = match (options.timeout, &options.exec) {
@@ -116,14 +114,10 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
 
 /// Obtains and builds everything and puts the run together.
 fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config> {
-    let given_or = |given: &Option<PathBuf>, wanted: &fetch::Wanted| match given {
-        Some(file) => Ok(file.clone()),
-        None => wanted.obtain(layout),
-    };
     let qemu = qemu::obtain(layout)?;
     let target = build::prepare(layout)?;
-    let firmware = given_or(&options.firmware, &fetch::OVMF)?;
-    let kernel = given_or(&options.kernel, &fetch::KERNEL)?;
+    let firmware = options.firmware.obtain(layout, guests::firmware)?;
+    let kernel = options.kernel.obtain(layout, guests::kernel)?;
     let userspace = match &options.initrd {
         Some(file) => read(file)?,
         None => {

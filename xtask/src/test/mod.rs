@@ -17,6 +17,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use e2e::guests::{Firmware, Kernel};
 use e2e::scenario::{Artefacts, Check, Context, Scenario};
 use e2e::scenarios;
 use e2e::vm::Logs;
@@ -98,8 +99,8 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
 /// Fetches and builds what the scenarios use.
 fn artefacts(layout: &Layout, target: BareTarget, xtask: PathBuf) -> Result<Artefacts> {
     let qemu = qemu::obtain(layout)?;
-    let ovmf = fetch::OVMF.obtain(layout)?;
-    let kernel = fetch::KERNEL.obtain(layout)?;
+    let ovmf = fetch::guests::firmware(Firmware::default()).obtain(layout)?;
+    let kernel = fetch::guests::kernel(Kernel::default()).obtain(layout)?;
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(layout, target, &ovmf)?;
     let tests = build::for_tests(layout, target)?;

@@ -1,0 +1,116 @@
+//! The guests that are booted, by name: kernels and firmware as Debian ships them.
+//!
+//! Owns the names that `xtask run` takes and that scenarios carry. What package a name stands for,
+//! and where it comes from, is `xtask`'s affair.
+
+use std::str::FromStr;
+
+/// A kernel of Debian's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kernel {
+    /// 6.12, the build for clouds: few drivers, most of them built in.
+    #[default]
+    Cloud6_12,
+    /// 6.12, the build for everything.
+    Generic6_12,
+    /// 7.2, the build for clouds. Its SVSM client differs from 6.12's in all that matters here:
+    /// early calls, calling areas of secondary processors, kexec.
+    Cloud7_2,
+    /// 7.2, the build for everything.
+    Generic7_2,
+}
+
+impl Kernel {
+    /// All of them.
+    pub const ALL: [Kernel; 4] = [
+        Kernel::Cloud6_12,
+        Kernel::Generic6_12,
+        Kernel::Cloud7_2,
+        Kernel::Generic7_2,
+    ];
+
+    /// The name on command lines and in the names of scenarios.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kernel::Cloud6_12 => "6.12",
+            Kernel::Generic6_12 => "6.12-generic",
+            Kernel::Cloud7_2 => "7.2",
+            Kernel::Generic7_2 => "7.2-generic",
+        }
+    }
+
+    /// What the kernel's version begins with, the dot after it included.
+    pub const fn series(self) -> &'static str {
+        match self {
+            Kernel::Cloud6_12 | Kernel::Generic6_12 => "6.12.",
+            Kernel::Cloud7_2 | Kernel::Generic7_2 => "7.2.",
+        }
+    }
+}
+
+/// A build of OVMF of Debian's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Firmware {
+    /// 2026.08: the first with the IGVM parameter area that tells it its memory map.
+    #[default]
+    Ovmf2026_08,
+    /// 2025.02, as in Debian 13: takes its memory map from fw_cfg, and hands the MSR that holds the
+    /// calling area on to the host.
+    Ovmf2025_02,
+}
+
+impl Firmware {
+    /// All of them.
+    pub const ALL: [Firmware; 2] = [Firmware::Ovmf2026_08, Firmware::Ovmf2025_02];
+
+    /// The name on command lines and in the names of scenarios.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Firmware::Ovmf2026_08 => "2026.08",
+            Firmware::Ovmf2025_02 => "2025.02",
+        }
+    }
+}
+
+/// A name that stands for nothing here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unknown;
+
+impl FromStr for Kernel {
+    type Err = Unknown;
+
+    fn from_str(text: &str) -> Result<Kernel, Unknown> {
+        Kernel::ALL
+            .into_iter()
+            .find(|kernel| kernel.name() == text)
+            .ok_or(Unknown)
+    }
+}
+
+impl FromStr for Firmware {
+    type Err = Unknown;
+
+    fn from_str(text: &str) -> Result<Firmware, Unknown> {
+        Firmware::ALL
+            .into_iter()
+            .find(|firmware| firmware.name() == text)
+            .ok_or(Unknown)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Firmware, Kernel, Unknown};
+
+    #[test]
+    fn every_name_is_read_back() {
+        for kernel in Kernel::ALL {
+            assert_eq!(kernel.name().parse(), Ok(kernel));
+        }
+        for firmware in Firmware::ALL {
+            assert_eq!(firmware.name().parse(), Ok(firmware));
+        }
+        assert_eq!("6.1".parse::<Kernel>(), Err(Unknown));
+        assert_eq!("".parse::<Firmware>(), Err(Unknown));
+    }
+}
