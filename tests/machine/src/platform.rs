@@ -201,6 +201,7 @@ impl<P: PhysicalMemory> Platform<P> {
             validated_bytes: self.counters.validated_bytes,
             scrambled_bytes: self.host.scrambled_bytes(),
             psmashes: self.host.psmashes(),
+            ..Memory::default()
         };
         report.referee = self.judge();
         report.violations = self.counters.violations;

@@ -48,6 +48,7 @@ pub fn launch(layout: &Layout) {
         high_ram: layout.high,
         reserved: layout.reserved.len(),
         vcpus: u32::from(vcpus),
+        tsc_hz: 0,
         settings: settings.echo(),
     }));
     let platform = Platform::new(DirectMap, settings, u32::from(vcpus), cpu::tsc);

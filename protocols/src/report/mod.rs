@@ -14,8 +14,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::addr::Vmpl;
 
+mod calls;
+mod counters;
+mod memory;
+
+pub use calls::*;
+pub use counters::*;
+pub use memory::*;
+
 /// Version of the format, field `version` of [`Machine`].
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,6 +59,8 @@ pub struct Machine {
     pub reserved: u64,
     /// Virtual processors.
     pub vcpus: u32,
+    /// Ticks of the time stamp counter in a second, as measured; 0 if they were not.
+    pub tsc_hz: u64,
     /// Settings as understood, defaults included.
     pub settings: BTreeMap<String, String>,
 }
@@ -148,9 +158,18 @@ pub struct Report {
     /// Who ended the run, and why ([`Outcome::Terminated`]).
     #[serde(default)]
     pub termination: Option<Termination>,
-    /// Counters of VMPL 0 to 3.
+    /// Counters of VMPL 0 to 3, summed over all processors.
     #[serde(default)]
     pub counters: [VmplCounters; Vmpl::COUNT],
+    /// Calls, summed over all processors.
+    #[serde(default)]
+    pub calls: Vec<CallCounters>,
+    /// The same of each processor.
+    #[serde(default)]
+    pub vcpus: Vec<VcpuCounters>,
+    /// Accepted memory over time, oldest first.
+    #[serde(default)]
+    pub samples: Vec<Sample>,
     /// Memory at the end, and what was done to it.
     #[serde(default)]
     pub memory: Memory,
@@ -172,6 +191,9 @@ impl Report {
             reason,
             termination: None,
             counters: Default::default(),
+            calls: Vec::new(),
+            vcpus: Vec::new(),
+            samples: Vec::new(),
             memory: Memory::default(),
             referee: None,
             violations: Violations::default(),
@@ -241,122 +263,6 @@ pub struct Termination {
     pub vmpl: u8,
 }
 
-/// What one VMPL did and caused, summed over all processors.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct VmplCounters {
-    /// How often the level was entered from another one.
-    pub world_switches: u64,
-    /// VMGEXITs by request (`msr:0x014`, `nae:0x80000010`, …).
-    pub vmgexits: BTreeMap<String, u64>,
-    /// Intercepts by exit (`cpuid`, `io`, `npf`, …).
-    pub exits: BTreeMap<String, u64>,
-    /// PVALIDATE by size, action and result.
-    pub pvalidate: PvalidateCounters,
-    /// RMPADJUST by size and result.
-    pub rmpadjust: RmpadjustCounters,
-    /// RMPQUERY, any result.
-    pub rmpquery: u64,
-    /// Nested page faults.
-    pub npf: u64,
-    /// #VC exceptions delivered.
-    pub vc_injected: u64,
-    /// Pages made private by page state change requests.
-    pub psc_private_pages: u64,
-    /// Pages made shared by page state change requests.
-    pub psc_shared_pages: u64,
-    /// Pages the host converted because the level accessed them through the wrong alias.
-    pub implicit_conversions: u64,
-}
-
-/// PVALIDATE by size and action.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct PvalidateCounters {
-    /// 4 KiB, validate.
-    pub validate_4k: PvalidateResults,
-    /// 2 MiB, validate.
-    pub validate_2m: PvalidateResults,
-    /// 4 KiB, rescind.
-    pub rescind_4k: PvalidateResults,
-    /// 2 MiB, rescind.
-    pub rescind_2m: PvalidateResults,
-}
-
-/// PVALIDATE by result.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct PvalidateResults {
-    /// EAX = 0, CF = 0.
-    pub ok: u64,
-    /// EAX = 0, CF = 1: nothing changed.
-    pub no_change: u64,
-    /// EAX = 6.
-    pub size_mismatch: u64,
-    /// EAX = 1.
-    pub fail_input: u64,
-}
-
-impl PvalidateResults {
-    /// How often the instruction was executed.
-    #[must_use]
-    pub const fn total(&self) -> u64 {
-        self.ok + self.no_change + self.size_mismatch + self.fail_input
-    }
-}
-
-/// RMPADJUST by size.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct RmpadjustCounters {
-    /// 4 KiB.
-    pub size_4k: RmpadjustResults,
-    /// 2 MiB.
-    pub size_2m: RmpadjustResults,
-}
-
-/// RMPADJUST by result.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct RmpadjustResults {
-    /// EAX = 0.
-    pub ok: u64,
-    /// EAX = 1.
-    pub fail_input: u64,
-    /// EAX = 2.
-    pub fail_permission: u64,
-    /// EAX = 3.
-    pub fail_in_use: u64,
-    /// EAX = 6.
-    pub size_mismatch: u64,
-}
-
-impl RmpadjustResults {
-    /// How often the instruction was executed.
-    #[must_use]
-    pub const fn total(&self) -> u64 {
-        self.ok + self.fail_input + self.fail_permission + self.fail_in_use + self.size_mismatch
-    }
-}
-
-/// Memory as the host sees it. Page counts are in units of 4 KiB.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Memory {
-    /// Pages of guest memory.
-    pub guest_pages: u64,
-    /// Pages assigned to the guest at the end.
-    pub assigned_pages: u64,
-    /// Pages validated at the end.
-    pub validated_pages: u64,
-    /// Bytes validated by VMPL0 after the launch, minus those rescinded.
-    pub validated_bytes: u64,
-    /// Bytes overwritten by the scramble pattern.
-    pub scrambled_bytes: u64,
-    /// 2 MiB RMP entries that were split into 4 KiB entries.
-    pub psmashes: u64,
-}
-
 /// The referee's comparison of the machine's RMP with the paravisor's map.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -416,74 +322,4 @@ impl Violations {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::string::ToString;
-
-    #[test]
-    fn a_line_names_its_event() {
-        let line = serde_json::to_string(&Event::Stage(Stage {
-            name: StageName::Paravisor,
-            tsc: 7,
-        }))
-        .unwrap();
-        assert_eq!(line, r#"{"event":"stage","name":"paravisor","tsc":7}"#);
-    }
-
-    #[test]
-    fn a_report_survives_its_line() {
-        let mut report = Report::new(Outcome::Terminated, "why".to_string());
-        report.termination = Some(Termination {
-            set: 5,
-            code: 8,
-            text: crate::terminate::explain(5, 8).to_string(),
-            vmpl: 0,
-        });
-        report.counters[1]
-            .vmgexits
-            .insert("nae:0x80000010".to_string(), u64::MAX);
-        report.counters[0].pvalidate.validate_2m.size_mismatch = 3;
-        report.referee = Some(Referee {
-            checked: 1 << 20,
-            ..Referee::default()
-        });
-        report.violations.live_rescind = 2;
-        let event = Event::Report(Box::new(report));
-        let line = serde_json::to_string(&event).unwrap();
-        assert!(!line.contains('\n'));
-        assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event);
-    }
-
-    #[test]
-    fn fields_that_are_missing_or_new_do_not_matter() {
-        let line = r#"{"event":"report","outcome":"power-off","code":0,"reason":"","later":[1]}"#;
-        let Event::Report(report) = serde_json::from_str(line).unwrap() else {
-            panic!()
-        };
-        assert_eq!(*report, Report::new(Outcome::PowerOff, String::new()));
-        assert_eq!(report.violations.total(), 0);
-    }
-
-    #[test]
-    fn exit_states_cannot_be_confused_with_those_of_qemu() {
-        let all = [
-            Outcome::PowerOff,
-            Outcome::Reset,
-            Outcome::GuestExit,
-            Outcome::Terminated,
-            Outcome::Halted,
-            Outcome::Shutdown,
-            Outcome::Refused,
-            Outcome::LaunchFailed,
-            Outcome::BadSettings,
-        ];
-        for (index, outcome) in all.iter().enumerate() {
-            assert!(outcome.qemu_status() > 1);
-            assert!(
-                all[..index]
-                    .iter()
-                    .all(|other| other.qemu_status() != outcome.qemu_status())
-            );
-        }
-    }
-}
+mod tests;
