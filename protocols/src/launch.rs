@@ -53,6 +53,8 @@ open_enum! {
         GRANT_BEFORE_SCRUB = 6,
         /// Record a page as accepted without having validated it.
         SKIP_VALIDATE = 7,
+        /// Panic at the first page that is to be accepted.
+        PANIC = 32,
     }
 }
 

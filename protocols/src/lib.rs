@@ -59,6 +59,7 @@ pub mod ovmf;
 pub mod report;
 pub mod secrets;
 pub mod snp;
+pub mod stack_trace;
 pub mod svsm;
 pub mod terminate;
 pub mod vmsa;

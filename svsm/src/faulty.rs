@@ -43,6 +43,11 @@ impl<B: Backend> Backend for Faulty<B> {
         if self.commits(Fault::SKIP_VALIDATE, block) {
             return Ok(());
         }
+        assert!(
+            !self.commits(Fault::PANIC, block),
+            "a deliberate panic at {:#x}",
+            block.gpa()
+        );
         self.inner.validate(block)?;
         if self.commits(Fault::VALIDATE_TWICE, block) {
             // "Already done" is what an honest caller would stop at.
@@ -222,8 +227,19 @@ mod tests {
     }
 
     #[test]
+    #[should_panic(expected = "a deliberate panic at 0x1000000")]
+    fn a_panic_is_a_misbehaviour_too() {
+        arrives(Fault::PANIC, FIRST_FAULTY_GPA);
+    }
+
+    #[test]
     fn low_memory_is_left_in_peace() {
-        for fault in [Fault::SKIP_SCRUB, Fault::SKIP_VALIDATE, Fault::WRONG_ORDER] {
+        for fault in [
+            Fault::SKIP_SCRUB,
+            Fault::SKIP_VALIDATE,
+            Fault::WRONG_ORDER,
+            Fault::PANIC,
+        ] {
             assert_eq!(
                 arrives(fault, FIRST_FAULTY_GPA - 0x1000),
                 arrives(Fault::NONE, 0)

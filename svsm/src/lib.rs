@@ -14,7 +14,7 @@
 //! | `exceptions`, `percpu` | descriptor tables, #VC, faults that are allowed |
 //! | [`platform`] | what the processor gives: PVALIDATE, RMPADJUST |
 //! | [`hypervisor`] | what the host gives: GHCB |
-//! | `console`, `terminate` | the log and the end |
+//! | `console`, `panic`, `terminate` | the log, where a bug was met, and the end |
 //! | [`guest`] | what the guest finds and the state it runs from |
 //! | `vcpus`, `system`, `backend` | the registry, the shared parts, the engine's hands |
 //! | `protocol` | the SVSM calls |
@@ -35,6 +35,7 @@ pub mod host_map;
 pub mod hypervisor;
 pub mod launch;
 pub mod memory;
+pub mod panic;
 pub mod platform;
 pub mod protocol;
 pub mod vcpus;

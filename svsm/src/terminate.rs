@@ -4,8 +4,6 @@
 //! stop the machine gets a processor that asks again for ever and does nothing else.
 #![expect(unsafe_code, reason = "leaves to the host")]
 
-use core::panic::PanicInfo;
-
 use log::error;
 use protocols::ghcb::msr::Request;
 use protocols::terminate::{Reason, TurnstileReason};
@@ -25,11 +23,4 @@ pub fn terminate(reason: TurnstileReason) -> ! {
         unsafe { snp::vmgexit() };
         hlt();
     }
-}
-
-/// A bug of ours. The message goes to the log, the reason to the host.
-#[panic_handler]
-fn panic(info: &PanicInfo<'_>) -> ! {
-    error!("{info}");
-    terminate(TurnstileReason::INTERNAL)
 }

@@ -17,7 +17,6 @@ pub mod fixup;
 
 use core::arch::naked_asm;
 
-use log::error;
 use protocols::exit_code::ExitCode;
 use protocols::terminate::TurnstileReason;
 use spin::Once;
@@ -26,6 +25,7 @@ use x86_64::registers::control::Cr2;
 use x86_64::structures::idt::InterruptDescriptorTable;
 
 use crate::cpuid::CpuidTable;
+use crate::panic;
 use crate::percpu::EMERGENCY_STACK;
 use crate::platform::AccessFault;
 use crate::terminate::terminate;
@@ -255,13 +255,17 @@ fn emulate_cpuid(frame: &mut Frame) -> bool {
 
 /// Says what happened and ends the machine.
 fn fatal(frame: &Frame) -> ! {
-    error!(
-        "exception {} code {:#x} at {:#x}, cr2 {:#x}, rsp {:#x}",
-        frame.vector,
-        frame.code,
+    panic::report_exception(
+        format_args!(
+            "exception {} code {:#x} at {:#x}, cr2 {:#x}, rsp {:#x}",
+            frame.vector,
+            frame.code,
+            frame.rip,
+            Cr2::read_raw(),
+            frame.rsp
+        ),
         frame.rip,
-        Cr2::read_raw(),
-        frame.rsp
+        frame.rbp,
     );
     terminate(match (frame.vector, ExitCode(frame.code)) {
         (VMM_COMMUNICATION, ExitCode::PAGE_NOT_VALIDATED) => TurnstileReason::NOT_VALIDATED,

@@ -1,5 +1,5 @@
 //! The machine's own descriptor tables: an NMI is acknowledged, and an exception, which means
-//! that the machine itself is broken, becomes a panic with vector and address instead of a
+//! that the machine itself is broken, ends it with vector, address and stack trace instead of a
 //! silent reset.
 
 #![expect(unsafe_code, reason = "exception entry points and table registers")]
@@ -11,6 +11,8 @@ use x86_64::VirtAddr;
 use x86_64::registers::control::Cr2;
 use x86_64::structures::gdt::{Descriptor, GlobalDescriptorTable};
 use x86_64::structures::idt::InterruptDescriptorTable;
+
+use super::finish;
 
 struct Tables {
     gdt: GlobalDescriptorTable,
@@ -27,10 +29,11 @@ struct Frame {
     rip: u64,
 }
 
-extern "sysv64" fn report(frame: &Frame) -> ! {
+extern "sysv64" fn report(frame: &Frame, rbp: u64) -> ! {
     let cr2 = Cr2::read_raw();
     let Frame { vector, error, rip } = frame;
-    panic!("exception {vector} in the machine at {rip:#x}, error {error:#x}, CR2 {cr2:#x}");
+    let what = format_args!("exception {vector} at {rip:#x}, error {error:#x}, CR2 {cr2:#x}");
+    finish::broken(what, Some(*rip), rbp)
 }
 
 /// An entry point for one vector; `push 0` stands in for an error code the CPU does not push.
@@ -42,6 +45,7 @@ macro_rules! entry {
                 $($error,)?
                 concat!("push ", $vector),
                 "mov rdi, rsp",
+                "mov rsi, rbp",
                 "and rsp, -16",
                 "call {report}",
                 report = sym report,

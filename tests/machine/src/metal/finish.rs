@@ -1,11 +1,13 @@
 //! How a run ends: the last line is written, then QEMU exits.
 
+use core::fmt;
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use machine::platform::End;
 use protocols::report::Event;
 
+use super::backtrace::{self, StackTrace};
 use super::{console, cpu, shared};
 
 /// Port of QEMU's `isa-debug-exit`; the value v makes QEMU exit with status `(v << 1) | 1`.
@@ -34,11 +36,19 @@ pub fn end(end: End, rip: u64) -> ! {
 
 static PANICKING: AtomicBool = AtomicBool::new(false);
 
-#[panic_handler]
-fn panic(info: &PanicInfo<'_>) -> ! {
+/// Tells that the machine itself is broken, where (an instruction, if that is known) and how it
+/// got there (from the frame at `frame` on), and ends QEMU.
+pub fn broken(what: fmt::Arguments<'_>, first: Option<u64>, frame: u64) -> ! {
     // A panic inside the panic handler must not recurse.
     if !PANICKING.swap(true, Ordering::SeqCst) {
-        console::raw_log(format_args!("machine {info}"), true);
+        console::raw_log(format_args!("machine {what}"), true);
+        let trace = StackTrace { first, frame };
+        console::raw_log(format_args!("machine {trace}"), true);
     }
     exit(CODE_PANIC)
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    broken(format_args!("{info}"), None, backtrace::frame_pointer())
 }

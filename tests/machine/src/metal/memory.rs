@@ -79,6 +79,11 @@ pub fn layout() -> &'static Layout {
     LAYOUT.get().expect("memory::init ran first")
 }
 
+/// The layout, once there is one: for what may be asked at any time.
+pub fn try_layout() -> Option<&'static Layout> {
+    LAYOUT.get()
+}
+
 /// CMOS index of the memory above 4 GiB, 3 bytes, in 64 KiB units (QEMU `pc_cmos_init`).
 const CMOS_HIGH_64K: u8 = 0x5B;
 

@@ -4,6 +4,7 @@
 //! fw_cfg, launch, and the run loop of each CPU until the run ends in [`finish`].
 
 mod apic;
+mod backtrace;
 mod boot;
 mod console;
 mod cpu;
