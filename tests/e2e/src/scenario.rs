@@ -1,5 +1,6 @@
 //! What a scenario is given and what it returns.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,8 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use igvm_build::sidecar::Sidecar;
 use protocols::launch::Fault;
-use protocols::report::{Outcome, Report};
+use protocols::report::{Event, Outcome, Report};
 
+use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::vm::{Config, Console, Finished, Linux, Settings};
 
@@ -27,14 +29,30 @@ pub struct Artefacts {
     pub isa_cases: PathBuf,
     /// The VMPL1 test guest, packed as a firmware.
     pub svsm_cases: PathBuf,
-    /// Debian's OVMF.
+    /// The default firmware.
     pub ovmf: PathBuf,
-    /// Debian's kernel.
-    pub kernel: PathBuf,
+    /// The firmware that the chosen scenarios need, the default one included.
+    pub firmwares: BTreeMap<Firmware, PathBuf>,
+    /// The kernels that the chosen scenarios need, the default one included.
+    pub kernels: BTreeMap<Kernel, PathBuf>,
     /// Debian's static busybox.
     pub busybox: PathBuf,
     /// The `xtask` program itself, for scenarios about what it says.
     pub xtask: PathBuf,
+}
+
+impl Artefacts {
+    /// A kernel that the scenario said it boots.
+    pub fn kernel(&self, kernel: Kernel) -> Result<&Path> {
+        let found = self.kernels.get(&kernel).map(PathBuf::as_path);
+        found.with_context(|| format!("kernel {}: not fetched for this scenario", kernel.name()))
+    }
+
+    /// A firmware that the scenario said it boots.
+    pub fn firmware(&self, firmware: Firmware) -> Result<&Path> {
+        let found = self.firmwares.get(&firmware).map(PathBuf::as_path);
+        found.with_context(|| format!("OVMF {}: not fetched for this scenario", firmware.name()))
+    }
 }
 
 /// What one scenario works with.
@@ -50,6 +68,14 @@ pub struct Context {
 pub struct Scenario {
     /// `INTENT/NAME`, unique.
     pub name: String,
+    /// How many processors it keeps busy: its machine's virtual ones, or one for a program.
+    pub weight: u32,
+    /// Whether it is left out unless everything is asked for (`xtask test --full`).
+    pub full_only: bool,
+    /// The kernel it boots; the default one is there always.
+    pub kernel: Kernel,
+    /// The firmware it boots; the default one is there always.
+    pub firmware: Firmware,
     /// Does it. An error means that it could not be carried out, which is a failure as well.
     #[expect(
         clippy::type_complexity,
@@ -66,7 +92,41 @@ impl Scenario {
     ) -> Scenario {
         Scenario {
             name: name.into(),
+            weight: 1,
+            full_only: false,
+            kernel: Kernel::default(),
+            firmware: Firmware::default(),
             run: Box::new(run),
+        }
+    }
+
+    /// The same, for a machine with `vcpus` busy virtual processors.
+    #[must_use]
+    pub fn weighing(self, vcpus: u32) -> Scenario {
+        Scenario {
+            weight: vcpus,
+            ..self
+        }
+    }
+
+    /// The same, booting `kernel`.
+    #[must_use]
+    pub fn booting(self, kernel: Kernel) -> Scenario {
+        Scenario { kernel, ..self }
+    }
+
+    /// The same, started by `firmware`.
+    #[must_use]
+    pub fn started_by(self, firmware: Firmware) -> Scenario {
+        Scenario { firmware, ..self }
+    }
+
+    /// The same, left out unless everything is asked for.
+    #[must_use]
+    pub fn only_in_full(self) -> Scenario {
+        Scenario {
+            full_only: true,
+            ..self
         }
     }
 }
@@ -142,6 +202,31 @@ impl Findings {
         });
     }
 
+    /// A good run of an operating system under `vc=strict`: nobody left the guest for a reason that
+    /// has no place in a boot, and the machine refused nothing.
+    pub fn only_expected_exits(&mut self, finished: &Finished) -> Result<()> {
+        let report = finished.report()?;
+        for (vmpl, expected) in [(0, PARAVISOR_EXITS), (1, GUEST_EXITS)] {
+            let kinds = report.counters.get(vmpl).map(|counters| &counters.exits);
+            let strange: Vec<(&String, &u64)> = kinds
+                .into_iter()
+                .flatten()
+                .filter(|(kind, _)| !expected.contains(&kind.as_str()))
+                .collect();
+            self.check(
+                format!("only expected exits of VMPL{vmpl}"),
+                strange.is_empty(),
+                || format!("{strange:?}"),
+            );
+        }
+        let refusal = finished.events.iter().find_map(|event| match event {
+            Event::Refusal(refusal) => Some(refusal.text.clone()),
+            _ => None,
+        });
+        self.equal("nothing was refused", refusal, None);
+        Ok(())
+    }
+
     /// The run ended so.
     pub fn ended(&mut self, finished: &Finished, outcome: Outcome) -> Result<()> {
         let report = finished.report()?;
@@ -190,6 +275,7 @@ impl Context {
                 ..settings
             },
             memory: "4G".into(),
+            low_memory: None,
             vcpus: 1,
             linux: None,
             console: Console::File,
@@ -217,20 +303,34 @@ impl Context {
         Ok((config, sidecar))
     }
 
-    /// Debian's kernel with a userspace that runs `command`.
+    /// Debian's default kernel with a userspace that runs `command`.
     pub fn linux(&self, command: &str) -> Result<Linux> {
+        self.linux_of(Kernel::default(), command)
+    }
+
+    /// A kernel of Debian's with a userspace that runs `command`.
+    pub fn linux_of(&self, kernel: Kernel, command: &str) -> Result<Linux> {
         let busybox = fs::read(&self.artefacts.busybox)
             .with_context(|| format!("{}", self.artefacts.busybox.display()))?;
         let initrd = self.dir.join("initramfs.cpio");
         fs::write(&initrd, crate::initramfs::build(&busybox, Some(command)))
             .with_context(|| format!("{}", initrd.display()))?;
         Ok(Linux {
-            kernel: self.artefacts.kernel.clone(),
+            kernel: self.artefacts.kernel(kernel)?.to_owned(),
             initrd,
             append: "console=ttyS0".into(),
         })
     }
 }
+
+/// Why the paravisor may leave the processor: RMP instructions arrive as #UD, accesses to memory
+/// that the host has yet to give as nested page faults. It does no I/O and never halts.
+const PARAVISOR_EXITS: &[&str] = &["intr", "msr", "nmi", "npf", "ud", "vmmcall"];
+/// Why an operating system that is reflected its #VCs may leave it.
+const GUEST_EXITS: &[&str] = &[
+    "cpuid", "cr-write", "dr-read", "dr-write", "hlt", "intr", "io", "monitor", "msr", "mwait",
+    "nmi", "npf", "rdpmc", "rdtsc", "ud", "vintr", "vmmcall", "wbinvd",
+];
 
 /// How long a run of a bare-metal guest may take.
 pub const GUEST_LIMIT: Duration = Duration::from_secs(300);

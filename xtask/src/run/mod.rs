@@ -152,6 +152,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         },
         image: own_image,
         memory: options.mem.clone(),
+        low_memory: None,
         vcpus: options.vcpus,
         linux: Some(Linux {
             kernel,

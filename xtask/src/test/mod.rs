@@ -5,13 +5,16 @@
 //! total, alone on standard output; each failure names the logs to look at.
 
 mod cargo;
+mod slots;
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::env;
 use std::fs;
+use std::iter;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
@@ -28,9 +31,7 @@ use crate::progress;
 use crate::toolchain::BareTarget;
 use crate::{build, fetch, qemu};
 use cargo::Job;
-
-/// Machines that run at the same time: each is one busy thread of QEMU.
-const AT_ONCE: usize = 2;
+use slots::Slots;
 
 /// What `xtask test` can be told.
 #[derive(Debug, Args)]
@@ -38,6 +39,9 @@ pub struct Options {
     /// Run only what has this in its name (see --list); may be given several times
     #[arg(long, value_name = "NAME")]
     filter: Vec<String>,
+    /// Run the long scenarios, too: the whole matrix of guests
+    #[arg(long)]
+    full: bool,
     /// List the names and stop
     #[arg(long)]
     list: bool,
@@ -56,7 +60,7 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
         .collect();
     let scenarios: Vec<Scenario> = scenarios::all()
         .into_iter()
-        .filter(|scenario| wanted(&scenario.name))
+        .filter(|scenario| wanted(&scenario.name) && (options.full || !scenario.full_only))
         .collect();
     if options.list {
         jobs.iter().for_each(|job| println!("{}", job.name()));
@@ -67,7 +71,7 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     }
     if jobs.is_empty() && scenarios.is_empty() {
         anyhow::bail!(
-            "nothing has {:?} in its name; see: cargo xtask test --list",
+            "nothing has {:?} in its name; see: cargo xtask test --full --list",
             options.filter
         );
     }
@@ -84,7 +88,7 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
         tally.add(job.name(), &checks, started, &logs);
     }
     if !scenarios.is_empty() {
-        let artefacts = artefacts(layout, target, xtask)?;
+        let artefacts = artefacts(layout, target, xtask, &scenarios)?;
         all_scenarios(&scenarios, &artefacts, &dir, &tally)?;
     }
     let (passed, failed) = tally.totals();
@@ -96,11 +100,27 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Fetches and builds what the scenarios use.
-fn artefacts(layout: &Layout, target: BareTarget, xtask: PathBuf) -> Result<Artefacts> {
+/// Fetches and builds what `scenarios` use.
+fn artefacts(
+    layout: &Layout,
+    target: BareTarget,
+    xtask: PathBuf,
+    scenarios: &[Scenario],
+) -> Result<Artefacts> {
     let qemu = qemu::obtain(layout)?;
     let ovmf = fetch::guests::firmware(Firmware::default()).obtain(layout)?;
-    let kernel = fetch::guests::kernel(Kernel::default()).obtain(layout)?;
+    let mut firmwares = BTreeMap::from([(Firmware::default(), ovmf.clone())]);
+    let mut kernels = BTreeMap::new();
+    for kernel in iter::once(Kernel::default()).chain(scenarios.iter().map(|s| s.kernel)) {
+        if let Entry::Vacant(place) = kernels.entry(kernel) {
+            place.insert(fetch::guests::kernel(kernel).obtain(layout)?);
+        }
+    }
+    for firmware in scenarios.iter().map(|s| s.firmware) {
+        if let Entry::Vacant(place) = firmwares.entry(firmware) {
+            place.insert(fetch::guests::firmware(firmware).obtain(layout)?);
+        }
+    }
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(layout, target, &ovmf)?;
     let tests = build::for_tests(layout, target)?;
@@ -112,44 +132,32 @@ fn artefacts(layout: &Layout, target: BareTarget, xtask: PathBuf) -> Result<Arte
         isa_cases: tests.isa_cases,
         svsm_cases: tests.svsm_cases,
         ovmf,
-        kernel,
+        firmwares,
+        kernels,
         busybox,
         xtask,
     })
 }
 
-/// Runs the scenarios, [`AT_ONCE`] at a time, each taking the next one that is not begun.
+/// Runs the scenarios in their order, as many at a time as this machine has processors for.
 fn all_scenarios(
     scenarios: &[Scenario],
     artefacts: &Artefacts,
     dir: &Path,
     tally: &Tally,
 ) -> Result<()> {
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<()> {
-        while let Some(scenario) = scenarios.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let logs = fresh(dir, &scenario.name)?;
-            let context = Context {
-                artefacts: artefacts.clone(),
-                dir: logs.clone(),
-            };
-            let started = Instant::now();
-            let checks = (scenario.run)(&context).map_or_else(
-                |error| {
-                    let failure = Some(format!("{error:#}"));
-                    vec![Check {
-                        name: "can be carried out".to_owned(),
-                        failure,
-                    }]
-                },
-                |findings| findings.checks,
-            );
-            tally.add(&scenario.name, &checks, started, &logs);
-        }
-        Ok(())
-    };
+    let slots = Slots::of_this_machine();
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
+        let workers: Vec<_> = scenarios
+            .iter()
+            .map(|scenario| {
+                let held = slots.take(scenario.weight);
+                scope.spawn(|| {
+                    let _held = held;
+                    carry_out(scenario, artefacts, dir, tally)
+                })
+            })
+            .collect();
         workers
             .into_iter()
             .try_for_each(|worker| match worker.join() {
@@ -157,6 +165,27 @@ fn all_scenarios(
                 Err(panic) => std::panic::resume_unwind(panic),
             })
     })
+}
+
+fn carry_out(scenario: &Scenario, artefacts: &Artefacts, dir: &Path, tally: &Tally) -> Result<()> {
+    let logs = fresh(dir, &scenario.name)?;
+    let context = Context {
+        artefacts: artefacts.clone(),
+        dir: logs.clone(),
+    };
+    let started = Instant::now();
+    let checks = (scenario.run)(&context).map_or_else(
+        |error| {
+            let failure = Some(format!("{error:#}"));
+            vec![Check {
+                name: "can be carried out".to_owned(),
+                failure,
+            }]
+        },
+        |findings| findings.checks,
+    );
+    tally.add(&scenario.name, &checks, started, &logs);
+    Ok(())
 }
 
 /// An empty directory for the logs of `name`.

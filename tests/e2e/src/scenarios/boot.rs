@@ -1,6 +1,7 @@
 //! Does an unmodified Debian boot, its memory accepted by the paravisor?
 //!
-//! OVMF and a 6.12 kernel as Debian ships them, at VMPL1. The guest reports its kernel log and
+//! OVMF and a 6.12 kernel as Debian ships them, at VMPL1, on one processor; other guests and more
+//! processors are in `matrix`. The guest reports its kernel log and
 //! memory figures, uses a good part of its memory, and reports again.
 
 use anyhow::Result;

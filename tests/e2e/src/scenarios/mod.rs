@@ -5,6 +5,7 @@
 //! | [`isa`] | does the machine behave as the architecture says, without any paravisor? |
 //! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
+//! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
 //! | [`image`] | is the image reproducible and measured as told? |
@@ -16,6 +17,7 @@ mod faults;
 mod hostile;
 mod image;
 mod isa;
+mod matrix;
 mod svsm_calls;
 mod tools;
 
@@ -31,6 +33,7 @@ pub fn all() -> Vec<Scenario> {
         hostile::scenarios(),
         faults::scenarios(),
         boot::scenarios(),
+        matrix::scenarios(),
     ]
     .into_iter()
     .flatten()

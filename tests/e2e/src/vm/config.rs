@@ -47,9 +47,9 @@ impl FromStr for Backing {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Vc {
     /// Only what must be: the guest's own CPUID, I/O and MSR accesses are served directly.
-    #[default]
     Direct,
     /// Everything, through the guest's #VC handler.
+    #[default]
     Strict,
 }
 
@@ -141,6 +141,8 @@ pub struct Config {
     pub settings: Settings,
     /// Memory, as QEMU's `-m` takes it.
     pub memory: String,
+    /// Memory below 4 GiB at most, as QEMU's `max-ram-below-4g` takes it; QEMU's own choice if none.
+    pub low_memory: Option<String>,
     /// Number of virtual processors.
     pub vcpus: u32,
     /// The guest's operating system, if it is to have one.
@@ -191,7 +193,11 @@ impl Config {
             create(log, "")?;
         }
         let mut qemu = Command::new(&self.qemu);
-        qemu.args(["-accel", "tcg,thread=multi", "-machine", "q35,smm=off"])
+        let mut machine = "q35,smm=off".to_owned();
+        if let Some(size) = &self.low_memory {
+            machine.push_str(&format!(",max-ram-below-4g={size}"));
+        }
+        qemu.args(["-accel", "tcg,thread=multi", "-machine", &machine])
             .args(["-cpu", "EPYC-Milan,+svm,+x2apic,phys-bits=48"])
             .args(["-m", &self.memory, "-smp", &self.vcpus.to_string()])
             .args([
@@ -263,7 +269,7 @@ mod tests {
 
     #[test]
     fn settings_name_only_what_differs_from_a_plain_run() {
-        assert_eq!(Settings::default().text(), "backing=4k\nvc=direct\n");
+        assert_eq!(Settings::default().text(), "backing=4k\nvc=strict\n");
         let settings = Settings {
             map_descriptor: Some(0x810_0000),
             oracle: true,
