@@ -32,13 +32,13 @@ pub struct Memory {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Conversions {
-    /// Contiguous ranges that were made shared, neighbouring entries of one request merged.
+    /// Contiguous ranges to be made shared, neighbouring entries of one request merged.
     pub ranges_to_shared: u64,
-    /// Contiguous ranges that were made private.
+    /// Contiguous ranges to be made private.
     pub ranges_to_private: u64,
-    /// Pages in ranges made shared.
+    /// Pages that were made shared.
     pub pages_to_shared: u64,
-    /// Pages in ranges made private.
+    /// Pages that were made private.
     pub pages_to_private: u64,
     /// Pages whose mappings were withdrawn for it.
     pub invalidated_pages: u64,
@@ -58,7 +58,7 @@ pub struct Folios {
     pub large_allocated: u64,
     /// 2 MiB folios ever freed.
     pub large_freed: u64,
-    /// 2 MiB folios that ever lost a part to a conversion.
+    /// How often a whole 2 MiB folio lost a part to a conversion.
     pub large_holed: u64,
     /// 4 KiB folios at the end.
     pub small: u64,

@@ -197,6 +197,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 self.refuse(vmpl, Some(gpa), what);
             }
         }
+        self.host.count_range(to);
         let memory = &self.memory;
         match self.host.convert(memory, place, gpa, PageSize::Size4K, to) {
             // The paravisor is not told, so its map cannot be right about this page.

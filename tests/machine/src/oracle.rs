@@ -113,12 +113,7 @@ impl<P: PhysicalMemory> Platform<P> {
         let place = self.host.layout().place(gpa)?;
         let memory = &self.memory;
         let result = match act {
-            HostAct::BACK_BY_2M => {
-                if !self.host.is_block(&place, Alias::Private) {
-                    return None;
-                }
-                self.host.assign(memory, &place, gpa, PageSize::Size2M)
-            }
+            HostAct::BACK_BY_2M => self.host.back_by_2m(memory, &place, gpa),
             HostAct::TAKE_AWAY => self.host.take_away(memory, &place, gpa, PageSize::Size4K),
             HostAct::CONVERT_TO_SHARED => {
                 self.host

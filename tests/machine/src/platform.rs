@@ -22,7 +22,6 @@ use crate::counters::Counters;
 use crate::host_memory::HostMemory;
 use crate::layout::{Layout, LayoutError};
 use crate::memory::PhysicalMemory;
-use crate::rmp::Entry;
 use crate::settings::Settings;
 use crate::types::{Gpa, Spa, Vmpl};
 use crate::vcpu::Vcpu;
@@ -189,19 +188,13 @@ impl<P: PhysicalMemory> Platform<P> {
     /// The last line of a run: counters, memory, the referee's verdict.
     pub fn report(&self, end: End) -> Report {
         let (outcome, code, reason, termination) = end.parts();
-        let rmp = self.host.rmp();
         let mut report = Report::new(outcome, reason);
         report.code = code;
         report.termination = termination;
         report.counters = self.counters.report();
         report.memory = Memory {
-            guest_pages: self.host.layout().pages() as u64,
-            assigned_pages: rmp.count(Entry::is_assigned),
-            validated_pages: rmp.count(Entry::is_validated),
             validated_bytes: self.counters.validated_bytes,
-            scrambled_bytes: self.host.scrambled_bytes(),
-            psmashes: self.host.psmashes(),
-            ..Memory::default()
+            ..self.host.report()
         };
         report.referee = self.judge();
         report.violations = self.counters.violations;

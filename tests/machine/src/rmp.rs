@@ -206,6 +206,11 @@ impl Rmp {
         self.entries[self.index(place)]
     }
 
+    /// The page's own entry, which speaks for it only if no large page does.
+    pub fn entry_at(&self, slot: usize) -> Entry {
+        self.entries[slot]
+    }
+
     #[inline]
     fn index(&self, place: &Place) -> usize {
         if let Some(block) = place.block {

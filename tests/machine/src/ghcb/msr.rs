@@ -10,7 +10,7 @@ use crate::counters::Vmgexit;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::settings::Hostile;
-use crate::types::{Alias, Gpa, PageSize, VcpuId, Vmpl};
+use crate::types::{Alias, Gpa, VcpuId, Vmpl};
 use crate::vcpu::Hold;
 
 /// A response code that no protocol version has, for the hostile host.
@@ -129,7 +129,7 @@ impl<P: PhysicalMemory> Platform<P> {
         if self.settings.is_hostile(Hostile::GhcbPsc) {
             return GENERIC;
         }
-        match self.change_page_state(vmpl, gpa, operation, PageSize::Size4K) {
+        match self.change_page(vmpl, gpa, operation) {
             Ok(()) => 0,
             Err(()) => GENERIC,
         }

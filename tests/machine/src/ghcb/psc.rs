@@ -2,9 +2,12 @@
 //!
 //! A change moves the host's attribute; the RMP entry of a page made private comes with its
 //! first use, as with guest_memfd. The host believes the guest that it has rescinded a page
-//! before it shares it. The machine does not, and says so when it was not.
+//! before it shares it. The machine does not, and says so when it was not. Neighbouring entries
+//! with the same operation and size are one change, as in KVM.
 
 use alloc::format;
+use alloc::vec;
+use core::ops::Range;
 
 use protocols::ghcb::PageOperation;
 use protocols::ghcb::psc::{Entry, Header, MAX_ENTRIES, Outcome};
@@ -49,79 +52,109 @@ impl<P: PhysicalMemory> Platform<P> {
             self.refuse(vmpl, None, text);
             return Outcome::INVALID_HEADER;
         }
+        let entry_at =
+            |index: u16| offset + size_of::<Header>() + usize::from(index) * size_of::<Entry>();
+        let read = |exchange: &Exchange, index: u16| {
+            let bytes = exchange.buffer(entry_at(index), size_of::<Entry>())?;
+            Entry::read_from_bytes(bytes).ok()
+        };
         while header.current <= header.end {
-            let at =
-                offset + size_of::<Header>() + usize::from(header.current) * size_of::<Entry>();
-            let entry = exchange
-                .buffer(at, size_of::<Entry>())
-                .map(Entry::read_from_bytes);
-            let Some(Ok(entry)) = entry else {
+            let Some(first) = read(exchange, header.current) else {
                 return Outcome::INVALID_HEADER;
             };
-            let outcome = self.change_entry(vmpl, entry);
+            let mut range = vec![first];
+            for index in header.current + 1..=header.end {
+                match read(exchange, index) {
+                    Some(next) if continues(&range, next) => range.push(next),
+                    _ => break,
+                }
+            }
+            let outcome = self.change_entries(vmpl, first, range.len() as u64);
             if outcome != Outcome::OK {
-                let text = format!("page state change entry {:#x}: {outcome:?}", entry.0);
-                self.refuse(vmpl, Some(Gpa::from_frame_truncating(entry.frame())), text);
+                let text = format!("page state change entry {:#x}: {outcome:?}", first.0);
+                self.refuse(vmpl, Some(Gpa::from_frame_truncating(first.frame())), text);
                 exchange.write_buffer(offset, header.as_bytes());
                 return outcome;
             }
-            let done = entry.with_current_page(entry.size().pages());
-            exchange.write_buffer(at, done.as_bytes());
-            header.current += 1;
+            for entry in range {
+                let done = entry.with_current_page(entry.size().pages());
+                exchange.write_buffer(entry_at(header.current), done.as_bytes());
+                header.current += 1;
+            }
         }
         exchange.write_buffer(offset, header.as_bytes());
         Outcome::OK
     }
 
-    fn change_entry(&mut self, vmpl: Vmpl, entry: Entry) -> Outcome {
-        if !entry.is_well_formed() || !entry.operation().is_known() {
+    /// Works `count` entries that continue each other; an entry the host had begun before is
+    /// finished.
+    fn change_entries(&mut self, vmpl: Vmpl, first: Entry, count: u64) -> Outcome {
+        if !first.is_well_formed() || !first.operation().is_known() {
             return Outcome::INVALID_ENTRY;
         }
-        let gpa = Gpa::from_frame_truncating(entry.frame());
-        let done = entry.current_page();
-        // An entry the host had begun before is finished page by page.
-        let (size, first) = match (entry.size(), done) {
-            (PageSize::Size2M, 0) => (PageSize::Size2M, 0),
-            _ => (PageSize::Size4K, done),
-        };
-        for page in (first..entry.size().pages()).step_by(size.pages() as usize) {
-            let at = Gpa::new(gpa.get() + page * PAGE_SIZE);
-            if self
-                .change_page_state(vmpl, at, entry.operation(), size)
-                .is_err()
-            {
-                return Outcome::HOST_ERROR;
-            }
+        let base = Gpa::from_frame_truncating(first.frame()).get();
+        let start = base + first.current_page() * PAGE_SIZE;
+        let end = base + count * first.size().bytes();
+        match self.change_range(vmpl, start..end, first.operation()) {
+            Ok(()) => Outcome::OK,
+            Err(()) => Outcome::HOST_ERROR,
         }
-        Outcome::OK
     }
 
-    /// Changes one page or one block. `Err` has been told to the log.
-    pub(super) fn change_page_state(
+    /// Changes a range of pages, by whole blocks where there are some: the host is told what
+    /// becomes of a folio as a whole, however many entries say it.
+    fn change_range(
+        &mut self,
+        vmpl: Vmpl,
+        range: Range<u64>,
+        operation: PageOperation,
+    ) -> Result<(), ()> {
+        if let Some(to) = alias_after(operation) {
+            self.host.count_range(to);
+        }
+        let mut at = range.start;
+        while at < range.end {
+            let gpa = Gpa::new(at);
+            let whole = gpa.is_aligned(PageSize::Size2M)
+                && range.end - at >= PageSize::Size2M.bytes()
+                && self.is_whole_block(gpa);
+            let size = if whole {
+                PageSize::Size2M
+            } else {
+                PageSize::Size4K
+            };
+            self.change_page_state(vmpl, gpa, operation, size)?;
+            at += size.bytes();
+        }
+        Ok(())
+    }
+
+    /// Changes one page by the MSR protocol. `Err` has been told to the log.
+    pub(super) fn change_page(
+        &mut self,
+        vmpl: Vmpl,
+        gpa: Gpa,
+        operation: PageOperation,
+    ) -> Result<(), ()> {
+        self.change_range(vmpl, gpa.get()..gpa.get() + PAGE_SIZE, operation)
+    }
+
+    /// Changes one page or one whole block. `Err` has been told to the log.
+    fn change_page_state(
         &mut self,
         vmpl: Vmpl,
         gpa: Gpa,
         operation: PageOperation,
         size: PageSize,
     ) -> Result<(), ()> {
-        let to = match operation {
-            PageOperation::PRIVATE => Alias::Private,
-            PageOperation::SHARED => Alias::Shared,
+        let Some(to) = alias_after(operation) else {
             // KVM takes both hints as done.
-            PageOperation::PSMASH | PageOperation::UNSMASH => return Ok(()),
-            _ => {
-                self.refuse(vmpl, Some(gpa), format!("page operation {operation:?}"));
-                return Err(());
+            if matches!(operation, PageOperation::PSMASH | PageOperation::UNSMASH) {
+                return Ok(());
             }
+            self.refuse(vmpl, Some(gpa), format!("page operation {operation:?}"));
+            return Err(());
         };
-        if size == PageSize::Size2M && self.whole_block(gpa).is_none() {
-            // A block with holes: each page for itself.
-            for page in 0..size.pages() {
-                let at = Gpa::new(gpa.get() + page * PAGE_SIZE);
-                self.change_page_state(vmpl, at, operation, PageSize::Size4K)?;
-            }
-            return Ok(());
-        }
         let Some(place) = self.host.layout().place(gpa) else {
             // Where there are only devices everything is shared; QEMU takes that as done.
             return match to {
@@ -151,8 +184,9 @@ impl<P: PhysicalMemory> Platform<P> {
         Ok(())
     }
 
-    fn whole_block(&self, gpa: Gpa) -> Option<()> {
-        self.host.layout().place(gpa)?.block.map(|_| ())
+    fn is_whole_block(&self, gpa: Gpa) -> bool {
+        let place = self.host.layout().place(gpa);
+        place.is_some_and(|place| place.block.is_some())
     }
 
     /// A page that goes to the host still validated: real hosts clear Validated by RMPUPDATE
@@ -171,5 +205,27 @@ impl<P: PhysicalMemory> Platform<P> {
                 }
             }
         }
+    }
+}
+
+/// Whether `next` goes on where `range`, which is not empty, ends: KVM makes one change of such
+/// entries (`unaccepted-memory.md` §7).
+fn continues(range: &[Entry], next: Entry) -> bool {
+    let first = range[0];
+    let frames = range.len() as u64 * first.size().pages();
+    first.is_well_formed()
+        && next.is_well_formed()
+        && next.current_page() == 0
+        && next.operation() == first.operation()
+        && next.size() == first.size()
+        && next.frame() == first.frame() + frames
+}
+
+/// The attribute of a page after the operation; none if it does not change.
+const fn alias_after(operation: PageOperation) -> Option<Alias> {
+    match operation {
+        PageOperation::PRIVATE => Some(Alias::Private),
+        PageOperation::SHARED => Some(Alias::Shared),
+        _ => None,
     }
 }

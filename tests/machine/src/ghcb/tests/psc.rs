@@ -149,3 +149,29 @@ fn sharing_one_page_of_a_large_entry_splits_it_and_takes_just_that_page() {
     let after = platform.host.rmp().count(crate::rmp::Entry::is_assigned);
     assert_eq!(before - after, 1);
 }
+
+/// KVM makes one change of neighbouring entries that ask for the same.
+#[test]
+fn neighbouring_entries_are_one_range() {
+    let mut platform = ready("");
+    let before = platform.host.report().conversions;
+    let page = |index: u64| BLOCK.get() + index * PAGE_SIZE;
+    let entries = [
+        page(0) | SHARE,
+        page(1) | SHARE,
+        page(2) | SHARE,
+        // Not next to it; then another operation.
+        page(4) | SHARE,
+        page(5) | 1 << 52,
+    ];
+    let (error, back) = change(&mut platform, 4 << 16, &entries);
+    assert_eq!((error, back[0]), (0, 4 << 16 | 5));
+    assert!(back[1..].iter().all(|entry| entry & 0xFFF == 1));
+    let after = platform.host.report().conversions;
+    let shared = after.ranges_to_shared - before.ranges_to_shared;
+    let private = after.ranges_to_private - before.ranges_to_private;
+    assert_eq!((shared, private), (2, 1));
+    assert_eq!(after.pages_to_shared - before.pages_to_shared, 4);
+    assert_eq!(after.pages_to_private, before.pages_to_private);
+    assert_eq!(after.invalidated_pages - before.invalidated_pages, 4);
+}

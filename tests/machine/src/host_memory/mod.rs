@@ -1,10 +1,15 @@
 //! The host's side of memory, as KVM with guest_memfd does it.
 //!
 //! Every page has an attribute, private or shared, that only the host changes (initially all
-//! private, as under QEMU). A private page gets an RMP entry on first use, not before: of
-//! 2 MiB if the host backs by 2 MiB and the whole block is private and free, else of 4 KiB
-//! (`unaccepted-memory.md` §7). Making a page shared takes its RMP entry away, splitting a
-//! large one first.
+//! private, as under QEMU). A private page gets a folio ([`folios`]) and an RMP entry on first
+//! use, not before: of 2 MiB if the folio is and the whole block is private and assigned to
+//! nobody, else of 4 KiB (`unaccepted-memory.md` §7). Making a page shared gives up its part of
+//! the folio and takes its RMP entry away, splitting a large one only if a part of it stays. What
+//! RMP updates do to the host's own mapping is counted in [`direct_map`].
+//!
+//! A conversion touches exactly the range it is asked for: pages that have the attribute already
+//! keep their contents, neighbours keep their entries and mappings. The model is described in
+//! `docs/host-memory.md`.
 //!
 //! Contents never survive a change of owner or alias: the page is filled with the scramble
 //! pattern and the generation is remembered, so that a page handed on without a scrub is
@@ -13,12 +18,20 @@
 //! Who may call: [`crate::platform::Platform`] only. Every change that makes a mapping stale
 //! is queued as an [`Invalidation`].
 
-use alloc::vec::Vec;
+pub mod direct_map;
+pub mod folios;
 
+use alloc::vec::Vec;
+use core::ops::Range;
+
+use protocols::report;
+
+use self::direct_map::DirectMap;
+use self::folios::Folios;
 use crate::layout::{Layout, LayoutError, Place, reserve};
 use crate::memory::PhysicalMemory;
 use crate::platform::{Invalidation, Views};
-use crate::rmp::{Rmp, UpdateError};
+use crate::rmp::{Entry, Rmp, UpdateError};
 use crate::settings::HostBacking;
 use crate::types::{Alias, Gpa, PAGE_SIZE, PageSize, Spa};
 
@@ -38,7 +51,9 @@ pub struct HostMemory {
     layout: Layout,
     rmp: Rmp,
     pages: Vec<Page>,
-    backing: HostBacking,
+    folios: Folios,
+    direct_map: DirectMap,
+    conversions: report::Conversions,
     generation: u32,
     scrambled_bytes: u64,
     psmashes: u64,
@@ -52,7 +67,9 @@ impl HostMemory {
             layout: Layout::new(),
             rmp: Rmp::new(),
             pages: Vec::new(),
-            backing,
+            folios: Folios::new(backing),
+            direct_map: DirectMap::new(),
+            conversions: report::Conversions::default(),
             generation: 0,
             scrambled_bytes: 0,
             psmashes: 0,
@@ -79,6 +96,7 @@ impl HostMemory {
         let pages = self.layout.pages();
         reserve(&mut self.pages, pages);
         self.pages.resize(pages, Page::default());
+        self.folios.resize(pages);
     }
 
     /// The memory map.
@@ -161,21 +179,23 @@ impl HostMemory {
             .is_some_and(|slots| self.pages[slots].iter().all(|page| page.shared == shared))
     }
 
-    fn scramble<P: PhysicalMemory>(&mut self, memory: &P, place: &Place, gpa: Gpa, size: PageSize) {
-        let Some(slots) = place.slots(size) else {
-            return;
-        };
+    /// Fills the private ones of `slots` with the pattern; `start` is where the first one is.
+    fn scramble<P: PhysicalMemory>(&mut self, memory: &P, start: Spa, slots: Range<usize>) {
         // 0 means "no pattern"; after 2^32 changes the count starts again at 1.
         self.generation = self.generation.wrapping_add(1).max(1);
-        let generation = self.generation;
-        let into_block = gpa.align_down(PageSize::Size4K).get() - gpa.align_down(size).get();
-        let start = Spa::new(place.spa.get() - into_block);
-        memory.fill_scramble(start, size.bytes(), generation);
-        for page in &mut self.pages[slots] {
-            page.generation = generation;
-            page.given_away = false;
+        let mut at = start;
+        for run in self.pages[slots].chunk_by_mut(|a, b| a.shared == b.shared) {
+            let bytes = run.len() as u64 * PAGE_SIZE;
+            if !run[0].shared {
+                memory.fill_scramble(at, bytes, self.generation);
+                for page in run {
+                    page.generation = self.generation;
+                    page.given_away = false;
+                }
+                self.scrambled_bytes += bytes;
+            }
+            at = at.plus(bytes);
         }
-        self.scrambled_bytes += size.bytes();
     }
 
     /// The first byte of the page or block that still holds the scramble pattern. A page that
@@ -216,9 +236,10 @@ impl HostMemory {
         if self.rmp.entry(place).is_assigned() {
             return Ok(());
         }
-        let large = self.backing == HostBacking::Size2M
+        let large = self.touch(place) == PageSize::Size2M
             && self.rmp.is_block_free(place)
-            && self.is_block(place, Alias::Private);
+            && self.is_block(place, Alias::Private)
+            && self.folios.allocate_large(place);
         let size = if large {
             PageSize::Size2M
         } else {
@@ -227,17 +248,44 @@ impl HostMemory {
         self.assign(memory, place, gpa, size)
     }
 
-    /// RMPUPDATE to the guest at a given size, with new contents.
-    pub(crate) fn assign<P: PhysicalMemory>(
+    /// Backs a block by 2 MiB whatever the settings say. Refused if one of its pages is shared, or
+    /// has memory of its own.
+    pub(crate) fn back_by_2m<P: PhysicalMemory>(
+        &mut self,
+        memory: &P,
+        place: &Place,
+        gpa: Gpa,
+    ) -> Result<(), UpdateError> {
+        if !self.is_block(place, Alias::Private)
+            || !self.rmp.is_block_free(place)
+            || !self.folios.allocate_large(place)
+        {
+            return Err(UpdateError::Overlap);
+        }
+        self.assign(memory, place, gpa, PageSize::Size2M)
+    }
+
+    /// Makes sure that a private page has a folio; its size.
+    fn touch(&mut self, place: &Place) -> PageSize {
+        let pages = &self.pages;
+        self.folios.touch(place, || {
+            place
+                .slots(PageSize::Size2M)
+                .is_some_and(|slots| !pages[slots].iter().any(|page| page.shared))
+        })
+    }
+
+    /// RMPUPDATE to the guest, with new contents.
+    fn assign<P: PhysicalMemory>(
         &mut self,
         memory: &P,
         place: &Place,
         gpa: Gpa,
         size: PageSize,
     ) -> Result<(), UpdateError> {
-        // Nothing becomes stale: a private page without an entry is mapped nowhere.
-        self.rmp.assign(place, gpa.align_down(size), size, false)?;
-        self.scramble(memory, place, gpa, size);
+        let (start, slots) = extent(place, gpa, size).ok_or(UpdateError::Input)?;
+        self.update(place, gpa, size, false)?;
+        self.scramble(memory, start, slots);
         Ok(())
     }
 
@@ -246,25 +294,49 @@ impl HostMemory {
         if self.attribute(place) == Alias::Shared || self.rmp.entry(place).is_assigned() {
             return Err(UpdateError::Overlap);
         }
-        self.rmp.assign(
-            place,
-            gpa.align_down(PageSize::Size4K),
-            PageSize::Size4K,
-            true,
-        )
+        self.touch(place);
+        self.update(place, gpa, PageSize::Size4K, true)
     }
 
-    /// Splits the large entry that speaks for the page, if one does.
+    /// RMPUPDATE to the guest. Nothing becomes stale: a private page without an entry is mapped
+    /// nowhere.
+    fn update(
+        &mut self,
+        place: &Place,
+        gpa: Gpa,
+        size: PageSize,
+        immutable: bool,
+    ) -> Result<(), UpdateError> {
+        self.rmp
+            .assign(place, gpa.align_down(size), size, immutable)?;
+        if size == PageSize::Size4K {
+            self.direct_map.small_update(place.spa);
+            if self.folios.size(place) == Some(PageSize::Size4K) {
+                self.direct_map.small_folio(place.spa);
+            }
+        }
+        Ok(())
+    }
+
+    /// Splits the large entry that speaks for the page, if one does, as KVM does for an
+    /// instruction of 4 KiB on it. The whole block is mapped anew: a large nested mapping of
+    /// small entries would fault.
     pub fn psmash(&mut self, place: &Place, gpa: Gpa) -> bool {
-        let split = self.rmp.psmash(place);
+        let split = self.split(place);
         if split {
-            self.psmashes += 1;
             self.invalidate(gpa, PageSize::Size2M, Views::ALL);
         }
         split
     }
 
-    /// Takes a page or a whole block away from the guest; the attribute stays. Contents go.
+    fn split(&mut self, place: &Place) -> bool {
+        let split = self.rmp.psmash(place);
+        self.psmashes += u64::from(split);
+        split
+    }
+
+    /// Takes a page or a whole block away from the guest; the attribute stays. Contents go, of
+    /// the pages that are not shared.
     pub fn take_away<P: PhysicalMemory>(
         &mut self,
         memory: &P,
@@ -272,16 +344,24 @@ impl HostMemory {
         gpa: Gpa,
         size: PageSize,
     ) -> Result<(), UpdateError> {
+        let (start, slots) = extent(place, gpa, size).ok_or(UpdateError::Input)?;
         let entry = self.rmp.entry(place);
-        if entry.is_assigned() {
-            if size == PageSize::Size4K && entry.size() == PageSize::Size2M {
-                self.psmash(place, gpa);
+        let in_large = entry.is_assigned() && entry.size() == PageSize::Size2M;
+        let assigned = match size {
+            PageSize::Size4K => entry.is_assigned(),
+            PageSize::Size2M => !self.rmp.is_block_free(place),
+        };
+        if assigned {
+            if in_large && size == PageSize::Size4K {
+                self.split(place);
             }
             self.rmp.unassign(place, size)?;
-        } else if size == PageSize::Size2M && !self.rmp.is_block_free(place) {
-            self.rmp.unassign(place, size)?;
+            if !in_large || size == PageSize::Size4K {
+                self.direct_map.small_update(place.spa);
+            }
         }
-        self.scramble(memory, place, gpa, size);
+        self.folios.punch(place, slots.clone());
+        self.scramble(memory, start, slots);
         self.invalidate(gpa, size, Views::ALL);
         Ok(())
     }
@@ -299,134 +379,59 @@ impl HostMemory {
     ) -> Result<(), UpdateError> {
         let slots = place.slots(size).ok_or(UpdateError::Input)?;
         let shared = to == Alias::Shared;
-        if self.pages[slots.clone()]
-            .iter()
-            .all(|page| page.shared == shared)
-        {
+        let differ = |page: &&Page| page.shared != shared;
+        let changing = self.pages[slots.clone()].iter().filter(differ).count() as u64;
+        if changing == 0 {
             return Ok(());
         }
         if shared {
             self.take_away(memory, place, gpa, size)?;
+            self.conversions.pages_to_shared += changing;
         } else {
             self.invalidate(gpa, size, Views::ALL);
+            self.conversions.pages_to_private += changing;
         }
+        self.conversions.invalidated_pages += size.pages();
         for page in &mut self.pages[slots] {
             page.shared = shared;
         }
         Ok(())
     }
+
+    /// Counts a contiguous range that [`Self::convert`] is called for piece by piece.
+    pub(crate) const fn count_range(&mut self, to: Alias) {
+        match to {
+            Alias::Private => self.conversions.ranges_to_private += 1,
+            Alias::Shared => self.conversions.ranges_to_shared += 1,
+        }
+    }
+
+    /// The host's part of the report's figures on memory.
+    pub fn report(&self) -> report::Memory {
+        let entry = |slot: usize| self.rmp.entry_at(slot);
+        report::Memory {
+            guest_pages: self.layout.pages() as u64,
+            assigned_pages: self.rmp.count(Entry::is_assigned),
+            validated_pages: self.rmp.count(Entry::is_validated),
+            scrambled_bytes: self.scrambled_bytes,
+            psmashes: self.psmashes,
+            shared_pages: self.pages.iter().filter(|page| page.shared).count() as u64,
+            conversions: self.conversions,
+            folios: self
+                .folios
+                .report(|slot| entry(slot).is_assigned() && entry(slot).size() == PageSize::Size2M),
+            direct_map: self.direct_map.report(&self.layout),
+            ..report::Memory::default()
+        }
+    }
+}
+
+/// Where the page or block of `gpa` at `place` begins, and its slots.
+fn extent(place: &Place, gpa: Gpa, size: PageSize) -> Option<(Spa, Range<usize>)> {
+    let into_block = gpa.align_down(PageSize::Size4K).get() - gpa.align_down(size).get();
+    let start = Spa::new(place.spa.get().checked_sub(into_block)?);
+    Some((start, place.slots(size)?))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::scramble_word;
-    use crate::testing::Sparse;
-
-    const BLOCK: Gpa = Gpa::new(0x20_0000);
-    const SMALL: PageSize = PageSize::Size4K;
-    const LARGE: PageSize = PageSize::Size2M;
-
-    fn host(backing: HostBacking) -> (HostMemory, Sparse, Place) {
-        let mut host = HostMemory::new(backing);
-        host.add_ram(Gpa::new(0), 0x80_0000).unwrap();
-        let place = host.layout().place(BLOCK).unwrap();
-        (host, Sparse::default(), place)
-    }
-
-    /// `unaccepted-memory.md` §7, first private fault: 2 MiB only if the whole block is free.
-    #[test]
-    fn the_first_private_use_decides_the_size() {
-        for (backing, neighbour_used, expected) in [
-            (HostBacking::Size4K, false, SMALL),
-            (HostBacking::Size2M, false, LARGE),
-            (HostBacking::Size2M, true, SMALL),
-        ] {
-            let (mut host, memory, place) = host(backing);
-            if neighbour_used {
-                let gpa = Gpa::new(BLOCK.get() + 5 * PAGE_SIZE);
-                let other = host.layout().place(gpa).unwrap();
-                host.convert(&memory, &other, gpa, SMALL, Alias::Shared)
-                    .unwrap();
-            }
-            host.prepare(&memory, &place, BLOCK).unwrap();
-            assert_eq!(host.rmp().entry(&place).size(), expected);
-        }
-    }
-
-    #[test]
-    fn a_page_that_has_an_entry_keeps_it() {
-        let (mut host, memory, place) = host(HostBacking::Size4K);
-        host.prepare(&memory, &place, BLOCK).unwrap();
-        host.rmp_mut().set_validated(&place, true);
-        host.prepare(&memory, &place, BLOCK).unwrap();
-        assert!(host.rmp().entry(&place).is_validated());
-    }
-
-    #[test]
-    fn contents_are_lost_on_every_change_of_owner() {
-        let (mut host, memory, place) = host(HostBacking::Size4K);
-        memory.write(place.spa, &[7; 4096]);
-        host.prepare(&memory, &place, BLOCK).unwrap();
-        assert_eq!(memory.read_u64(place.spa), scramble_word(1, BLOCK.get()));
-        host.convert(&memory, &place, BLOCK, SMALL, Alias::Shared)
-            .unwrap();
-        assert_eq!(memory.read_u64(place.spa), scramble_word(2, BLOCK.get()));
-        // To the attribute it has: nothing happens.
-        memory.write(place.spa, &[7; 4096]);
-        host.convert(&memory, &place, BLOCK, SMALL, Alias::Shared)
-            .unwrap();
-        assert_eq!(memory.read_u64(place.spa), 0x0707_0707_0707_0707);
-        host.convert(&memory, &place, BLOCK, SMALL, Alias::Private)
-            .unwrap();
-        host.prepare(&memory, &place, BLOCK).unwrap();
-        assert_eq!(memory.read_u64(place.spa), scramble_word(3, BLOCK.get()));
-        assert_eq!(host.scrambled_bytes(), 3 * PAGE_SIZE);
-    }
-
-    #[test]
-    fn a_clean_page_is_not_looked_at_again() {
-        let (mut host, memory, place) = host(HostBacking::Size4K);
-        host.prepare(&memory, &place, BLOCK).unwrap();
-        let mut find = |memory: &Sparse| host.find_scrambled(memory, &place, BLOCK, SMALL);
-        assert_eq!(find(&memory), Some(BLOCK));
-        memory.write(place.spa, &[0; 4096]);
-        assert_eq!(find(&memory), None);
-        memory.fill_scramble(place.spa, PAGE_SIZE, 1);
-        assert_eq!(find(&memory), None, "it was the owner's doing");
-    }
-
-    #[test]
-    fn a_large_entry_is_split_for_one_page_and_taken_whole_for_a_block() {
-        let (mut host, memory, place) = host(HostBacking::Size2M);
-        host.prepare(&memory, &place, BLOCK).unwrap();
-        let gpa = Gpa::new(BLOCK.get() + 9 * PAGE_SIZE);
-        let page = host.layout().place(gpa).unwrap();
-        host.convert(&memory, &page, gpa, SMALL, Alias::Shared)
-            .unwrap();
-        assert_eq!(host.psmashes(), 1);
-        assert!(!host.rmp().entry(&page).is_assigned());
-        assert!(host.rmp().entry(&place).is_assigned());
-        host.convert(&memory, &place, BLOCK, LARGE, Alias::Shared)
-            .unwrap();
-        assert!(host.rmp().is_block_free(&place));
-        assert!(host.is_block(&place, Alias::Shared));
-        host.convert(&memory, &place, BLOCK, LARGE, Alias::Private)
-            .unwrap();
-        host.prepare(&memory, &place, BLOCK).unwrap();
-        assert_eq!(host.rmp().entry(&place).size(), LARGE);
-    }
-
-    #[test]
-    fn neighbouring_invalidations_become_one() {
-        let (mut host, _, _) = host(HostBacking::Size4K);
-        for page in 0..4 {
-            host.invalidate(Gpa::new(BLOCK.get() + page * PAGE_SIZE), SMALL, Views::ALL);
-        }
-        host.invalidate(Gpa::new(0), SMALL, Views::ALL);
-        let queue = host.take_invalidations();
-        assert_eq!(queue.len(), 2);
-        assert_eq!((queue[0].gpa, queue[0].bytes), (BLOCK, 4 * PAGE_SIZE));
-        assert!(host.take_invalidations().is_empty());
-    }
-}
+mod tests;
