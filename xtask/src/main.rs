@@ -13,6 +13,7 @@
 //! | [`build`] | crates, ROMs, images |
 //! | [`run`] | a boot with its progress and the machine's report |
 //! | [`test`] | everything that decides whether the tree is good |
+//! | [`disk`] | the disk with a real Debian |
 //! | [`doctor`] | what is there and what is missing |
 //! | [`layout`], [`command`], [`progress`] | directories, other programs, what the user sees |
 //!
@@ -23,6 +24,7 @@
 
 mod build;
 mod command;
+mod disk;
 mod doctor;
 mod fetch;
 mod layout;

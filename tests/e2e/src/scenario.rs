@@ -278,6 +278,7 @@ impl Context {
             low_memory: None,
             vcpus: 1,
             linux: None,
+            disk: None,
             console: Console::File,
             dir: self.dir.clone(),
         }

@@ -9,7 +9,7 @@ mod table;
 
 use std::fs;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use protocols::report::{Event, Outcome, Report};
 use crate::fetch::guests::{self, Choice, choice};
 use crate::layout::{Layout, create_dir, read, write};
 use crate::progress::{self, Step};
-use crate::{build, fetch, qemu};
+use crate::{build, disk, fetch, qemu};
 
 /// The kernel's console is the first serial port.
 const COMMAND_LINE: &str = "console=ttyS0";
@@ -60,6 +60,8 @@ pub struct Options {
     /// Firmware to use, one of Debian's OVMF or a file: 2026.08, 2025.02, FILE
     #[arg(long, value_name = "FIRMWARE", default_value = "2026.08", value_parser = choice::<Firmware>)]
     firmware: Choice<Firmware>,
+    #[command(flatten)]
+    disk: disk::DiskOptions,
     /// Command to run in the guest instead of a shell; ends with its output and exit status
     #[arg(long, value_name = "CMD")]
     exec: Option<String>,
@@ -85,6 +87,7 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     }
     options.kernel.check("a kernel")?;
     options.firmware.check("an OVMF image")?;
+    options.disk.check()?;
     if let Some(file) = &options.initrd
         && !file.is_file()
     {
@@ -117,16 +120,6 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
     let qemu = qemu::obtain(layout)?;
     let target = build::prepare(layout)?;
     let firmware = options.firmware.obtain(layout, guests::firmware)?;
-    let kernel = options.kernel.obtain(layout, guests::kernel)?;
-    let userspace = match &options.initrd {
-        Some(file) => read(file)?,
-        None => {
-            let busybox = read(&fetch::BUSYBOX.obtain(layout)?)?;
-            initramfs::build(&busybox, options.exec.as_deref())
-        }
-    };
-    let built = build::for_run(layout, target, &firmware)?;
-
     let dir = match &options.out {
         Some(dir) => dir.clone(),
         None => layout
@@ -135,12 +128,16 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
             .join(std::process::id().to_string()),
     };
     create_dir(&dir)?;
+    let exec = options.exec.as_deref();
+    let disk = options.disk.obtain(layout, &options.kernel, exec, &dir)?;
+    let linux = match disk {
+        Some(_) => None,
+        None => Some(linux(layout, options, &dir)?),
+    };
+    let built = build::for_run(layout, target, &firmware)?;
     // The image is copied, so that a build during the run cannot change what the logs are about.
     let own_image = dir.join("turnstile.igvm");
     fs::copy(&built.image, &own_image).with_context(|| format!("{}", own_image.display()))?;
-    let initrd = dir.join("initramfs.cpio");
-    write(&initrd, userspace)?;
-    let append = format!("{COMMAND_LINE} {}", options.append);
     Ok(Config {
         qemu,
         rom: built.rom,
@@ -154,17 +151,33 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         memory: options.mem.clone(),
         low_memory: None,
         vcpus: options.vcpus,
-        linux: Some(Linux {
-            kernel,
-            initrd,
-            append: append.trim().to_owned(),
-        }),
+        linux,
+        disk,
         console: if terminal && options.exec.is_none() {
             Console::Terminal
         } else {
             Console::File
         },
         dir,
+    })
+}
+
+/// The kernel for the firmware to start, and a userspace for it in `dir`.
+fn linux(layout: &Layout, options: &Options, dir: &Path) -> Result<Linux> {
+    let userspace = match &options.initrd {
+        Some(file) => read(file)?,
+        None => {
+            let busybox = read(&fetch::BUSYBOX.obtain(layout)?)?;
+            initramfs::build(&busybox, options.exec.as_deref())
+        }
+    };
+    let initrd = dir.join("initramfs.cpio");
+    write(&initrd, userspace)?;
+    let append = format!("{COMMAND_LINE} {}", options.append);
+    Ok(Linux {
+        kernel: options.kernel.obtain(layout, guests::kernel)?,
+        initrd,
+        append: append.trim().to_owned(),
     })
 }
 

@@ -8,6 +8,8 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 
+use super::Disk;
+
 /// The granularity in which the emulated host backs private memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Backing {
@@ -147,6 +149,8 @@ pub struct Config {
     pub vcpus: u32,
     /// The guest's operating system, if it is to have one.
     pub linux: Option<Linux>,
+    /// A disk with an operating system, with network and randomness beside it.
+    pub disk: Option<Disk>,
     /// Where the console goes.
     pub console: Console,
     /// Directory for the logs of this run; must exist.
@@ -176,6 +180,13 @@ impl Logs {
             qemu: dir.join("qemu.log"),
         }
     }
+
+    /// Makes all of them, empty.
+    pub(super) fn empty(&self) -> Result<()> {
+        [&self.machine, &self.console, &self.second, &self.qemu]
+            .into_iter()
+            .try_for_each(|log| write(log, ""))
+    }
 }
 
 impl Config {
@@ -183,54 +194,19 @@ impl Config {
     /// an earlier run in the same directory is taken for this one's.
     pub(super) fn command(&self) -> Result<Command> {
         let logs = Logs::within(&self.dir);
+        logs.empty()?;
         let settings = self.dir.join("settings.txt");
-        let create = |path: &Path, text: &str| {
-            std::fs::write(path, text)
-                .with_context(|| format!("{}: cannot be written", path.display()))
-        };
-        create(&settings, &self.settings.text())?;
-        for log in [&logs.machine, &logs.console, &logs.second, &logs.qemu] {
-            create(log, "")?;
-        }
-        let mut qemu = Command::new(&self.qemu);
-        let mut machine = "q35,smm=off".to_owned();
-        if let Some(size) = &self.low_memory {
-            machine.push_str(&format!(",max-ram-below-4g={size}"));
-        }
-        qemu.args(["-accel", "tcg,thread=multi", "-machine", &machine])
-            .args(["-cpu", "EPYC-Milan,+svm,+x2apic,phys-bits=48"])
-            .args(["-m", &self.memory, "-smp", &self.vcpus.to_string()])
-            .args([
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-no-reboot",
-            ])
-            .arg("-bios")
+        write(&settings, &self.settings.text())?;
+        let low_memory = self.low_memory.as_deref();
+        let mut qemu = hardware(&self.qemu, &self.memory, low_memory, self.vcpus);
+        qemu.arg("-bios")
             .arg(&self.rom)
             .arg("-fw_cfg")
             .arg(option("name=opt/turnstile/igvm,file=", &self.image))
             .arg("-fw_cfg")
             .arg(option("name=opt/turnstile/settings,file=", &settings));
-        qemu.arg("-chardev");
-        match self.console {
-            Console::File => {
-                qemu.arg(option("file,id=console,path=", &logs.console))
-                    .stdin(Stdio::null());
-            }
-            Console::Terminal => {
-                qemu.arg(option(
-                    "stdio,id=console,mux=on,signal=off,logfile=",
-                    &logs.console,
-                ))
-                .args(["-mon", "chardev=console,mode=readline"])
-                .stdin(Stdio::inherit());
-            }
-        }
-        qemu.args(["-serial", "chardev:console", "-chardev"])
-            .arg(option("file,id=second,path=", &logs.second))
-            .args(["-serial", "chardev:second", "-chardev"])
+        serial_ports(&mut qemu, &logs, self.console)?;
+        qemu.arg("-chardev")
             .arg(option("file,id=machine,path=", &logs.machine))
             .args(["-device", "isa-debugcon,iobase=0xe9,chardev=machine"])
             .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"]);
@@ -241,20 +217,69 @@ impl Config {
                 .arg(&linux.initrd);
             qemu.args(["-append", &linux.append]);
         }
-        let own_words = std::fs::File::options()
-            .append(true)
-            .open(&logs.qemu)
-            .with_context(|| format!("{}: cannot be written", logs.qemu.display()))?;
-        qemu.stderr(own_words);
-        if self.console == Console::File {
-            qemu.stdout(Stdio::null());
+        if let Some(disk) = &self.disk {
+            disk.attach(&mut qemu);
         }
         Ok(qemu)
     }
 }
 
+/// QEMU with the processors and memory of every run, and no device that was not asked for.
+/// `low_memory` limits the memory below 4 GiB.
+pub(super) fn hardware(
+    qemu: &Path,
+    memory: &str,
+    low_memory: Option<&str>,
+    vcpus: u32,
+) -> Command {
+    let mut machine = "q35,smm=off".to_owned();
+    if let Some(size) = low_memory {
+        machine.push_str(&format!(",max-ram-below-4g={size}"));
+    }
+    let mut qemu = Command::new(qemu);
+    qemu.args(["-accel", "tcg,thread=multi", "-machine", &machine])
+        .args(["-cpu", "EPYC-Milan,+svm,+x2apic,phys-bits=48"])
+        .args(["-m", memory, "-smp", &vcpus.to_string()])
+        .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+        .args(["-display", "none"]);
+    qemu
+}
+
+/// Gives the guest its two serial ports, and QEMU's own words a file.
+pub(super) fn serial_ports(qemu: &mut Command, logs: &Logs, console: Console) -> Result<()> {
+    qemu.arg("-chardev");
+    match console {
+        Console::File => {
+            qemu.arg(option("file,id=console,path=", &logs.console))
+                .stdin(Stdio::null())
+                .stdout(Stdio::null());
+        }
+        Console::Terminal => {
+            qemu.arg(option(
+                "stdio,id=console,mux=on,signal=off,logfile=",
+                &logs.console,
+            ))
+            .args(["-mon", "chardev=console,mode=readline"])
+            .stdin(Stdio::inherit());
+        }
+    }
+    qemu.args(["-serial", "chardev:console", "-chardev"])
+        .arg(option("file,id=second,path=", &logs.second))
+        .args(["-serial", "chardev:second"]);
+    let own_words = std::fs::File::options()
+        .append(true)
+        .open(&logs.qemu)
+        .with_context(|| format!("{}: cannot be written", logs.qemu.display()))?;
+    qemu.stderr(own_words);
+    Ok(())
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("{}: cannot be written", path.display()))
+}
+
 /// A QEMU option that ends in a path. In such options a comma is written twice.
-fn option(head: &str, path: &Path) -> OsString {
+pub(super) fn option(head: &str, path: &Path) -> OsString {
     let mut option = OsString::from(head);
     let text = path.as_os_str().to_string_lossy();
     option.push(text.replace(',', ",,"));

@@ -7,11 +7,13 @@
 //! Invariant: a QEMU started here never outlives its [`Running`]; no other process is ever touched.
 
 mod config;
+mod disk;
 mod exec;
+mod plain;
 mod tail;
 
-use std::path::PathBuf;
-use std::process::{Child, ExitStatus};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -19,7 +21,9 @@ use anyhow::{Context, Result, bail};
 use protocols::report::{Event, Launch, Report, StageName};
 
 pub use config::{Backing, Config, Console, Linux, Logs, Settings, Vc};
+pub use disk::{Bus, Disk};
 use exec::ExecStream;
+pub use plain::Plain;
 use tail::{Lines, Tail};
 
 use crate::initramfs::USERSPACE_MARKER;
@@ -110,43 +114,69 @@ pub struct Finished {
 impl Config {
     /// Starts QEMU.
     pub fn start(&self) -> Result<Running> {
-        for (file, what) in [
+        let always: [(&Path, &str); 3] = [
             (&self.qemu, "the QEMU program"),
             (&self.rom, "the machine's ROM"),
             (&self.image, "an IGVM image"),
-        ]
-        .into_iter()
-        .chain(self.linux.iter().flat_map(|linux| {
-            [
-                (&linux.kernel, "a Linux kernel"),
+        ];
+        present(always)?;
+        if let Some(linux) = &self.linux {
+            present([
+                (&linux.kernel as &Path, "a Linux kernel"),
                 (&linux.initrd, "an initial root file system"),
-            ]
-        })) {
-            if !file.is_file() {
-                bail!(
-                    "{}: expected {what}, there is no such file; check the path, or make what is \
-                     missing with: cargo xtask build",
-                    file.display()
-                );
-            }
+            ])?;
         }
-        let logs = Logs::within(&self.dir);
-        let child = self
-            .command()?
-            .spawn()
-            .with_context(|| format!("{}: cannot be started", self.qemu.display()))?;
+        if let Some(disk) = &self.disk {
+            present([(&disk.file as &Path, "a disk image")])?;
+        }
+        let firmware = self.linux.is_some() || self.disk.is_some();
+        Running::start(self.command()?, &self.dir, firmware)
+    }
+
+    /// Runs the machine to its end, or until `limit` has passed, telling `watch` what happens.
+    pub fn run(&self, limit: Duration, watch: impl FnMut(&Happening)) -> Result<Finished> {
+        self.start()?.watch(limit, watch)
+    }
+}
+
+/// Fails if a file is not there, and says which and what it should be.
+fn present<'a>(files: impl IntoIterator<Item = (&'a Path, &'a str)>) -> Result<()> {
+    for (file, what) in files {
+        if !file.is_file() {
+            bail!(
+                "{}: expected {what}, there is no such file; check the path, or make what is \
+                 missing with: cargo xtask build",
+                file.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+impl Running {
+    /// Starts `qemu`, whose logs are in `dir`. `firmware` tells whether a firmware writes to the
+    /// second serial port before the guest's command does.
+    fn start(mut qemu: Command, dir: &Path, firmware: bool) -> Result<Running> {
+        let logs = Logs::within(dir);
+        let child = qemu.spawn().with_context(|| {
+            format!(
+                "{}: cannot be started",
+                qemu.get_program().to_string_lossy()
+            )
+        })?;
         Ok(Running {
             child,
             started: Instant::now(),
             machine: (Tail::new(&logs.machine), Lines::default()),
             console: (Tail::new(&logs.console), Lines::default()),
             second: Tail::new(&logs.second),
-            exec: match self.linux {
-                Some(_) => ExecStream::behind_firmware(),
-                None => ExecStream::default(),
+            exec: if firmware {
+                ExecStream::behind_firmware()
+            } else {
+                ExecStream::default()
             },
             seen: Finished {
-                dir: self.dir.clone(),
+                dir: dir.to_owned(),
                 report: None,
                 launch: None,
                 events: Vec::new(),
@@ -161,26 +191,23 @@ impl Config {
         })
     }
 
-    /// Runs the machine to its end, or until `limit` has passed, telling `watch` what happens.
-    pub fn run(&self, limit: Duration, mut watch: impl FnMut(&Happening)) -> Result<Finished> {
-        let mut running = self.start()?;
+    /// Follows it to its end, or until `limit` has passed.
+    fn watch(mut self, limit: Duration, mut watch: impl FnMut(&Happening)) -> Result<Finished> {
         loop {
-            let ended = running.ended()?;
+            let ended = self.ended()?;
             // Looked at once more after the end, so that the last words are not lost.
-            running.look(&mut watch);
+            self.look(&mut watch);
             if ended {
-                return Ok(running.finish());
+                return Ok(self.finish());
             }
-            if running.started.elapsed() > limit {
-                running.seen.timed_out = true;
-                return Ok(running.finish());
+            if self.started.elapsed() > limit {
+                self.seen.timed_out = true;
+                return Ok(self.finish());
             }
             sleep(POLL);
         }
     }
-}
 
-impl Running {
     fn ended(&mut self) -> Result<bool> {
         self.seen.qemu_status = self.child.try_wait().context("QEMU cannot be waited for")?;
         Ok(self.seen.qemu_status.is_some())
