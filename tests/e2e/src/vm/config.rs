@@ -226,12 +226,7 @@ impl Config {
 
 /// QEMU with the processors and memory of every run, and no device that was not asked for.
 /// `low_memory` limits the memory below 4 GiB.
-pub(super) fn hardware(
-    qemu: &Path,
-    memory: &str,
-    low_memory: Option<&str>,
-    vcpus: u32,
-) -> Command {
+pub(super) fn hardware(qemu: &Path, memory: &str, low_memory: Option<&str>, vcpus: u32) -> Command {
     let mut machine = "q35,smm=off".to_owned();
     if let Some(size) = low_memory {
         machine.push_str(&format!(",max-ram-below-4g={size}"));
