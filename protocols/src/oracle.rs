@@ -84,6 +84,10 @@ open_enum! {
         LIVE_RESCIND = 8,
         /// Conversions the host made because an access used the wrong alias.
         IMPLICIT_CONVERSION = 9,
+        /// Rights relied on being gone that another virtual processor could still use.
+        STALE_TRANSLATION = 10,
+        /// Rescinds of a VMSA that runs.
+        IN_USE_RESCIND = 11,
     }
 }
 

@@ -306,6 +306,11 @@ pub struct Violations {
     pub run_without_svme: u64,
     /// A page state change to shared found the page still validated.
     pub unrescinded_share: u64,
+    /// VMPL0 relied on a right being gone that another CPU may still have used: it had been in
+    /// the guest since before the right was withdrawn.
+    pub stale_translation: u64,
+    /// PVALIDATE(0) at VMPL0 on a VMSA that runs.
+    pub in_use_rescind: u64,
 }
 
 impl Violations {
@@ -318,6 +323,8 @@ impl Violations {
             + self.implicit_conversion
             + self.run_without_svme
             + self.unrescinded_share
+            + self.stale_translation
+            + self.in_use_rescind
     }
 }
 

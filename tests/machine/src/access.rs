@@ -15,7 +15,7 @@ use core::fmt;
 use crate::layout::Place;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
-use crate::rmp::{Entry, Permissions, Rmp};
+use crate::rmp::{Entry, Permissions, Rmp, UpdateError};
 use crate::types::{Alias, Gpa, Kind, PageSize, Spa, Vmpl};
 
 /// A nested mapping the platform allows.
@@ -39,6 +39,8 @@ pub enum Denial {
     NotOwned,
     /// The page is immutable: firmware has it.
     Immutable,
+    /// The page is a VMSA that runs; the host cannot take it.
+    InUse,
     /// The VMPL lacks a permission; the mask it has.
     Permissions(u8),
 }
@@ -49,6 +51,7 @@ impl fmt::Display for Denial {
             Self::NotCovered => f.write_str("private access where there is no memory"),
             Self::NotOwned => f.write_str("RMP: not owned by this guest at this address"),
             Self::Immutable => f.write_str("RMP: page is immutable"),
+            Self::InUse => f.write_str("RMP: the page is a VMSA that runs"),
             Self::Permissions(mask) => write!(f, "RMP: VMPL permissions are {mask:#x}"),
         }
     }
@@ -144,7 +147,9 @@ impl<P: PhysicalMemory> Platform<P> {
                 // on the shared side is what QEMU has: a ROM, or nothing.
                 return Verdict::Mmio(Spa::new(gpa.get()));
             }
-            self.convert_implicitly(vmpl, &place, gpa, alias, kind);
+            if !self.convert_implicitly(vmpl, &place, gpa, alias, kind) {
+                return Verdict::Denied(Denial::InUse);
+            }
         }
         match alias {
             Alias::Shared => Verdict::Map(shared_mapping(place.spa)),
@@ -174,7 +179,7 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 
     /// What KVM and QEMU do when a guest uses the other alias of a page than the attribute
-    /// says (KVM_EXIT_MEMORY_FAULT): convert, losing the contents.
+    /// says (KVM_EXIT_MEMORY_FAULT): convert, losing the contents. False if it cannot.
     pub(crate) fn convert_implicitly(
         &mut self,
         vmpl: Vmpl,
@@ -182,7 +187,7 @@ impl<P: PhysicalMemory> Platform<P> {
         gpa: Gpa,
         to: Alias,
         kind: Kind,
-    ) {
+    ) -> bool {
         // A page that nobody has validated loses nothing: OVMF's first GHCB becomes shared so.
         let harmless = to == Alias::Shared && !self.host.rmp().entry(place).is_validated();
         if !harmless {
@@ -198,13 +203,30 @@ impl<P: PhysicalMemory> Platform<P> {
             }
         }
         self.host.count_range(to);
-        let memory = &self.memory;
-        match self.host.convert(memory, place, gpa, PageSize::Size4K, to) {
+        match self.convert(gpa, PageSize::Size4K, to) {
             // The paravisor is not told, so its map cannot be right about this page.
             Ok(()) if vmpl != Vmpl::VMPL0 && to == Alias::Shared => self.host.give_away(place),
             Ok(()) => {}
-            Err(error) => self.refuse(vmpl, Some(gpa), format!("host cannot convert: {error:?}")),
+            Err(error) => {
+                self.refuse(vmpl, Some(gpa), format!("host cannot convert: {error:?}"));
+                return false;
+            }
         }
+        true
+    }
+
+    /// Changes the attribute of a page or block for the guest, as RMPUPDATE lets the host.
+    pub(crate) fn convert(
+        &mut self,
+        gpa: Gpa,
+        size: PageSize,
+        to: Alias,
+    ) -> Result<(), UpdateError> {
+        let place = self.host.layout().place(gpa).ok_or(UpdateError::Input)?;
+        if self.is_vmsa_in_use(gpa, size) {
+            return Err(UpdateError::InUse);
+        }
+        self.host.convert(&self.memory, &place, gpa, size, to)
     }
 
     /// The mapping that an access would be given, if it needs nothing done. For filling the

@@ -15,8 +15,9 @@ use protocols::snp::{self, RmpAdjust};
 use crate::access::{Denial, owner_fault};
 use crate::layout::Place;
 use crate::memory::PhysicalMemory;
-use crate::platform::{Platform, Views};
+use crate::platform::{Cause, Platform, Views};
 use crate::rmp::{Entry, Permissions};
+use crate::stale::Finding;
 use crate::types::{Alias, Gpa, Kind, PageSize, Vmpl};
 
 /// Return codes in EAX (`snp-isa.md` §2).
@@ -307,7 +308,8 @@ impl<P: PhysicalMemory> Platform<P> {
             return refused(self, Denial::NotOwned, what);
         }
         if self.host.attribute(&place) == Alias::Shared {
-            self.convert_implicitly(vmpl, &place, gpa, Alias::Private, Kind::Read);
+            // Nothing shared is in use as a VMSA, so the host can do this.
+            let _ = self.convert_implicitly(vmpl, &place, gpa, Alias::Private, Kind::Read);
         }
         if let Err(error) = self.host.prepare(&self.memory, &place, gpa) {
             return refused(
@@ -362,10 +364,16 @@ impl<P: PhysicalMemory> Platform<P> {
             let what = String::from("rescind of a page that a lower VMPL may still use");
             self.refuse(vmpl, Some(gpa), what);
         }
+        if !validate && self.is_vmsa_in_use(gpa, size) {
+            self.counters.violations.in_use_rescind += 1;
+            let what = String::from("rescind of a VMSA that runs");
+            self.refuse(vmpl, Some(gpa), what);
+        }
         self.host.rmp_mut().set_validated(&place, validate);
         if !validate {
             // Validating makes nothing stale: nobody had a mapping.
-            self.host.invalidate(gpa, size, Views::ALL);
+            let cause = Cause::Instruction(vmpl);
+            self.host.invalidate(gpa, size, Views::ALL, cause);
         }
         self.book_validated(size.bytes(), validate);
         complete(status::SUCCESS)
@@ -397,7 +405,7 @@ impl<P: PhysicalMemory> Platform<P> {
         if !entry.permissions(vmpl).contains(permissions) {
             return complete(status::FAIL_PERMISSION);
         }
-        if entry.is_vmsa() && self.is_vmsa_in_use(gpa) {
+        if self.is_vmsa_in_use(gpa, size) {
             return complete(status::FAIL_IN_USE);
         }
         if !permissions.is_none() {
@@ -408,6 +416,12 @@ impl<P: PhysicalMemory> Platform<P> {
                 self.refuse(vmpl, Some(gpa), what);
             }
         }
+        if vmsa
+            && vmpl == Vmpl::VMPL0
+            && let Some(found) = self.stale.find(gpa, size.bytes())
+        {
+            self.count_stale(found, "becomes a VMSA");
+        }
         let had = entry.permissions(target);
         self.host
             .rmp_mut()
@@ -416,9 +430,20 @@ impl<P: PhysicalMemory> Platform<P> {
             self.host.rmp_mut().set_vmsa(&place, vmsa);
         }
         if !permissions.contains(had) {
-            self.host.invalidate(gpa, size, Views::of(target));
+            let cause = Cause::Instruction(vmpl);
+            self.host.invalidate(gpa, size, Views::of(target), cause);
         }
         complete(status::SUCCESS)
+    }
+
+    /// Counts that VMPL0 relies on a right being gone that a CPU may still use.
+    pub(crate) fn count_stale(&mut self, found: Finding, what: &str) {
+        self.counters.violations.stale_translation += 1;
+        let text = format!(
+            "a page {what} while vCPU {} may still use it as it was",
+            found.holder.0
+        );
+        self.refuse(Vmpl::VMPL0, Some(found.gpa), text);
     }
 
     fn rmpquery(&mut self, vmpl: Vmpl, alias: Alias, gpa: Gpa, target: Vmpl) -> Instruction {

@@ -44,6 +44,7 @@ pub mod platform;
 pub mod referee;
 pub mod rmp;
 pub mod settings;
+pub mod stale;
 #[cfg(test)]
 mod testing;
 pub mod types;

@@ -100,6 +100,8 @@ impl<P: PhysicalMemory> Platform<P> {
             Counter::DOUBLE_VALIDATION => violations.double_validation,
             Counter::UNSCRUBBED_GRANT => violations.unscrubbed_grant,
             Counter::LIVE_RESCIND => violations.live_rescind,
+            Counter::STALE_TRANSLATION => violations.stale_translation,
+            Counter::IN_USE_RESCIND => violations.in_use_rescind,
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
                 .iter()
                 .map(|&vmpl| self.counters.level(vmpl).implicit_conversions)
@@ -111,6 +113,9 @@ impl<P: PhysicalMemory> Platform<P> {
     /// Does to a page what only a host can; `None` if its state does not allow it.
     fn act_as_host(&mut self, gpa: Gpa, act: HostAct) -> Option<()> {
         let place = self.host.layout().place(gpa)?;
+        if self.is_vmsa_in_use(gpa, PageSize::Size4K) {
+            return None;
+        }
         let memory = &self.memory;
         let result = match act {
             HostAct::BACK_BY_2M => self.host.back_by_2m(memory, &place, gpa),

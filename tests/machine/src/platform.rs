@@ -23,6 +23,7 @@ use crate::host_memory::HostMemory;
 use crate::layout::{Layout, LayoutError};
 use crate::memory::PhysicalMemory;
 use crate::settings::Settings;
+use crate::stale::Stale;
 use crate::types::{Gpa, Spa, Vmpl};
 use crate::vcpu::Vcpu;
 
@@ -45,6 +46,18 @@ impl Views {
     }
 }
 
+/// Who changed what nested page tables show.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cause {
+    /// The host took or gave the page, and gets every CPU to drop its translations at once.
+    Host,
+    /// An RMP instruction of this level withdrew rights. CPUs inside the guest keep their
+    /// translations until they leave: see [`crate::stale`].
+    Instruction(Vmpl),
+    /// The RMP entry was split; nobody has more or fewer rights than before.
+    Split,
+}
+
 /// Mappings that are stale: both aliases of `[gpa, gpa + bytes)` in the views named.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Invalidation {
@@ -54,6 +67,8 @@ pub struct Invalidation {
     pub bytes: u64,
     /// Whose tables.
     pub views: Views,
+    /// Why.
+    pub cause: Cause,
 }
 
 /// Progress is told every time this much more has been validated.
@@ -71,6 +86,7 @@ pub struct Platform<P> {
     /// Whether paravisor and firmware have been entered.
     pub(crate) stages: [bool; 2],
     pub(crate) ap_jump_table: u64,
+    pub(crate) stale: Stale,
     progress: u64,
 }
 
@@ -87,6 +103,7 @@ impl<P: PhysicalMemory> Platform<P> {
             clock,
             stages: [false; 2],
             ap_jump_table: 0,
+            stale: Stale::default(),
             progress: 0,
         };
         let reset = platform.sev_info();
@@ -137,6 +154,13 @@ impl<P: PhysicalMemory> Platform<P> {
     #[must_use = "stale mappings must be zapped"]
     pub fn take_invalidations(&mut self) -> Vec<Invalidation> {
         self.host.take_invalidations()
+    }
+
+    /// What CPUs inside the guest may still use although it was withdrawn. The CPU side writes
+    /// it when it acts on an invalidation caused by VMPL0, and brings it up to date before
+    /// [`Self::execute`] and [`Self::enter`].
+    pub const fn stale(&mut self) -> &mut Stale {
+        &mut self.stale
     }
 
     /// Whether there is anything to take: invalidations or events.

@@ -174,6 +174,8 @@ pub enum UpdateError {
     Input,
     /// 2: the entry is immutable.
     Permission,
+    /// 3: the page is a VMSA that runs.
+    InUse,
     /// 4: 4 KiB and 2 MiB entries would overlap.
     Overlap,
 }

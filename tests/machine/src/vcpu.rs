@@ -42,8 +42,9 @@ pub struct Context {
 #[derive(Clone, Debug, Default)]
 pub struct Vcpu {
     pub(crate) contexts: [Context; Vmpl::COUNT],
-    /// The VMPL that is between VMRUN and the next world switch; its VMSA is in use.
-    pub(crate) running: Option<Vmpl>,
+    /// The VMSA that is between VMRUN and the next world switch, and so in use. Not the
+    /// context's: that may be replaced or destroyed while the old one runs.
+    pub(crate) running: Option<Gpa>,
     /// The VMPL that ran last.
     pub(crate) last: Option<Vmpl>,
 }
@@ -142,10 +143,16 @@ impl<P: PhysicalMemory> Platform<P> {
             }
         })?;
         let tsc = (self.clock)();
+        // A lower level goes on: whatever VMPL0 withdrew on its behalf has to be gone.
+        if vmpl != Vmpl::VMPL0
+            && let Some(found) = self.stale.settle(vcpu)
+        {
+            self.count_stale(found, "was withdrawn, and the guest is told so,");
+        }
         let Some(state) = self.vcpus.get_mut(vcpu.index()) else {
             return Err(EnterError::NoVmsa);
         };
-        state.running = Some(vmpl);
+        state.running = Some(vmsa);
         let switched = state.last.replace(vmpl) != Some(vmpl);
         if switched {
             self.counters.vmpl(vmpl).world_switches += 1;
@@ -176,9 +183,8 @@ impl<P: PhysicalMemory> Platform<P> {
         if !entry.is_vmsa() {
             return Err(EnterError::NotVmsa(gpa));
         }
-        let elsewhere = |(index, other): (usize, &Vcpu)| {
-            index != vcpu.index() && other.running_vmsa() == Some(gpa)
-        };
+        let elsewhere =
+            |(index, other): (usize, &Vcpu)| index != vcpu.index() && other.running == Some(gpa);
         if self.vcpus.iter().enumerate().any(elsewhere) {
             return Err(EnterError::Busy(gpa));
         }
@@ -204,26 +210,24 @@ impl<P: PhysicalMemory> Platform<P> {
         }
     }
 
-    /// Whether the page holds a VMSA that runs right now.
-    pub(crate) fn is_vmsa_in_use(&self, gpa: Gpa) -> bool {
-        let page = gpa.align_down(PageSize::Size4K);
+    /// Whether the page or block holds a VMSA that runs right now: hardware marks its RMP entry
+    /// from VMRUN to #VMEXIT and answers FAIL_INUSE to RMPADJUST and RMPUPDATE (APM 15.36.12).
+    pub(crate) fn is_vmsa_in_use(&self, gpa: Gpa, size: PageSize) -> bool {
+        let start = gpa.align_down(size);
         self.vcpus
             .iter()
-            .any(|vcpu| vcpu.running_vmsa() == Some(page))
-    }
-}
-
-impl Vcpu {
-    fn running_vmsa(&self) -> Option<Gpa> {
-        self.contexts[self.running?.index()].vmsa
+            .filter_map(|vcpu| vcpu.running)
+            .any(|vmsa| vmsa.align_down(size) == start)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access::{Denial, Verdict};
+    use crate::stale::Stay;
     use crate::testing::{BLOCK, CPU0, Sparse, platform};
-    use crate::types::PAGE_SIZE;
+    use crate::types::{Kind, PAGE_SIZE};
 
     const VMSA: Gpa = Gpa::new(BLOCK.get() + PAGE_SIZE);
 
@@ -299,6 +303,78 @@ mod tests {
         );
         platform.leave(CPU0);
         assert_eq!(platform.enter(VcpuId(1), Vmpl::VMPL1), Ok(spa));
+    }
+
+    /// APM 15.36.12: from VMRUN to the exit nobody changes the entry of a VMSA's page.
+    #[test]
+    fn a_vmsa_in_use_is_refused_to_everybody() {
+        let (mut platform, _) = ready();
+        let ordinary = 0xF01;
+        platform.enter(CPU0, Vmpl::VMPL1).unwrap();
+        // Replaced in the books of the host, it runs on all the same.
+        platform.set_vmsa(CPU0, Vmpl::VMPL1, None);
+        let in_use = crate::isa::status::FAIL_IN_USE;
+        assert_eq!(platform.adjust(VMSA, PageSize::Size4K, ordinary), in_use);
+        assert!(
+            platform
+                .convert(VMSA, PageSize::Size4K, Alias::Shared)
+                .is_err()
+        );
+        let denied = platform.access(Vmpl::VMPL0, Alias::Shared, VMSA, Kind::Read);
+        assert_eq!(denied, Verdict::Denied(Denial::InUse));
+        let place = platform.layout().place(VMSA).unwrap();
+        assert!(platform.host.rmp().entry(&place).is_vmsa());
+        assert_eq!(platform.host.attribute(&place), Alias::Private);
+        platform.set_vmsa(VcpuId(1), Vmpl::VMPL1, Some(VMSA));
+        assert_eq!(
+            platform.enter(VcpuId(1), Vmpl::VMPL1),
+            Err(EnterError::Busy(VMSA))
+        );
+        platform.leave(CPU0);
+        assert_eq!(platform.adjust(VMSA, PageSize::Size4K, ordinary), 0);
+        assert!(
+            platform
+                .convert(VMSA, PageSize::Size4K, Alias::Shared)
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn a_running_vmsa_that_is_rescinded_is_a_violation() {
+        let (mut platform, _) = ready();
+        platform.enter(CPU0, Vmpl::VMPL1).unwrap();
+        platform.pval(VMSA, PageSize::Size4K, false);
+        assert_eq!(platform.counters.violations.in_use_rescind, 1);
+        let (mut platform, _) = ready();
+        platform.pval(VMSA, PageSize::Size4K, false);
+        assert_eq!(platform.counters.violations.in_use_rescind, 0);
+    }
+
+    /// `snp-isa.md` §4, APM 15.36.15: what VMPL0 withdrew is in other CPUs' translations until
+    /// they leave.
+    #[test]
+    fn an_answer_before_everybody_left_is_a_violation() {
+        let (mut platform, _) = ready();
+        let other = Stay {
+            cpu: VcpuId(1),
+            exits: 3,
+        };
+        let answer = |platform: &mut Platform<Sparse>| {
+            let before = platform.counters.violations.stale_translation;
+            platform.enter(CPU0, Vmpl::VMPL1).unwrap();
+            platform.leave(CPU0);
+            platform.counters.violations.stale_translation - before
+        };
+        assert_eq!(answer(&mut platform), 0);
+        platform.stale().note(CPU0, other, BLOCK, PAGE_SIZE);
+        assert_eq!(answer(&mut platform), 1);
+        assert_eq!(answer(&mut platform), 0, "told once");
+        platform.stale().note(CPU0, other, BLOCK, PAGE_SIZE);
+        platform.stale().forget_those_who_left(|_| false);
+        assert_eq!(answer(&mut platform), 0);
+        // Somebody else's withdrawal is for that CPU to settle.
+        platform.stale().note(VcpuId(1), other, BLOCK, PAGE_SIZE);
+        assert_eq!(answer(&mut platform), 0);
     }
 
     #[test]

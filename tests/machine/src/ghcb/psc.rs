@@ -155,7 +155,7 @@ impl<P: PhysicalMemory> Platform<P> {
             self.refuse(vmpl, Some(gpa), format!("page operation {operation:?}"));
             return Err(());
         };
-        let Some(place) = self.host.layout().place(gpa) else {
+        if self.host.layout().place(gpa).is_none() {
             // Where there are only devices everything is shared; QEMU takes that as done.
             return match to {
                 Alias::Shared => Ok(()),
@@ -168,11 +168,11 @@ impl<P: PhysicalMemory> Platform<P> {
                     Err(())
                 }
             };
-        };
+        }
         if to == Alias::Shared {
             self.note_unrescinded(vmpl, gpa, size);
         }
-        if let Err(error) = self.host.convert(&self.memory, &place, gpa, size, to) {
+        if let Err(error) = self.convert(gpa, size, to) {
             self.refuse(vmpl, Some(gpa), format!("host cannot convert: {error:?}"));
             return Err(());
         }

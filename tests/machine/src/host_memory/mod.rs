@@ -30,7 +30,7 @@ use self::direct_map::DirectMap;
 use self::folios::Folios;
 use crate::layout::{Layout, LayoutError, Place, reserve};
 use crate::memory::PhysicalMemory;
-use crate::platform::{Invalidation, Views};
+use crate::platform::{Cause, Invalidation, Views};
 use crate::rmp::{Entry, Rmp, UpdateError};
 use crate::settings::HostBacking;
 use crate::types::{Alias, Gpa, PAGE_SIZE, PageSize, Spa};
@@ -136,18 +136,23 @@ impl HostMemory {
     }
 
     /// Queues a stale mapping.
-    pub(crate) fn invalidate(&mut self, gpa: Gpa, size: PageSize, views: Views) {
+    pub(crate) fn invalidate(&mut self, gpa: Gpa, size: PageSize, views: Views, cause: Cause) {
         let gpa = gpa.align_down(size);
         let bytes = size.bytes();
         // Requests walk upwards, so runs merge into one entry.
         if let Some(last) = self.invalidations.last_mut()
-            && last.views == views
+            && (last.views, last.cause) == (views, cause)
             && last.gpa.get() + last.bytes == gpa.get()
         {
             last.bytes += bytes;
             return;
         }
-        self.invalidations.push(Invalidation { gpa, bytes, views });
+        self.invalidations.push(Invalidation {
+            gpa,
+            bytes,
+            views,
+            cause,
+        });
     }
 
     /// The attribute of the page at `place`.
@@ -324,7 +329,7 @@ impl HostMemory {
     pub fn psmash(&mut self, place: &Place, gpa: Gpa) -> bool {
         let split = self.split(place);
         if split {
-            self.invalidate(gpa, PageSize::Size2M, Views::ALL);
+            self.invalidate(gpa, PageSize::Size2M, Views::ALL, Cause::Split);
         }
         split
     }
@@ -362,7 +367,7 @@ impl HostMemory {
         }
         self.folios.punch(place, slots.clone());
         self.scramble(memory, start, slots);
-        self.invalidate(gpa, size, Views::ALL);
+        self.invalidate(gpa, size, Views::ALL, Cause::Host);
         Ok(())
     }
 
@@ -388,7 +393,7 @@ impl HostMemory {
             self.take_away(memory, place, gpa, size)?;
             self.conversions.pages_to_shared += changing;
         } else {
-            self.invalidate(gpa, size, Views::ALL);
+            self.invalidate(gpa, size, Views::ALL, Cause::Host);
             self.conversions.pages_to_private += changing;
         }
         self.conversions.invalidated_pages += size.pages();

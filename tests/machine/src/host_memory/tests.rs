@@ -3,6 +3,7 @@ mod histories;
 use super::*;
 use crate::memory::scramble_word;
 use crate::testing::Sparse;
+use crate::types::Vmpl;
 
 const BLOCK: Gpa = Gpa::new(0x20_0000);
 const SMALL: PageSize = PageSize::Size4K;
@@ -102,11 +103,19 @@ fn a_large_entry_is_split_for_one_page_and_taken_whole_for_a_block() {
 fn neighbouring_invalidations_become_one() {
     let (mut host, _, _) = host(HostBacking::Size4K);
     for page in 0..4 {
-        host.invalidate(Gpa::new(BLOCK.get() + page * PAGE_SIZE), SMALL, Views::ALL);
+        let gpa = Gpa::new(BLOCK.get() + page * PAGE_SIZE);
+        host.invalidate(gpa, SMALL, Views::ALL, Cause::Host);
     }
-    host.invalidate(Gpa::new(0), SMALL, Views::ALL);
+    let next = Gpa::new(BLOCK.get() + 4 * PAGE_SIZE);
+    let rescinded = Cause::Instruction(Vmpl::VMPL0);
+    host.invalidate(next, SMALL, Views::ALL, rescinded);
+    host.invalidate(Gpa::new(0), SMALL, Views::ALL, rescinded);
     let queue = host.take_invalidations();
-    assert_eq!(queue.len(), 2);
+    assert_eq!(
+        queue.len(),
+        3,
+        "neighbours with another cause are not merged"
+    );
     assert_eq!((queue[0].gpa, queue[0].bytes), (BLOCK, 4 * PAGE_SIZE));
     assert!(host.take_invalidations().is_empty());
 }

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::access::Verdict;
 use crate::rmp::UpdateError;
-use crate::testing::{BLOCK, CPU0, operands, platform};
+use crate::stale::Stay;
+use crate::testing::{BLOCK, CPU0, Sparse, operands, platform};
 use crate::types::{Kind, PAGE_SIZE, VcpuId};
 
 const SMALL: PageSize = PageSize::Size4K;
@@ -395,6 +396,30 @@ fn rmpquery_shows_mask_vmsa_and_size() {
     platform.adjust(page(9), SMALL, 1 << 16 | 1);
     let small = done(platform.run(Opcode::Rmpquery, Vmpl::VMPL1, at));
     assert_eq!(small, (0, Some(0), Some(1 << 16 | 1)));
+}
+
+/// `svsm.md` §5: rights are revoked and flushed before VMPL0 looks at a page that becomes a VMSA.
+#[test]
+fn rmpadjust_of_a_vmsa_that_somebody_may_still_write_is_a_violation() {
+    let mut platform = platform("");
+    let other = Stay {
+        cpu: VcpuId(1),
+        exits: 9,
+    };
+    let vmsa = 1 << 16 | 1;
+    for index in 1..4 {
+        platform.accept(page(index), FULL_TO_1);
+    }
+    platform.stale().note(CPU0, other, page(1), PAGE_SIZE);
+    let violations = |platform: &Platform<Sparse>| platform.counters.violations.stale_translation;
+    assert_eq!(platform.adjust(page(2), SMALL, vmsa), 0);
+    assert_eq!(platform.adjust(page(1), SMALL, FULL_TO_1), 0, "no VMSA");
+    assert_eq!(violations(&platform), 0);
+    assert_eq!(platform.adjust(page(1), SMALL, vmsa), 0);
+    assert_eq!(violations(&platform), 1);
+    platform.stale().forget_those_who_left(|_| false);
+    assert_eq!(platform.adjust(page(3), SMALL, vmsa), 0);
+    assert_eq!(violations(&platform), 1);
 }
 
 #[test]

@@ -1,13 +1,14 @@
 //! What all CPUs share, behind one lock: the platform, the nested tables, the ports.
 //!
 //! Invariant: whoever changed the platform leaves through [`Guard`]'s drop, which withdraws
-//! stale mappings, gets other CPUs to notice, and prints the platform's events. So no guest
-//! ever runs on a mapping that the platform has taken back.
+//! stale mappings and prints the platform's events. So no guest ever runs on a mapping that the
+//! host has taken back, and one that VMPL0 has withdrawn is either gone or on record.
 
 use core::ops::{Deref, DerefMut};
 
 use machine::access::{Mapping, Region};
 use machine::cpuid::Table;
+use machine::platform::{Cause, Invalidation};
 use machine::types::{Alias, Gpa, Kind, PageSize, Spa, VcpuId, Vmpl};
 use machine::{Platform, Verdict};
 use protocols::report::Event;
@@ -97,16 +98,7 @@ impl Machine {
     pub fn settle(&mut self, rip: u64) {
         let stale = self.platform.take_invalidations();
         if !stale.is_empty() {
-            let platform = &self.platform;
-            let mut lost = [false; Vmpl::COUNT];
-            for range in &stale {
-                let changed = self.tables.forget(range, |vmpl, mode, address| {
-                    let (gpa, alias) = split(address, mode);
-                    platform.peek(vmpl, alias, gpa)
-                });
-                lost = core::array::from_fn(|n| lost[n] || changed[n]);
-            }
-            smp::shoot_down(this_cpu(), lost);
+            self.withdraw(&stale);
         }
         for mut event in self.platform.take_events() {
             if let Event::Refusal(refusal) = &mut event {
@@ -116,10 +108,59 @@ impl Machine {
         }
     }
 
+    /// Takes stale ranges out of the nested tables. What the host changed is gone from every CPU
+    /// when this returns; what an instruction withdrew stays in the translations of CPUs that
+    /// are inside the guest, and that goes on record.
+    fn withdraw(&mut self, stale: &[Invalidation]) {
+        let this = this_cpu();
+        let mut lost = [false; Vmpl::COUNT];
+        for range in stale {
+            let platform = &self.platform;
+            let changed = self.tables.forget(range, |vmpl, mode, address| {
+                let (gpa, alias) = split(address, mode);
+                platform.peek(vmpl, alias, gpa)
+            });
+            match range.cause {
+                Cause::Host => {
+                    lost = core::array::from_fn(|level| lost[level] || changed[level]);
+                }
+                // VMPL0 on another CPU has no business with the page; what it still holds is
+                // dropped with its next instruction of this kind.
+                Cause::Instruction(Vmpl::VMPL0) => {
+                    for (stay, level) in smp::inside(this) {
+                        if level != Vmpl::VMPL0.index() && changed[level] {
+                            let book = self.platform.stale();
+                            book.note(this, stay, range.gpa, range.bytes);
+                        }
+                    }
+                }
+                Cause::Instruction(_) | Cause::Split => {}
+            }
+        }
+        let taken = || stale.iter().filter(|range| range.cause == Cause::Host);
+        if taken().next().is_none() {
+            return;
+        }
+        // A mapping that an instruction withdrew before is in no table any more, but may be in
+        // use all the same.
+        let book = self.platform.stale();
+        smp::shoot_down(this, |cpu, level| {
+            lost[level] || taken().any(|range| book.is_held_by(cpu, range.gpa, range.bytes))
+        });
+    }
+
+    /// Brings the record of stale translations up to date: who has left holds none.
+    pub fn update_stale(&mut self) {
+        let book = self.platform.stale();
+        if !book.is_empty() {
+            book.forget_those_who_left(smp::is_inside);
+        }
+    }
+
     /// Makes sure that the next fault finds tables to grow with.
     pub fn reserve_tables(&mut self) {
         if self.tables.is_exhausted() {
-            smp::shoot_down(this_cpu(), [true; Vmpl::COUNT]);
+            smp::shoot_down(this_cpu(), |_, _| true);
             self.tables.recycle();
         }
     }

@@ -9,6 +9,8 @@
 //! Invariants:
 //! * `in_guest` is set with the machine's lock held, before nested tables are chosen, and
 //!   cleared after the exit: a CPU seen outside needs the lock before it can use any mapping;
+//! * `exits` changes with every exit, so `in_guest` with the same `exits` is the same stay, with
+//!   the translations it began to collect at its entry;
 //! * a request to a CPU is answered (its slot is empty again) before the requester goes on, so
 //!   a VMSA that was stopped or replaced is at rest when the guest hears so.
 
@@ -23,6 +25,7 @@ use core::hint;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use machine::ghcb::{ApAction, ApKind};
+use machine::stale::Stay;
 use machine::types::{VcpuId, Vmpl};
 use spin::{Mutex, Once};
 
@@ -165,26 +168,42 @@ pub fn left_guest(id: VcpuId) {
     slot.in_guest.store(false, Ordering::SeqCst);
 }
 
-/// Gets every other CPU that runs one of `levels` out of its guest once. With the machine's lock
-/// held none can enter again, so afterwards no CPU uses a mapping of these levels that was
-/// withdrawn before the call.
-pub fn shoot_down(id: VcpuId, levels: [bool; Vmpl::COUNT]) {
-    let concerned = |slot: &Slot| {
-        slot.in_guest.load(Ordering::SeqCst) && levels[slot.vmpl.load(Ordering::SeqCst)]
-    };
-    let waiting: Vec<(usize, u64)> = slots()
+/// The CPUs other than `id` that are inside the guest, with the level each runs. With the
+/// machine's lock held none can enter meanwhile, but any may leave.
+pub fn inside(id: VcpuId) -> impl Iterator<Item = (Stay, usize)> {
+    slots()
         .iter()
-        .enumerate()
-        .filter(|&(n, slot)| n != id.index() && concerned(slot))
-        .map(|(n, slot)| (n, slot.exits.load(Ordering::SeqCst)))
+        .zip(0..)
+        .filter(move |&(slot, n)| n != id.0 && slot.in_guest.load(Ordering::SeqCst))
+        .map(|(slot, n)| {
+            let stay = Stay {
+                cpu: VcpuId(n),
+                exits: slot.exits.load(Ordering::SeqCst),
+            };
+            (stay, slot.vmpl.load(Ordering::SeqCst))
+        })
+}
+
+/// Whether a CPU has not left the guest since.
+pub fn is_inside(stay: Stay) -> bool {
+    let slot = slot(stay.cpu);
+    slot.in_guest.load(Ordering::SeqCst) && slot.exits.load(Ordering::SeqCst) == stay.exits
+}
+
+/// Gets every other CPU that is inside the guest and `concerned` (by its number and level) out
+/// of it once. With the machine's lock held none can enter again, so afterwards none of them
+/// uses a mapping that was withdrawn before the call.
+pub fn shoot_down(id: VcpuId, concerned: impl Fn(VcpuId, usize) -> bool) {
+    let waiting: Vec<Stay> = inside(id)
+        .filter(|&(stay, level)| concerned(stay.cpu, level))
+        .map(|(stay, _)| stay)
         .collect();
-    for &(n, _) in &waiting {
-        kick(n);
+    for stay in &waiting {
+        kick(stay.cpu.index());
     }
-    for (n, exits) in waiting {
-        let slot = &slots()[n];
+    for stay in waiting {
         // A plain spin: PAUSE takes QEMU's big lock (facts: tcg-svm.md §7).
-        while slot.in_guest.load(Ordering::SeqCst) && slot.exits.load(Ordering::SeqCst) == exits {
+        while is_inside(stay) {
             hint::black_box(());
         }
     }

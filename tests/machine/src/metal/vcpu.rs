@@ -316,7 +316,11 @@ impl Vcpu {
     }
 
     fn enter_world(&mut self, vmpl: Vmpl) {
-        let entered = shared::lock(0).platform.enter(self.id, vmpl);
+        let entered = {
+            let mut machine = shared::lock(0);
+            machine.update_stale();
+            machine.platform.enter(self.id, vmpl)
+        };
         let spa = match entered {
             Ok(spa) => spa,
             Err(error) => {
@@ -389,12 +393,14 @@ impl Vcpu {
         let root = {
             let mut machine = shared::lock(self.rip());
             machine.reserve_tables();
+            // With the lock held: who withdraws a right and then clears the mark must not see it
+            // set again by an entry that came before.
+            world::mark_running(self.vmsa, self.id);
             smp::enter_guest(self.id, self.vmpl);
             machine.tables.root(self.vmpl, mode)
         };
         self.vmcb_mut().control.n_cr3 = root;
         cpu::match_cr4(self.save().cr4);
-        world::mark_running(self.vmsa, self.id);
         let at = self.vmcb.physical();
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.

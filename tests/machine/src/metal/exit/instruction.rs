@@ -4,7 +4,6 @@
 use machine::guest::decode::{self, MAX_LENGTH, Opcode};
 use machine::guest::walk::Access;
 use machine::isa::{self, Completion, Instruction, Operands, Operation, Request};
-use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
 use protocols::snp::ReturnCode;
 
@@ -79,6 +78,7 @@ fn execute(vcpu: &Vcpu, opcode: isa::Opcode, operands: &Operands) -> Outcome {
         Ok(to) => to,
         Err(fault) => return Outcome::PageFault(fault.code),
     };
+    machine.update_stale();
     let result = machine
         .platform
         .execute(vcpu.vmpl, &request, to.alias, to.gpa);
@@ -88,7 +88,7 @@ fn execute(vcpu: &Vcpu, opcode: isa::Opcode, operands: &Operands) -> Outcome {
         // go straight to the guest and an idle one would never leave.
         // Once it is out (and it stays out while the lock is held) its translations are gone,
         // which is what PCPU_ID would tell when it runs again.
-        smp::shoot_down(vcpu.id, [true; Vmpl::COUNT]);
+        smp::shoot_down(vcpu.id, |_, _| true);
         if let Some(vmsa) = machine.platform.spa_of(to.gpa) {
             world::mark_running(vmsa, vcpu.id);
         }
