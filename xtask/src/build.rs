@@ -68,31 +68,43 @@ pub const BARE_PACKAGES: [&str; 3] = ["svsm", "machine", "guest"];
 pub struct ForRun {
     /// The machine, QEMU's firmware.
     pub rom: PathBuf,
+    /// The machine's ELF file.
+    pub machine: PathBuf,
     /// The paravisor's ELF file.
     pub paravisor: PathBuf,
     /// Paravisor and firmware.
     pub image: PathBuf,
 }
 
-/// Builds what a boot with `firmware` needs.
-pub fn for_run(layout: &Layout, target: BareTarget, firmware: &Path) -> Result<ForRun> {
+/// Builds what a boot with `firmware` needs. With a fault the paravisor is the one that commits it.
+pub fn for_run(
+    layout: &Layout,
+    target: BareTarget,
+    firmware: &Path,
+    fault: Fault,
+) -> Result<ForRun> {
+    let (program, image) = match fault {
+        Fault::NONE => (&PARAVISOR, "turnstile.igvm"),
+        _ => (&FAULTY_PARAVISOR, "turnstile-faults.igvm"),
+    };
     let step = progress::step("build the paravisor and the machine");
-    let paravisor = compile(layout, target, &PARAVISOR, &step)?;
+    let paravisor = compile(layout, target, program, &step)?;
     let machine = compile(layout, target, &MACHINE, &step)?;
     step.done("");
     let rom = layout.artefacts.join("machine.rom");
     write_flat(&machine, MACHINE_ROM_SIZE, &rom)?;
-    let image = layout.artefacts.join("turnstile.igvm");
+    let image = layout.artefacts.join(image);
     let step = progress::step("build the image");
     let sidecar = Recipe {
         paravisor: &paravisor,
         firmware: Some(firmware),
-        fault: Fault::NONE,
+        fault,
     }
     .write(&image)?;
     step.done(&format!("launch digest {}", sidecar.digest));
     Ok(ForRun {
         rom,
+        machine,
         paravisor,
         image,
     })

@@ -12,6 +12,7 @@
 //! | [`qemu`] | finding or installing QEMU |
 //! | [`build`] | crates, ROMs, images |
 //! | [`run`] | a boot with its progress and the machine's report |
+//! | [`observe`] | what a run can be asked to show: stack traces, reports, plots, gdb |
 //! | [`test`] | everything that decides whether the tree is good |
 //! | [`disk`] | the disk with a real Debian |
 //! | [`doctor`] | what is there and what is missing |
@@ -28,6 +29,7 @@ mod disk;
 mod doctor;
 mod fetch;
 mod layout;
+mod observe;
 mod progress;
 mod qemu;
 mod run;
@@ -39,6 +41,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use e2e::guests::Firmware;
+use protocols::launch::Fault;
 
 use layout::Layout;
 
@@ -53,7 +56,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Task {
     /// Boot a Debian kernel in a confidential guest on the emulated machine
-    Run(run::Options),
+    Run(Box<run::Options>),
     /// Run all tests and end with one line of totals
     Test(test::Options),
     /// Build everything: paravisor, machine, test guests, images
@@ -80,7 +83,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Build => {
             let target = build::prepare(&layout)?;
             let firmware = fetch::guests::firmware(Firmware::default()).obtain(&layout)?;
-            build::for_run(&layout, target, &firmware)?;
+            build::for_run(&layout, target, &firmware, Fault::NONE)?;
             build::for_tests(&layout, target)?;
             println!("{}", layout.artefacts.display());
             Ok(ExitCode::SUCCESS)
@@ -93,5 +96,16 @@ fn perform(task: Task) -> Result<ExitCode> {
                 ExitCode::FAILURE
             })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    /// clap checks itself only when a task is parsed, and each task's options on their own.
+    #[test]
+    fn all_options_fit_together() {
+        super::Arguments::command().debug_assert();
     }
 }

@@ -41,6 +41,8 @@ pub enum Event {
     Log(Log),
     /// The machine refused something that real hardware or a strict host would refuse.
     Refusal(Refusal),
+    /// What a processor does, if the run is traced.
+    Trace(Trace),
     /// The end of the run; always the last line.
     Report(Box<Report>),
 }
@@ -144,6 +146,22 @@ pub struct Refusal {
     pub vmpl: u8,
     /// Where it asked from.
     pub rip: u64,
+}
+
+/// One step of a traced run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Trace {
+    /// Time stamp counter.
+    pub tsc: u64,
+    /// Which processor.
+    pub vcpu: u32,
+    /// The level that runs there.
+    pub vmpl: u8,
+    /// Where that level is.
+    pub rip: u64,
+    /// For humans.
+    pub text: String,
 }
 
 /// The end of a run.

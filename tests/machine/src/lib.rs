@@ -31,6 +31,7 @@ extern crate alloc;
 pub mod access;
 pub mod counters;
 pub mod cpuid;
+pub mod describe;
 pub mod fwcfg_filter;
 pub mod ghcb;
 pub mod guest;

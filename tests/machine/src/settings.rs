@@ -32,6 +32,27 @@ pub enum Reflection {
     Strict,
 }
 
+/// What the run is traced in.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum Trace {
+    /// Nothing.
+    #[default]
+    Off,
+    /// World switches and the guest's requests to the host.
+    Switches,
+    /// Every exit, VMGEXIT, RMP instruction and #VC besides.
+    All,
+}
+
+/// How the machine itself breaks, on purpose, to show that it tells where.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Breakage {
+    /// A panic.
+    Panic,
+    /// An exception of the processor.
+    Exception,
+}
+
 macro_rules! hostile {
     ($( $(#[$doc:meta])* $variant:ident = $name:literal, )+) => {
         /// One way in which the host misbehaves.
@@ -94,8 +115,10 @@ pub struct Settings {
     pub oracle: bool,
     /// `hostile=NAME[,NAME…]`.
     pub hostile: Vec<Hostile>,
-    /// `trace=on|off`: a log line for each world switch, VMGEXIT, RMP instruction and #VC.
-    pub trace: bool,
+    /// `trace=off|on|all`.
+    pub trace: Trace,
+    /// `break=none|panic|exception`.
+    pub breakage: Option<Breakage>,
 }
 
 /// A line that was not understood.
@@ -179,9 +202,24 @@ impl Settings {
             }
             "referee" => self.referee = Some(parse_gpa(value)?),
             "oracle" => self.oracle = on_off(value)?,
-            "trace" => self.trace = on_off(value)?,
+            "trace" => {
+                self.trace = match value {
+                    "off" => Trace::Off,
+                    "on" => Trace::Switches,
+                    "all" => Trace::All,
+                    _ => return Err("off, on or all"),
+                }
+            }
+            "break" => {
+                self.breakage = match value {
+                    "none" => None,
+                    "panic" => Some(Breakage::Panic),
+                    "exception" => Some(Breakage::Exception),
+                    _ => return Err("none, panic or exception"),
+                }
+            }
             "hostile" => self.hostile = parse_hostile(value)?,
-            _ => return Err("one of backing, vc, referee, oracle, trace, hostile"),
+            _ => return Err("one of backing, vc, referee, oracle, trace, hostile, break"),
         }
         Ok(())
     }
@@ -203,15 +241,27 @@ impl Settings {
             Reflection::Direct => "direct",
             Reflection::Strict => "strict",
         };
+        let trace = match self.trace {
+            Trace::Off => "off",
+            Trace::Switches => "on",
+            Trace::All => "all",
+        };
         let mut echo = BTreeMap::from([
             ("backing".to_string(), backing.to_string()),
             ("vc".to_string(), reflection.to_string()),
             ("oracle".to_string(), on_off(self.oracle)),
-            ("trace".to_string(), on_off(self.trace)),
+            ("trace".to_string(), trace.to_string()),
             ("hostile".to_string(), hostile.join(",")),
         ]);
         if let Some(gpa) = self.referee {
             echo.insert("referee".to_string(), format!("{gpa:#x}"));
+        }
+        if let Some(breakage) = self.breakage {
+            let name = match breakage {
+                Breakage::Panic => "panic",
+                Breakage::Exception => "exception",
+            };
+            echo.insert("break".to_string(), name.to_string());
         }
         echo
     }
@@ -246,12 +296,14 @@ mod tests {
     #[test]
     fn all_keys_are_read_and_echoed() {
         let text = "backing=2m\nvc=strict\n# why\n\nreferee=0x8123000\noracle=on\n\
-                    hostile=map-wrap,early-return\ntrace=on\n";
+                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\n";
         let settings = Settings::parse(text).unwrap();
         assert_eq!(settings.backing, HostBacking::Size2M);
         assert_eq!(settings.reflection, Reflection::Strict);
         assert_eq!(settings.referee, Some(Gpa::new(0x812_3000)));
-        assert!(settings.oracle && settings.trace);
+        assert!(settings.oracle);
+        assert_eq!(settings.trace, Trace::Switches);
+        assert_eq!(settings.breakage, Some(Breakage::Exception));
         assert!(settings.is_hostile(Hostile::MapWrap) && settings.is_hostile(Hostile::EarlyReturn));
         let echo: String = settings
             .echo()
@@ -259,6 +311,12 @@ mod tests {
             .map(|(k, v)| format!("{k}={v}\n"))
             .collect();
         assert_eq!(Settings::parse(&echo).unwrap(), settings);
+    }
+
+    #[test]
+    fn a_trace_of_all_holds_a_trace_of_switches() {
+        let trace = |text| Settings::parse(text).unwrap().trace;
+        assert!(trace("trace=all") > trace("trace=on") && trace("trace=on") > trace(""));
     }
 
     #[test]

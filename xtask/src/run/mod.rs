@@ -23,7 +23,7 @@ use protocols::report::{Event, Outcome, Report};
 use crate::fetch::guests::{self, Choice, choice};
 use crate::layout::{Layout, create_dir, read, write};
 use crate::progress::{self, Step};
-use crate::{build, disk, fetch, qemu};
+use crate::{build, disk, fetch, observe, qemu};
 
 /// The kernel's console is the first serial port.
 const COMMAND_LINE: &str = "console=ttyS0";
@@ -74,6 +74,8 @@ pub struct Options {
     /// Directory for the logs; they are kept
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    observe: observe::Options,
 }
 
 /// How long a command in the guest may take unless `--timeout` says otherwise.
@@ -106,6 +108,7 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     let finished = config.run(limit, |happening| display.show(happening))?;
     display.end();
     let code = conclude(&finished, options.exec.is_some());
+    eprint!("{}", observe::stack_traces(&finished, &layout.root));
     if options.out.is_none() && !options.keep_logs && matches!(code, Ok((_, true))) {
         fs::remove_dir_all(&config.dir)
             .with_context(|| format!("{}: cannot be removed", config.dir.display()))?;
@@ -134,7 +137,8 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         Some(_) => None,
         None => Some(linux(layout, options, &dir)?),
     };
-    let built = build::for_run(layout, target, &firmware)?;
+    let built = build::for_run(layout, target, &firmware, options.observe.fault())?;
+    observe::keep_programs(&built, &dir)?;
     // The image is copied, so that a build during the run cannot change what the logs are about.
     let own_image = dir.join("turnstile.igvm");
     fs::copy(&built.image, &own_image).with_context(|| format!("{}", own_image.display()))?;
@@ -145,6 +149,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
             backing: options.backing,
             vc: options.vc,
             map_descriptor: image::sidecar(&built.image)?.map_descriptor,
+            breakage: options.observe.breakage(),
             ..Settings::default()
         },
         image: own_image,

@@ -9,6 +9,7 @@
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
 //! | [`image`] | is the image reproducible and measured as told? |
+//! | [`observe`] | does a run show what it is asked to show? |
 //! | [`tools`] | what do the tools say to bad input? |
 
 mod boot;
@@ -18,6 +19,7 @@ mod hostile;
 mod image;
 mod isa;
 mod matrix;
+mod observe;
 mod svsm_calls;
 mod tools;
 
@@ -31,6 +33,7 @@ pub fn all() -> Vec<Scenario> {
         isa::scenarios(),
         svsm_calls::scenarios(),
         hostile::scenarios(),
+        observe::scenarios(),
         faults::scenarios(),
         boot::scenarios(),
         matrix::scenarios(),

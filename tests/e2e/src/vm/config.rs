@@ -77,6 +77,29 @@ impl FromStr for Vc {
     }
 }
 
+/// What the machine tells while it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Trace {
+    /// What everybody wants to know.
+    #[default]
+    Off,
+    /// World switches and the guest's requests as well.
+    Switches,
+    /// Every exit as well.
+    All,
+}
+
+impl Trace {
+    /// The value of the machine's setting.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Trace::Off => "off",
+            Trace::Switches => "on",
+            Trace::All => "all",
+        }
+    }
+}
+
 /// What the machine is told through fw_cfg (`opt/turnstile/settings`).
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
@@ -90,6 +113,10 @@ pub struct Settings {
     pub oracle: bool,
     /// Misbehaviour of the host.
     pub hostile: Option<String>,
+    /// What is traced.
+    pub trace: Trace,
+    /// How the machine itself breaks: `panic` or `exception`.
+    pub breakage: Option<&'static str>,
 }
 
 impl Settings {
@@ -105,6 +132,12 @@ impl Settings {
         }
         if let Some(hostile) = &self.hostile {
             let _ = writeln!(text, "hostile={hostile}");
+        }
+        if self.trace != Trace::Off {
+            let _ = writeln!(text, "trace={}", self.trace.name());
+        }
+        if let Some(breakage) = self.breakage {
+            let _ = writeln!(text, "break={breakage}");
         }
         text
     }
@@ -285,7 +318,7 @@ pub(super) fn option(head: &str, path: &Path) -> OsString {
 mod tests {
     use std::path::Path;
 
-    use super::{Settings, option};
+    use super::{Settings, Trace, option};
 
     #[test]
     fn settings_name_only_what_differs_from_a_plain_run() {
@@ -294,11 +327,15 @@ mod tests {
             map_descriptor: Some(0x810_0000),
             oracle: true,
             hostile: Some("map-wrap".into()),
+            trace: Trace::All,
+            breakage: Some("panic"),
             ..Settings::default()
         };
         let text = settings.text();
         assert!(
-            text.ends_with("referee=0x8100000\noracle=on\nhostile=map-wrap\n"),
+            text.ends_with(
+                "referee=0x8100000\noracle=on\nhostile=map-wrap\ntrace=all\nbreak=panic\n"
+            ),
             "{text}"
         );
     }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use protocols::report::{Event, Launch, Report, StageName};
 
-pub use config::{Backing, Config, Console, Linux, Logs, Settings, Vc};
+pub use config::{Backing, Config, Console, Linux, Logs, Settings, Trace, Vc};
 pub use disk::{Bus, Disk};
 use exec::ExecStream;
 pub use plain::Plain;
@@ -93,7 +93,7 @@ pub struct Finished {
     pub report: Option<Report>,
     /// What the machine said about the launch.
     pub launch: Option<Launch>,
-    /// Everything the machine said.
+    /// Everything the machine said, but for its trace.
     pub events: Vec<Event>,
     /// When each stage began.
     pub stages: Vec<(Stage, Duration)>,
@@ -250,6 +250,11 @@ impl Running {
             Event::Launch(launch) => self.seen.launch = Some(launch.clone()),
             Event::Report(report) => self.seen.report = Some((**report).clone()),
             Event::Progress(_) | Event::Log(_) | Event::Refusal(_) => {}
+            // There may be millions; who wants them takes them as they come.
+            Event::Trace(_) => {
+                watch(&Happening::Machine(event));
+                return;
+            }
         }
         watch(&Happening::Machine(event.clone()));
         self.seen.events.push(event);

@@ -175,7 +175,7 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 
     /// System address of a page that is shared memory.
-    fn shared_page(&self, gpa: Gpa) -> Option<Spa> {
+    pub(crate) fn shared_page(&self, gpa: Gpa) -> Option<Spa> {
         if gpa.get() == 0 || !gpa.is_aligned(PageSize::Size4K) {
             return None;
         }

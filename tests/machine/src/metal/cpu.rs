@@ -155,3 +155,9 @@ pub fn stop() -> ! {
         unsafe { asm!("cli", "hlt", options(nomem, nostack)) };
     }
 }
+
+/// Raises #UD in the machine itself.
+pub fn undefined_instruction() -> ! {
+    // SAFETY: the handler of the exception ends the run.
+    unsafe { asm!("ud2", options(noreturn)) }
+}

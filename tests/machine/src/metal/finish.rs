@@ -5,6 +5,7 @@ use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use machine::platform::End;
+use machine::settings::Breakage;
 use protocols::report::Event;
 
 use super::backtrace::{self, StackTrace};
@@ -46,6 +47,16 @@ pub fn broken(what: fmt::Arguments<'_>, first: Option<u64>, frame: u64) -> ! {
         console::raw_log(format_args!("machine {trace}"), true);
     }
     exit(CODE_PANIC)
+}
+
+/// Breaks if the settings say so: a test of what is told then.
+pub fn break_if_told() {
+    let breakage = shared::lock(0).platform.settings().breakage;
+    match breakage {
+        None => {}
+        Some(Breakage::Panic) => panic!("as told by the settings"),
+        Some(Breakage::Exception) => cpu::undefined_instruction(),
+    }
 }
 
 #[panic_handler]

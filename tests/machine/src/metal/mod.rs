@@ -39,6 +39,7 @@ pub extern "C" fn start(image: u64, low_end: u64) -> ! {
     mask_pic();
     apic::enable_x2apic();
     setup::launch(layout);
+    finish::break_if_told();
     let permissions = Permissions::new();
     let mut first = Vcpu::new(VcpuId(0), permissions);
     smp::start_others(permissions);

@@ -13,15 +13,18 @@
 #![expect(unsafe_code, reason = "the VMCB is shared with the CPU; VMRUN")]
 
 use alloc::format;
+use alloc::string::ToString;
 
+use machine::describe;
 use machine::guest::walk::Paging;
 use machine::platform::End;
-use machine::settings::{Hostile, Reflection};
+use machine::settings::{Hostile, Reflection, Trace};
 use machine::types::{Spa, VcpuId, Vmpl};
 use protocols::exit_code::ExitCode;
+use protocols::report::Event;
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, Vmsa};
 
-use super::console::log;
+use super::console;
 use super::memory::OwnPages;
 use super::npt::Mode;
 use super::permissions::Permissions;
@@ -67,7 +70,8 @@ pub struct Vcpu {
     park: Park,
     permissions: Permissions,
     reflection: Reflection,
-    trace: bool,
+    /// What is traced.
+    pub trace: Trace,
     /// The level left last did so by a HLT with interrupts off.
     halted: bool,
     /// An NMI of the guest woke it.
@@ -163,15 +167,21 @@ impl Vcpu {
         }
     }
 
-    /// Writes a trace line if the run is traced.
+    /// Writes a line if all of the run is traced.
     pub fn trace(&self, text: core::fmt::Arguments<'_>) {
-        if self.trace {
-            log!(
-                "trace vcpu{} {} rip={:#x} {text}",
-                self.id.0,
-                self.vmpl,
-                self.rip()
-            );
+        self.trace_at(Trace::All, text);
+    }
+
+    /// Writes a line if this much of the run is traced. The machine's lock is not to be held.
+    pub fn trace_at(&self, level: Trace, text: core::fmt::Arguments<'_>) {
+        if self.trace >= level {
+            console::event(&Event::Trace(protocols::report::Trace {
+                tsc: cpu::tsc(),
+                vcpu: self.id.0,
+                vmpl: self.vmpl.number(),
+                rip: self.rip(),
+                text: text.to_string(),
+            }));
         }
     }
 
@@ -329,6 +339,7 @@ impl Vcpu {
             }
         };
         let vmsa = world::read(spa);
+        let (left, left_rax) = (self.vmpl, self.save().rax);
         self.vmpl = vmpl;
         self.vmsa = spa;
         self.strict = vmpl == Vmpl::VMPL0 || self.reflection == Reflection::Strict;
@@ -345,7 +356,24 @@ impl Vcpu {
         if core::mem::take(&mut self.nmi_due) {
             self.nmi();
         }
-        self.trace(format_args!("enter"));
+        self.trace_entry(left, left_rax);
+    }
+
+    /// The trace's line for a world switch: `left` ran here before, with this in RAX. Between the
+    /// guest and VMPL0 RAX holds the call and its result (SVSM 5), if there was a call.
+    fn trace_entry(&self, left: Vmpl, left_rax: u64) {
+        if self.trace < Trace::Switches {
+            return;
+        }
+        let text = if self.vmpl.number() < left.number() {
+            format!("enter from {left}, call {}", describe::call(left_rax))
+        } else {
+            format!(
+                "enter from {left}, result {}",
+                describe::result(self.save().rax)
+            )
+        };
+        self.trace_at(Trace::Switches, format_args!("{text}"));
     }
 
     fn leave_world(&mut self, why: &Reason) {

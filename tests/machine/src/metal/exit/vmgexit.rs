@@ -2,6 +2,7 @@
 
 use machine::ghcb::{ApAction, Cpu, Reply};
 use machine::platform::End;
+use machine::settings::Trace;
 use machine::types::Gpa;
 use protocols::exit_code::ExitCode;
 
@@ -20,7 +21,8 @@ pub fn exit(vcpu: &mut Vcpu, length: u64) -> Flow {
         cpuid,
         ..
     } = &mut *machine;
-    let value = platform.ghcb_msr(vcpu.id, vcpu.vmpl);
+    let traced = vcpu.trace >= Trace::Switches;
+    let request = traced.then(|| platform.describe_vmgexit(vcpu.id, vcpu.vmpl));
     let mut host = Host {
         vcpu,
         ports,
@@ -31,7 +33,13 @@ pub fn exit(vcpu: &mut Vcpu, length: u64) -> Flow {
     let reply = platform.vmgexit(host.vcpu.id, host.vcpu.vmpl, &mut host);
     let (ended, icr) = (host.ended.take(), host.icr.take());
     drop(machine);
-    vcpu.trace(format_args!("VMGEXIT {value:#x}: {reply:?}"));
+    if let Some(request) = request {
+        let level = match request.is_request {
+            true => Trace::Switches,
+            false => Trace::All,
+        };
+        vcpu.trace_at(level, format_args!("VMGEXIT {}: {reply:?}", request.text));
+    }
     if let Some(end) = ended {
         return Flow::End(end);
     }

@@ -1,0 +1,131 @@
+//! What a run can be asked to show: beyond its outcome, for people who look for something.
+//!
+//! | module | what it makes |
+//! |---|---|
+//! | [`symbolise`] | stack traces with the names of functions |
+
+mod symbolise;
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use e2e::vm::Finished;
+use protocols::launch::Fault;
+
+use crate::build::ForRun;
+use symbolise::Programs;
+
+/// What `xtask run` can be asked to show.
+#[derive(Clone, Debug, Args)]
+#[group(id = "observe")]
+#[command(next_help_heading = "What to show, and faults to look at")]
+pub struct Options {
+    /// Let something go wrong on purpose: skip-scrub, validate-twice, panic, machine-panic, …
+    /// (a wrong name lists all). Faults of the paravisor need its test build, so the launch digest
+    /// differs
+    #[arg(long, value_name = "FAULT", value_parser = fault)]
+    fault: Option<Deliberate>,
+}
+
+impl Options {
+    /// The paravisor's deliberate fault, [`Fault::NONE`] if it is to behave.
+    pub fn fault(&self) -> Fault {
+        match self.fault {
+            Some(Deliberate::Paravisor(fault)) => fault,
+            Some(Deliberate::Machine(_)) | None => Fault::NONE,
+        }
+    }
+
+    /// How the machine is to break, if it is.
+    pub fn breakage(&self) -> Option<&'static str> {
+        match self.fault {
+            Some(Deliberate::Machine(breakage)) => Some(breakage),
+            Some(Deliberate::Paravisor(_)) | None => None,
+        }
+    }
+}
+
+/// The names that the programs of a run have in its directory: ELF files with debug information.
+const PARAVISOR: &str = "svsm.elf";
+const MACHINE: &str = "machine.elf";
+
+/// Copies the programs of a run into its directory, so that a build during or after the run cannot
+/// change what its addresses mean.
+pub fn keep_programs(built: &ForRun, dir: &Path) -> Result<()> {
+    for (elf, name) in [(&built.paravisor, PARAVISOR), (&built.machine, MACHINE)] {
+        fs::copy(elf, dir.join(name))
+            .with_context(|| format!("{}: cannot be copied to {}", elf.display(), dir.display()))?;
+    }
+    Ok(())
+}
+
+/// All stack traces in the logs of a run, ready to be printed; empty if there is none. Paths of
+/// source files are shown relative to `root`.
+pub fn stack_traces(finished: &Finished, root: &Path) -> String {
+    symbolise::stack_traces(
+        finished,
+        &Programs {
+            paravisor: finished.dir.join(PARAVISOR),
+            machine: finished.dir.join(MACHINE),
+            root: root.to_path_buf(),
+        },
+    )
+}
+
+/// Something that goes wrong on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Deliberate {
+    /// The test build of the paravisor commits it.
+    Paravisor(Fault),
+    /// The machine breaks, as its setting `break` says.
+    Machine(&'static str),
+}
+
+/// How the machine can break.
+const BREAKAGES: [&str; 2] = ["panic", "exception"];
+
+/// All faults by the name they have on command lines: the paravisor's are the constants of
+/// [`Fault`].
+fn faults() -> impl Iterator<Item = (String, Deliberate)> {
+    let paravisor = (1..=u8::MAX).filter_map(|code| {
+        let fault = Fault(code.into());
+        let name = fault.name()?.to_ascii_lowercase().replace('_', "-");
+        Some((name, Deliberate::Paravisor(fault)))
+    });
+    let machine = BREAKAGES.map(|name| (format!("machine-{name}"), Deliberate::Machine(name)));
+    paravisor.chain(machine)
+}
+
+fn fault(text: &str) -> Result<Deliberate, String> {
+    faults()
+        .find_map(|(name, fault)| (name == text).then_some(fault))
+        .ok_or_else(|| {
+            let names: Vec<_> = faults().map(|(name, _)| name).collect();
+            format!("expected one of {}", names.join(", "))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_have_names() {
+        assert_eq!(fault("panic"), Ok(Deliberate::Paravisor(Fault::PANIC)));
+        let before = Fault::GRANT_BEFORE_SCRUB;
+        assert_eq!(
+            fault("grant-before-scrub"),
+            Ok(Deliberate::Paravisor(before))
+        );
+        assert_eq!(fault("machine-panic"), Ok(Deliberate::Machine("panic")));
+        for bad in ["", "none", "PANIC", "skip_scrub"] {
+            let error = fault(bad).unwrap_err();
+            assert!(
+                error.contains("skip-scrub") && error.contains("panic"),
+                "{error}"
+            );
+        }
+    }
+}
