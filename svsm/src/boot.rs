@@ -45,7 +45,7 @@ use crate::platform::{MappedBlock, Platform, ValidateError};
 use crate::secondary::{self, vmsa_page};
 use crate::system::{self, GuestEngine, GuestRegistry, System};
 use crate::terminate::terminate;
-use crate::vcpus::{Record, Registry, Shown, Tables, Vcpu};
+use crate::vcpus::{RECORDS_PER_VCPU, Record, Registry, Shown, Tables, Vcpu};
 use crate::{console, descriptor, exceptions, percpu, requests};
 
 /// Bytes of the carve-out for each processor: its context, and its share of tables, generously.
@@ -60,7 +60,7 @@ pub extern "C" fn boot_processor(params: &'static LaunchParams) -> ! {
     exceptions::load();
     console::open();
     match start(params) {
-        Ok((system, ghcb)) => requests::serve(system, 0, ghcb),
+        Ok((system, ghcb)) => requests::serve_from_start(system, 0, ghcb),
         Err(reason) => terminate(reason),
     }
 }
@@ -318,12 +318,12 @@ fn make_vcpus(
 ) -> Result<MadeVcpus, TurnstileReason> {
     // QEMU and KVM number processors by APIC id from 0 as long as the topology has no gaps.
     let (_, vcpus) = pool.slice(vp_count, |index| Vcpu::new(index as u32))?;
-    let (_, records) = pool.slice(Tables::records_for(vp_count), |_| None::<Record>)?;
-    let (table, shown) = pool.slice(Tables::records_for(vp_count), |_| Shown::none())?;
+    let (_, slots) = pool.slice(vp_count * RECORDS_PER_VCPU, |_| Record::none())?;
+    let (table, shown) = pool.slice(vp_count * RECORDS_PER_VCPU, |_| Shown::none())?;
     let registry = Registry::new(
         Tables {
             vcpus,
-            records,
+            slots,
             shown,
         },
         vmsas,

@@ -8,6 +8,11 @@
 //!    a VMGEXIT with a pending call counts; everything else is resumed as it was.
 //! 3. Exit code and registers are read once.
 //! 4. The results are in the VMSA before the guest can run again.
+//!
+//! A processor may have several VMSAs (see [`crate::vcpus`]). Which of them the host has run is
+//! not known; that a call was made from one shows in the VMSA itself, so all are asked.
+
+use core::hint;
 
 use protocols::terminate::TurnstileReason;
 
@@ -17,54 +22,93 @@ use crate::hypervisor::{Hypervisor, msr};
 use crate::protocol::{Answer, VcpuIndex};
 use crate::system::{GuestService, System};
 use crate::terminate::terminate;
+use crate::vcpus::{Arrival, Service};
 
-/// Runs the guest on processor `index` and serves its calls.
-pub fn serve(system: &'static System, index: usize, ghcb: &'static Ghcb) -> ! {
-    let service = system.service();
-    loop {
-        let ran = run_guest(system, index, ghcb);
-        ran.and_then(|()| answer(system, &service, index))
-            .unwrap_or_else(|reason| terminate(reason));
-    }
+/// How often a processor looks whether a deletion of its VMSA is over, before it gives way.
+const LOOKS_BEFORE_GIVING_WAY: u32 = 1 << 10;
+
+/// Runs the guest on the boot processor and serves its calls.
+pub fn serve_from_start(system: &'static System, index: usize, ghcb: &'static Ghcb) -> ! {
+    // A host that does not even start the guest is not waited for.
+    ghcb.run_vmpl(GUEST_VMPL)
+        .unwrap_or_else(|reason| terminate(reason));
+    serve_after_call(system, index, ghcb)
 }
 
 /// The same for a processor that starts because its guest has made a call.
 pub fn serve_after_call(system: &'static System, index: usize, ghcb: &'static Ghcb) -> ! {
-    system.registry.leave_guest(index);
-    answer(system, &system.service(), index).unwrap_or_else(|reason| terminate(reason));
-    serve(system, index, ghcb)
+    let service = system.service();
+    loop {
+        answer_all(system, &service, index)
+            .and_then(|()| run_guest(system, index, ghcb))
+            .unwrap_or_else(|reason| terminate(reason));
+    }
 }
 
 /// Lets the host run the guest until it comes back.
 fn run_guest(system: &System, index: usize, ghcb: &Ghcb) -> Result<(), TurnstileReason> {
-    // Looked up anew each time: while the guest ran, another processor may have given this one
-    // a new VMSA.
-    let vmsa = system.registry.vmsa(index);
-    if let Some(frame) = vmsa {
-        system.vmsas.vmsa(frame).release();
-    }
-    system.registry.enter_guest(index);
-    let ended = match vmsa {
-        Some(_) => ghcb.run_vmpl(GUEST_VMPL),
+    if !system.registry.has_vmsa(index) {
         // It has deleted itself: there is nothing to run until it is created anew.
-        None => msr::wait_for_start(),
-    };
-    system.registry.leave_guest(index);
-    ended
+        return msr::wait_for_start();
+    }
+    match ghcb.run_vmpl(GUEST_VMPL) {
+        // Another processor of the guest may have had the host forget the VMSA, or may have
+        // deleted it just now. Not to run is the guest's choice, and nothing is lost.
+        Err(TurnstileReason::RUN_VMPL) => msr::wait_for_start(),
+        ended => ended,
+    }
 }
 
-/// Stops the guest and answers its call, if it made one.
-fn answer(system: &System, service: &GuestService, index: usize) -> Result<(), TurnstileReason> {
-    let Some(frame) = system.registry.vmsa(index) else {
+/// Answers what was called from each of the processor's VMSAs.
+fn answer_all(
+    system: &System,
+    service: &GuestService,
+    index: usize,
+) -> Result<(), TurnstileReason> {
+    for slot in system.registry.slots_of(index) {
+        if let Some(arrived) = arrive(system, index, slot)? {
+            answer(system, service, index, arrived)?;
+        }
+    }
+    Ok(())
+}
+
+/// Gets the VMSA in a slot to itself, if there is one. While another processor deletes it there
+/// is nothing to do but to wait; the host gets the processor back meanwhile.
+fn arrive(system: &System, index: usize, slot: usize) -> Result<Option<Service>, TurnstileReason> {
+    loop {
+        for _ in 0..LOOKS_BEFORE_GIVING_WAY {
+            match system.registry.begin_service(index, slot) {
+                Arrival::None => return Ok(None),
+                Arrival::Serve(arrived) => return Ok(Some(arrived)),
+                Arrival::Wait => hint::spin_loop(),
+            }
+        }
+        msr::give_way()?;
+    }
+}
+
+/// Stops the guest and answers its call, if it made one from this VMSA.
+fn answer(
+    system: &System,
+    service: &GuestService,
+    index: usize,
+    arrived: Service,
+) -> Result<(), TurnstileReason> {
+    let vmsa = system.vmsas.vmsa(arrived.vmsa);
+    if vmsa.is_awaited() {
+        // It runs, on another processor, or has not been run yet: nobody has called.
+        system.registry.end_service(index, arrived);
         return Ok(());
-    };
-    let vmsa = system.vmsas.vmsa(frame);
+    }
     vmsa.stop();
-    let answer = service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers());
-    match answer {
+    match service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers()) {
         Answer::Terminate(reason) => return Err(reason),
         // The page may be anything of the guest's by now.
-        Answer::Gone => return Ok(()),
+        Answer::Gone => {
+            system.registry.forget_service(index);
+            return Ok(());
+        }
         // The host ran it on another processor while it called from this one: its exit has put
         // back what was stopped, and the call was made with the registers of an earlier exit.
         Answer::Return(_) | Answer::Resume if vmsa.is_runnable() => {
@@ -73,5 +117,7 @@ fn answer(system: &System, service: &GuestService, index: usize) -> Result<(), T
         Answer::Return(registers) => vmsa.set_registers(&registers),
         Answer::Resume => {}
     }
+    vmsa.resume();
+    system.registry.end_service(index, arrived);
     Ok(())
 }

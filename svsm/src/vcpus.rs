@@ -1,49 +1,41 @@
 //! The registry of virtual processors: whose VMSA and whose calling area is where.
 //!
-//! Each VMSA the guest has made is a *record*. A processor runs from at most one of them, its
-//! current one; records that were replaced stay until the guest deletes them (kernels replace
-//! the firmware's processors without deleting them). Rules:
+//! Each VMSA the guest has made is a *record* in a slot of the processor it was made for. A
+//! processor may have several: kernels replace those of the firmware without deleting them, and
+//! which one the host runs is between the host and the guest. Every one is served when a call was
+//! made from it. Rules:
 //!
 //! - a page is on record only while it is Owned in the map, and leaves only after the hardware
 //!   state is undone: a record outlives what it describes;
-//! - records change under one lock; what a processor needs about itself it reads without;
-//! - the current record of processor `i` is entry `i` of the public table, replaced ones follow
-//!   behind the processors;
-//! - a processor is in the guest, or serves a call, or is being deleted (`Activity`), and
-//!   changes between these only from the first: nobody deletes the state under a call.
+//! - there is no lock. A record is changed by whoever has its slot to himself ([`slot`]); a
+//!   processor that serves a call waits for nobody;
+//! - nobody deletes the state under a call, nor one that a processor at VMPL0 has just asked the
+//!   host to run;
+//! - the public table shows the records in the order of the slots: first those of the first
+//!   slot of each processor, then those of the second, and so on.
 
-use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use accept::{Frame, NotFlushed, Taken};
+use accept::{Frame, Taken};
 use protocols::addr::Gpa;
 use protocols::map::VcpuEntry;
 use protocols::vmsa::SevFeatures;
 use spin::Mutex;
 
-use crate::protocol::{DeleteRefusal, TableFull, VcpuIndex, VcpuPages, Vcpus};
+use crate::protocol::{Debt, DeleteRefusal, Deletion, NoRoom, Place, VcpuIndex, VcpuPages, Vcpus};
+use slot::{Kept, Look, Pin, Slot};
 
-/// How often a flush looks at one VMSA before it gives up (I12). A look costs a locked
-/// operation and a load, so all of them take milliseconds, in which the host's timer interrupts
-/// whoever runs. Looks are counted and not timed: the host can make the time stamp counter
-/// stand still.
-const FLUSH_LOOKS: u32 = 1 << 18;
-/// At every how many looks the processor is asked whether the VMSA runs; that costs hundreds of
-/// cycles, or a trip to the host.
-const LOOKS_PER_QUESTION: u32 = 64;
-/// Replaced records that have room, for each processor.
-const REPLACED_PER_VCPU: usize = 3;
+mod flush;
+mod slot;
 
-/// What a processor does right now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Activity {
-    /// The host may run its guest state; nobody at VMPL0 looks at it.
-    InGuest = 0,
-    /// Its call is being worked on, on that processor.
-    Serving = 1,
-    /// Its VMSA is being deleted, on another processor.
-    Deleting = 2,
-}
+/// VMSAs that one processor may have on record.
+pub const RECORDS_PER_VCPU: usize = 4;
+/// How often a deletion is tried although somebody looks at the VMSA. Looks are short.
+const DELETE_TRIES: u32 = 1 << 12;
+/// No slot.
+const NONE: usize = usize::MAX;
+/// The slot of the VMSA that the guest was started with.
+const STARTUP: usize = 0;
 
 /// What the registry does to VMSA pages. All are on record, so a fault ends the machine.
 pub trait VmsaControl {
@@ -57,6 +49,9 @@ pub trait VmsaControl {
     fn has_flushed(&self, vmsa: Frame) -> bool;
     /// Whether it may run right now, on any processor of the host.
     fn is_running(&self, vmsa: Frame) -> bool;
+    /// Whether it has not stopped since its processor at VMPL0 has last released it: it runs, or
+    /// the host is about to run it.
+    fn is_awaited(&self, vmsa: Frame) -> bool;
 }
 
 /// What the referee reads about one VMSA; layout of [`VcpuEntry`]. 0 means none.
@@ -79,10 +74,9 @@ impl Shown {
         }
     }
 
-    fn show(&self, record: Option<&Record>) {
-        let (vmsa, area) = record.map_or((0, 0), |record| (record.vmsa.gpa(), record.area.gpa()));
-        self.calling_area.store(area, Ordering::Release);
-        self.vmsa.store(vmsa, Ordering::Release);
+    fn show(&self, vmsa: u64, area: u64) {
+        self.calling_area.store(area, Ordering::SeqCst);
+        self.vmsa.store(vmsa, Ordering::SeqCst);
     }
 }
 
@@ -90,7 +84,12 @@ impl Shown {
 #[derive(Debug)]
 pub struct Vcpu {
     apic_id: u32,
-    activity: AtomicU8,
+    /// The slot whose call it works on. Only the processor itself looks at it.
+    serving: AtomicUsize,
+    /// How many VMSAs were made for it, which tells old from new.
+    made: AtomicU32,
+    /// What it owes before it may say that a rescind is done. Only the processor itself looks.
+    debt: Mutex<Option<Debt>>,
 }
 
 impl Vcpu {
@@ -99,59 +98,69 @@ impl Vcpu {
     pub const fn new(apic_id: u32) -> Self {
         Self {
             apic_id,
-            activity: AtomicU8::new(Activity::InGuest as u8),
+            serving: AtomicUsize::new(NONE),
+            made: AtomicU32::new(0),
+            debt: Mutex::new(None),
         }
-    }
-
-    fn change(&self, from: Activity, to: Activity) -> bool {
-        self.activity
-            .compare_exchange(from as u8, to as u8, Ordering::SeqCst, Ordering::SeqCst)
-            .is_ok()
-    }
-
-    fn is(&self, activity: Activity) -> bool {
-        self.activity.load(Ordering::SeqCst) == activity as u8
     }
 }
 
-/// One VMSA that the guest was started with or has made.
+/// The rights to give the pages of a VMSA back. The VMSA of the start is never given back.
+#[derive(Debug, Default)]
+struct Loans {
+    vmsa: Option<Taken>,
+    area: Option<Taken>,
+}
+
+/// One place for a VMSA that the guest was started with or has made.
 #[derive(Debug)]
 pub struct Record {
-    owner: usize,
-    vmsa: Frame,
-    area: Frame,
-    /// The right to give the VMSA back; the one of the start is never given back.
-    vmsa_loan: Option<Taken>,
-    area_loan: Option<Taken>,
-    startup: bool,
-    deleting: bool,
+    slot: Slot,
+    /// Of the VMSAs of its processor, the how many-th.
+    age: AtomicU32,
+    /// Looked at by whoever has the slot to himself, so that nobody ever waits here.
+    loans: Mutex<Loans>,
+}
+
+impl Record {
+    /// An empty place.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self {
+            slot: Slot::new(),
+            age: AtomicU32::new(0),
+            loans: Mutex::new(Loans {
+                vmsa: None,
+                area: None,
+            }),
+        }
+    }
 }
 
 /// Memory for the registry, all of it made at boot.
 pub struct Tables<'t> {
     /// One for each processor.
     pub vcpus: &'t [Vcpu],
-    /// [`Tables::records_for`] of them, empty.
-    pub records: &'t mut [Option<Record>],
+    /// [`RECORDS_PER_VCPU`] for each processor, empty.
+    pub slots: &'t [Record],
     /// As many, for the referee.
     pub shown: &'t [Shown],
-}
-
-impl Tables<'_> {
-    /// How many records and public entries `vcpus` processors need.
-    #[must_use]
-    pub const fn records_for(vcpus: usize) -> usize {
-        vcpus * (1 + REPLACED_PER_VCPU)
-    }
 }
 
 /// All processors.
 pub struct Registry<'t, C> {
     vcpus: &'t [Vcpu],
+    slots: &'t [Record],
     shown: &'t [Shown],
-    records: Mutex<&'t mut [Option<Record>]>,
     control: C,
     startup_features: SevFeatures,
+}
+
+/// A call that may be served: the processor has this VMSA to itself.
+pub struct Service {
+    /// The VMSA.
+    pub vmsa: Frame,
+    slot: usize,
 }
 
 impl<'t, C: VmsaControl> Registry<'t, C> {
@@ -160,8 +169,8 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     pub const fn new(tables: Tables<'t>, control: C, startup_features: SevFeatures) -> Self {
         Self {
             vcpus: tables.vcpus,
+            slots: tables.slots,
             shown: tables.shown,
-            records: Mutex::new(tables.records),
             control,
             startup_features,
         }
@@ -181,107 +190,145 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
 
     /// Records the state that processor 0 starts from.
     pub fn record_startup(&self, vmsa: Frame, calling_area: Taken) {
-        let record = Record {
-            owner: 0,
-            vmsa,
-            area: calling_area.frame(),
-            vmsa_loan: None,
-            area_loan: Some(calling_area),
-            startup: true,
-            deleting: false,
-        };
-        let mut records = self.records.lock();
-        self.put(&mut records, 0, Some(record));
-    }
-
-    /// The VMSA that processor `index` runs from, if it has any.
-    #[must_use]
-    pub fn vmsa(&self, index: usize) -> Option<Frame> {
-        frame(self.shown.get(index)?.vmsa.load(Ordering::Acquire))
-    }
-
-    /// Notes that processor `index` is about to run the guest.
-    pub fn enter_guest(&self, index: usize) {
-        if let Some(vcpu) = self.vcpus.get(index) {
-            vcpu.change(Activity::Serving, Activity::InGuest);
-        }
-    }
-
-    /// Notes that processor `index` has come back and may serve a call. Waits while another
-    /// processor deletes its state, which is bounded work.
-    pub fn leave_guest(&self, index: usize) {
-        if let Some(vcpu) = self.vcpus.get(index) {
-            while !vcpu.change(Activity::InGuest, Activity::Serving) && !vcpu.is(Activity::Serving)
-            {
-                core::hint::spin_loop();
-            }
-        }
-    }
-
-    /// Makes every processor drop its translations before it runs guest code again, and waits
-    /// for those that run just now.
-    ///
-    /// A processor does this by itself when it is about to run a VMSA whose PCPU_ID is 0
-    /// (APM 15.36.15). So a VMSA is done with when its PCPU_ID has been set since, or when it is
-    /// seen not to run: it then passes there first. All VMSAs on record count, whatever
-    /// `Activity` says of their processors: which of them run is the host's choice.
-    ///
-    /// # Errors
-    /// [`NotFlushed`] when one ran for longer than the bound. The tempting shortcut, to go on all
-    /// the same, lets a guest write to a page through a translation that is as old as the page's
-    /// former life, after the page was found to be a good VMSA.
-    pub fn flush_all(&self) -> Result<(), NotFlushed> {
+        if let (Some(record), Some(shown)) = (self.slots.get(STARTUP), self.shown.get(STARTUP))
+            && record.slot.claim()
         {
-            // Under the lock: a page that is being given back is the guest's to write.
-            let records = self.records.lock();
-            for record in records.iter().flatten().filter(|record| !record.deleting) {
-                self.control.owe_flush(record.vmsa);
+            shown.show(vmsa.gpa(), calling_area.frame().gpa());
+            record.loans.lock().area = Some(calling_area);
+            record.slot.publish();
+            record.slot.open();
+        }
+    }
+
+    /// Whether processor `index` has any VMSA that could run.
+    #[must_use]
+    pub fn has_vmsa(&self, index: usize) -> bool {
+        self.records_of(index)
+            .any(|(_, record)| record.slot.is_live())
+    }
+
+    /// The VMSAs of processor `index` by number, for [`Registry::begin_service`].
+    pub fn slots_of(&self, index: usize) -> impl Iterator<Item = usize> + use<C> {
+        let (stride, end) = match self.vcpus.len() {
+            stride if index < stride => (stride, self.slots.len()),
+            _ => (1, 0),
+        };
+        (index..end).step_by(stride)
+    }
+
+    fn records_of(&self, index: usize) -> impl Iterator<Item = (usize, &Record)> {
+        self.slots_of(index)
+            .filter_map(|slot| Some((slot, self.slots.get(slot)?)))
+    }
+
+    /// Processor `index` has come back from the guest and looks whether a call was made from the
+    /// VMSA in `slot`, one of [`Registry::slots_of`] itself. Until [`Registry::end_service`]
+    /// nobody deletes that.
+    ///
+    /// [`Arrival::Wait`] is the answer while somebody deletes it: a processor must not go on
+    /// before that is done or given up, and has nothing else to do. Nobody waits for it.
+    pub fn begin_service(&self, index: usize, slot: usize) -> Arrival {
+        let (Some(vcpu), Some(record)) = (self.vcpus.get(index), self.slots.get(slot)) else {
+            return Arrival::None;
+        };
+        match record.slot.serve() {
+            Look::Absent => Arrival::None,
+            Look::Leaving => Arrival::Wait,
+            Look::Here(()) => match self.shown_vmsa(slot) {
+                Some(vmsa) => {
+                    vcpu.serving.store(slot, Ordering::Relaxed);
+                    Arrival::Serve(Service { vmsa, slot })
+                }
+                None => {
+                    record.slot.end_service();
+                    Arrival::None
+                }
+            },
+        }
+    }
+
+    /// Ends what [`Registry::begin_service`] has begun; not after the VMSA has deleted itself.
+    pub fn end_service(&self, index: usize, service: Service) {
+        self.forget_service(index);
+        if let Some(record) = self.slots.get(service.slot) {
+            record.slot.end_service();
+        }
+    }
+
+    /// Processor `index` works on no call any more: the VMSA it came from is deleted.
+    pub fn forget_service(&self, index: usize) {
+        if let Some(vcpu) = self.vcpus.get(index) {
+            vcpu.serving.store(NONE, Ordering::Relaxed);
+        }
+    }
+
+    /// Pins what is in a slot.
+    fn look(&self, slot: usize) -> Look<(Pin<'_>, Frame)> {
+        let Some(record) = self.slots.get(slot) else {
+            return Look::Absent;
+        };
+        match record.slot.pin() {
+            Look::Absent => Look::Absent,
+            Look::Leaving => Look::Leaving,
+            // Read under the pin: only then it is certain to be the VMSA that is pinned.
+            Look::Here(pin) => match self.shown_vmsa(slot) {
+                Some(vmsa) => Look::Here((pin, vmsa)),
+                None => Look::Absent,
+            },
+        }
+    }
+
+    fn shown_vmsa(&self, slot: usize) -> Option<Frame> {
+        frame(self.shown.get(slot)?.vmsa.load(Ordering::SeqCst))
+    }
+
+    /// The slot that processor `index` works on a call of.
+    fn served_slot(&self, index: usize) -> Option<usize> {
+        let slot = self.vcpus.get(index)?.serving.load(Ordering::Relaxed);
+        (slot < self.slots.len()).then_some(slot)
+    }
+
+    /// Where the VMSA at `vmsa` is on record. There may be two for a moment: the page of one that
+    /// is being deleted is the guest's again before its record goes, and may be lent anew.
+    fn find(&self, vmsa: Frame) -> Option<usize> {
+        let is_it = |&slot: &usize| self.shown_vmsa(slot) == Some(vmsa);
+        let mut found = (0..self.slots.len()).filter(is_it);
+        let first = found.next()?;
+        let is_live = |slot: &usize| self.slots.get(*slot).is_some_and(|r| r.slot.is_live());
+        core::iter::once(first)
+            .chain(found)
+            .find(is_live)
+            .or(Some(first))
+    }
+
+    /// Begins to delete what is in `slot`, with a bounded wait for those who look at it.
+    fn reserve(&self, slot: &Slot, vmsa: Frame, own: bool) -> Result<(), DeleteRefusal> {
+        for _ in 0..DELETE_TRIES {
+            match slot.begin_delete(own) {
+                Ok(()) => return Ok(()),
+                Err(Kept::Absent) => return Err(DeleteRefusal::Unknown),
+                Err(Kept::Deleting) => return Err(DeleteRefusal::InUse),
+                // A call is long; a look whether there is one is short.
+                Err(Kept::Serving | Kept::Pinned) => core::hint::spin_loop(),
             }
         }
-        // Ascending, because a record that is replaced meanwhile moves to a higher slot. One that
-        // is new meanwhile owes a flush from its making.
-        (0..self.shown.len()).try_for_each(|slot| self.await_flush(slot))
-    }
-
-    /// Waits until the VMSA in `slot` has dropped its translations or does not run.
-    fn await_flush(&self, slot: usize) -> Result<(), NotFlushed> {
-        for look in 0..FLUSH_LOOKS {
-            let may_run =
-                |vmsa| !look.is_multiple_of(LOOKS_PER_QUESTION) || self.control.is_running(vmsa);
-            match self.records.lock().get(slot) {
-                // Its page may be the guest's already, so it cannot be asked: the end is near.
-                Some(Some(record)) if record.deleting => {}
-                Some(Some(Record { vmsa, .. }))
-                    if !self.control.has_flushed(*vmsa) && may_run(*vmsa) => {}
-                _ => return Ok(()),
-            }
-            core::hint::spin_loop();
-        }
-        Err(NotFlushed)
-    }
-
-    /// Puts a record into a slot and shows it. The lock is held: `records` proves it.
-    fn put(&self, records: &mut [Option<Record>], slot: usize, record: Option<Record>) {
-        if let (Some(place), Some(shown)) = (records.get_mut(slot), self.shown.get(slot)) {
-            shown.show(record.as_ref());
-            *place = record;
+        log::debug!("{vmsa:?} is looked at for too long to be deleted");
+        match slot.begin_delete(own) {
+            Ok(()) => Ok(()),
+            Err(Kept::Serving) => Err(DeleteRefusal::InUse),
+            Err(_) => Err(DeleteRefusal::Busy),
         }
     }
+}
 
-    /// A free slot for a record that no processor runs from.
-    fn spare_slot(&self, records: &[Option<Record>]) -> Option<usize> {
-        let is_free = |&slot: &usize| records.get(slot).is_some_and(Option::is_none);
-        (self.vcpus.len()..records.len()).find(is_free)
-    }
-
-    /// The record of the VMSA at `vmsa`. There may be two for a moment: the page of one that is
-    /// being deleted is the guest's again before its record goes, and may be lent anew.
-    fn slot_of(records: &[Option<Record>], vmsa: Frame, deleting: bool) -> Option<usize> {
-        let is_it = |record: &Record| record.vmsa == vmsa && record.deleting == deleting;
-        records
-            .iter()
-            .position(|slot| slot.as_ref().is_some_and(is_it))
-    }
+/// What a processor that has come back finds in one of its slots.
+pub enum Arrival {
+    /// Nothing.
+    None,
+    /// Something that is being deleted.
+    Wait,
+    /// A VMSA, from which a call may have been made.
+    Serve(Service),
 }
 
 impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
@@ -294,145 +341,158 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
     }
 
     fn calling_area(&self, VcpuIndex(index): VcpuIndex) -> Option<Frame> {
-        if index >= self.vcpus.len() {
-            return None;
-        }
-        frame(self.shown.get(index)?.calling_area.load(Ordering::Acquire))
+        let slot = self.served_slot(index)?;
+        frame(self.shown.get(slot)?.calling_area.load(Ordering::SeqCst))
     }
 
     fn exchange_calling_area(&self, VcpuIndex(index): VcpuIndex, new: Taken) -> Option<Taken> {
-        let mut records = self.records.lock();
-        let record = records.get_mut(index)?.as_mut()?;
-        record.area = new.frame();
-        let old = record.area_loan.replace(new);
-        self.shown.get(index)?.show(Some(record));
-        old
+        // A processor is at work on a call, so its slot is its own.
+        let slot = self.served_slot(index)?;
+        let shown = self.shown.get(slot)?;
+        let mut loans = self.slots.get(slot)?.loans.lock();
+        shown
+            .calling_area
+            .store(new.frame().gpa(), Ordering::SeqCst);
+        loans.area.replace(new)
     }
 
-    fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), TableFull> {
-        let owner = self
-            .vcpus
-            .iter()
-            .enumerate()
-            .find(|(_, vcpu)| vcpu.apic_id == apic_id);
-        let Some((owner, vcpu)) = owner else {
-            return Err(TableFull(pages));
+    fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), NoRoom> {
+        let owner = self.vcpus.iter().position(|vcpu| vcpu.apic_id == apic_id);
+        let Some(owner) = owner else {
+            return Err(NoRoom(pages));
         };
-        let mut records = self.records.lock();
-        if let Some(Some(Record { deleting: true, .. })) = records.get(owner) {
-            return Err(TableFull(pages));
+        let free = self
+            .records_of(owner)
+            .find(|(_, record)| record.slot.claim());
+        let (Some((slot, record)), Some(vcpu)) = (free, self.vcpus.get(owner)) else {
+            return Err(NoRoom(pages));
+        };
+        let VcpuPages { vmsa, calling_area } = pages;
+        let frame = vmsa.frame();
+        if let Some(shown) = self.shown.get(slot) {
+            shown.show(frame.gpa(), calling_area.frame().gpa());
         }
-        let spare = self.spare_slot(&records);
-        let current = records.get_mut(owner).and_then(Option::take);
-        // A processor keeps the state it makes a call from: the new one is on record, and the
-        // host may run it, but calls are answered to the caller.
-        let keeps = current.is_some() && !vcpu.is(Activity::InGuest);
-        let (record_slot, moved_to) = match (&current, spare) {
-            (None, _) => (owner, None),
-            (Some(_), Some(spare)) if keeps => (spare, Some(owner)),
-            (Some(_), Some(spare)) => (owner, Some(spare)),
-            (Some(_), None) => {
-                self.put(&mut records, owner, current);
-                return Err(TableFull(pages));
-            }
+        let age = vcpu.made.fetch_add(1, Ordering::Relaxed);
+        record.age.store(age, Ordering::Relaxed);
+        *record.loans.lock() = Loans {
+            vmsa: Some(vmsa),
+            area: Some(calling_area),
         };
-        let record = Record {
-            owner,
-            vmsa: pages.vmsa.frame(),
-            area: pages.calling_area.frame(),
-            vmsa_loan: Some(pages.vmsa),
-            area_loan: Some(pages.calling_area),
-            startup: false,
-            deleting: false,
-        };
-        if let Some(slot) = moved_to {
-            self.put(&mut records, slot, current);
-        }
-        let vmsa = record.vmsa;
-        self.put(&mut records, record_slot, Some(record));
+        record.slot.publish();
         // Only now: what can run is on record.
-        self.control.release(vmsa);
+        self.control.release(frame);
+        record.slot.open();
         Ok(())
+    }
+
+    fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame> {
+        let owner = self.vcpus.iter().position(|vcpu| vcpu.apic_id == apic_id)?;
+        let made = self.vcpus.get(owner)?.made.load(Ordering::Relaxed);
+        let mut by_age = [(0, NONE); RECORDS_PER_VCPU];
+        let mut count = 0;
+        let live = self
+            .records_of(owner)
+            .filter(|(_, record)| record.slot.is_live());
+        for ((slot, record), place) in live.zip(&mut by_age) {
+            // The count of those made may wrap: what matters is how many came after this one.
+            *place = (made.wrapping_sub(record.age.load(Ordering::Relaxed)), slot);
+            count += 1;
+        }
+        let by_age = by_age.get_mut(..count)?;
+        by_age.sort_unstable_by(|one, other| other.cmp(one));
+        // The last is the newest, and not replaced.
+        let (_, slot) = by_age.split_last()?.1.get(nth)?;
+        self.shown_vmsa(*slot)
     }
 
     fn begin_delete(
         &self,
         VcpuIndex(caller): VcpuIndex,
         vmsa: Frame,
-    ) -> Result<VcpuPages, DeleteRefusal> {
-        let mut records = self.records.lock();
-        if Registry::<C>::slot_of(&records, vmsa, true).is_some() {
-            return Err(DeleteRefusal::InUse);
-        }
-        let slot = Registry::<C>::slot_of(&records, vmsa, false).ok_or(DeleteRefusal::Unknown)?;
-        let record = records
-            .get_mut(slot)
-            .and_then(Option::as_mut)
-            .ok_or(DeleteRefusal::Unknown)?;
-        if record.startup {
+    ) -> Result<Deletion, DeleteRefusal> {
+        let slot = self.find(vmsa).ok_or(DeleteRefusal::Unknown)?;
+        let record = self.slots.get(slot).ok_or(DeleteRefusal::Unknown)?;
+        if slot == STARTUP {
             return Err(DeleteRefusal::Startup);
         }
-        let runs_elsewhere = slot == record.owner && record.owner != caller;
-        if runs_elsewhere
-            && let Some(vcpu) = self.vcpus.get(record.owner)
-            && !vcpu.change(Activity::InGuest, Activity::Deleting)
-        {
-            return Err(DeleteRefusal::InUse);
-        }
-        match (record.vmsa_loan.take(), record.area_loan.take()) {
-            (Some(vmsa), Some(calling_area)) => {
-                record.deleting = true;
-                self.control.stop(record.vmsa);
-                Ok(VcpuPages { vmsa, calling_area })
+        let own = self.served_slot(caller) == Some(slot);
+        self.reserve(&record.slot, vmsa, own)?;
+        // From here on the slot is ours.
+        let mut loans = record.loans.lock();
+        let refusal = if self.shown_vmsa(slot) != Some(vmsa) {
+            // Deleted and made anew since it was found.
+            Some(DeleteRefusal::Busy)
+        } else if !own && (self.control.is_awaited(vmsa) || self.control.is_running(vmsa)) {
+            Some(DeleteRefusal::InUse)
+        } else {
+            None
+        };
+        match (refusal, loans.vmsa.take(), loans.area.take()) {
+            (None, Some(page), Some(calling_area)) => {
+                self.control.stop(vmsa);
+                Ok(Deletion {
+                    place: Place(slot),
+                    pages: VcpuPages {
+                        vmsa: page,
+                        calling_area,
+                    },
+                })
             }
-            // Only the startup record lacks a loan, and that was answered above.
-            _ => Err(DeleteRefusal::Startup),
+            (refusal, page, area) => {
+                (loans.vmsa, loans.area) = (page, area);
+                drop(loans);
+                // A flush may have passed it over meanwhile.
+                if let Some(vmsa) = self.shown_vmsa(slot) {
+                    self.control.owe_flush(vmsa);
+                }
+                record.slot.undo_delete();
+                Err(refusal.unwrap_or(DeleteRefusal::Unknown))
+            }
         }
     }
 
-    fn end_delete(&self, vmsa: Frame) {
-        let mut records = self.records.lock();
-        if let Some(slot) = Registry::<C>::slot_of(&records, vmsa, true) {
-            let owner = records
-                .get(slot)
-                .and_then(Option::as_ref)
-                .map(|record| record.owner);
-            self.put(&mut records, slot, None);
-            if let Some(vcpu) = owner.filter(|&o| o == slot).and_then(|o| self.vcpus.get(o)) {
-                vcpu.change(Activity::Deleting, Activity::InGuest);
-            }
+    fn end_delete(&self, Place(slot): Place) {
+        if let (Some(record), Some(shown)) = (self.slots.get(slot), self.shown.get(slot)) {
+            record.slot.retire();
+            shown.show(0, 0);
+            record.slot.free();
         }
     }
 
-    fn undo_delete(&self, pages: VcpuPages) {
-        let mut records = self.records.lock();
-        let slot = Registry::<C>::slot_of(&records, pages.vmsa.frame(), true);
-        let record = slot
-            .and_then(|slot| records.get_mut(slot))
-            .and_then(Option::as_mut);
-        let Some(record) = record else { return };
-        record.vmsa_loan = Some(pages.vmsa);
-        record.area_loan = Some(pages.calling_area);
-        record.deleting = false;
-        // A flush may have passed it over meanwhile.
-        self.control.owe_flush(record.vmsa);
-        match self
-            .vcpus
-            .get(record.owner)
-            .filter(|_| slot == Some(record.owner))
-        {
-            // The caller's own: the request loop releases it with the answer.
-            Some(vcpu) if vcpu.is(Activity::Serving) => {}
-            Some(vcpu) => {
-                self.control.release(record.vmsa);
-                vcpu.change(Activity::Deleting, Activity::InGuest);
-            }
-            None => self.control.release(record.vmsa),
+    fn undo_delete(&self, VcpuIndex(caller): VcpuIndex, deletion: Deletion) {
+        let Deletion {
+            place: Place(slot),
+            pages: VcpuPages { vmsa, calling_area },
+        } = deletion;
+        let Some(record) = self.slots.get(slot) else {
+            return;
+        };
+        let frame = vmsa.frame();
+        *record.loans.lock() = Loans {
+            vmsa: Some(vmsa),
+            area: Some(calling_area),
+        };
+        self.control.owe_flush(frame);
+        // The caller's own is released by the request loop, with the answer.
+        if self.served_slot(caller) != Some(slot) {
+            self.control.release(frame);
         }
+        record.slot.undo_delete();
     }
 
     fn runs_from(&self, VcpuIndex(index): VcpuIndex, vmsa: Frame) -> bool {
-        index < self.vcpus.len() && self.vmsa(index) == Some(vmsa)
+        self.served_slot(index)
+            .is_some_and(|slot| self.shown_vmsa(slot) == Some(vmsa))
+    }
+
+    fn take_debt(&self, VcpuIndex(index): VcpuIndex) -> Option<Debt> {
+        self.vcpus.get(index)?.debt.try_lock()?.take()
+    }
+
+    fn put_debt(&self, VcpuIndex(index): VcpuIndex, debt: Debt) {
+        if let Some(mut place) = self.vcpus.get(index).and_then(|vcpu| vcpu.debt.try_lock()) {
+            *place = Some(debt);
+        }
     }
 }
 

@@ -4,6 +4,10 @@
 //! replaced it: I6, the machine ends. The host may still run the VMSA at any moment while its
 //! EFER.SVME is set; [`GuestVmsa::stop`] comes before any look at it, and results are written
 //! before [`GuestVmsa::release`].
+//!
+//! Before a processor lets its guest go on it removes the exit code ([`GuestVmsa::resume`]), which
+//! the next exit writes. So a VMSA without one runs, or the host was asked to run it; and a call
+//! is only ever taken from a VMSA that has stopped since the last one.
 
 use core::mem::offset_of;
 
@@ -22,6 +26,9 @@ use crate::protocol::{Registers, Unreachable, VmsaClaims, VmsaPages};
 use crate::system::{self, GuestEngine};
 use crate::terminate::terminate;
 use crate::vcpus::VmsaControl;
+
+/// Exit code of a VMSA that has not stopped since it was last released; no processor writes it.
+const NOT_STOPPED: ExitCode = ExitCode(0x5475_726E_7374_696C);
 
 /// A VMSA page, by where it is mapped.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +51,19 @@ impl GuestVmsa {
     #[must_use]
     pub fn is_runnable(self) -> bool {
         Efer(self.load(Vmsa::EFER_OFFSET)).contains(Efer::SVME)
+    }
+
+    /// Lets the guest go on from here, as soon as the host runs it: until its next exit nobody
+    /// takes a call from it, or deletes it.
+    pub fn resume(self) {
+        self.store(offset_of!(Vmsa, guest_exit_code), NOT_STOPPED.0);
+        self.release();
+    }
+
+    /// Whether it has not stopped since [`GuestVmsa::resume`].
+    #[must_use]
+    pub fn is_awaited(self) -> bool {
+        self.exit_code() == NOT_STOPPED
     }
 
     /// Makes the processor runnable again. Everything the guest shall see is written already.
@@ -84,6 +104,11 @@ impl GuestVmsa {
     /// Forces the next VMRUN to drop all translations (APM 15.36.15).
     pub fn owe_flush(self) {
         on_record(self.try_owe_flush());
+    }
+
+    /// No exit has happened yet, whatever the guest has written there.
+    fn try_clear_exit_code(self) -> Result<(), AccessFault> {
+        access::store_u64(self.field(offset_of!(Vmsa, guest_exit_code)), 0)
     }
 
     fn try_owe_flush(self) -> Result<(), AccessFault> {
@@ -154,6 +179,10 @@ impl VmsaControl for VmsaWindow {
         self.vmsa(vmsa).has_flushed()
     }
 
+    fn is_awaited(&self, vmsa: Frame) -> bool {
+        self.vmsa(vmsa).is_awaited()
+    }
+
     fn is_running(&self, vmsa: Frame) -> bool {
         let GuestVmsa { address } = self.vmsa(vmsa);
         let rights = if self.holds(vmsa) {
@@ -199,6 +228,7 @@ impl VmsaPages for NewVmsas {
         let page = page_of(vmsa).map_err(|_| AdjustFault::NotValidated)?;
         page.try_stop()
             .and_then(|()| page.try_owe_flush())
+            .and_then(|()| page.try_clear_exit_code())
             .map_err(|_| AdjustFault::NotValidated)?;
         let made = system::window_backend(self.engine).make_vmsa(Gpa::new(vmsa.gpa()));
         if made.is_err() {

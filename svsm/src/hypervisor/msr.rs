@@ -89,6 +89,18 @@ pub fn register_ghcb(gpa: Gpa) -> Result<(), TurnstileReason> {
     }
 }
 
+/// Gives the host a chance to run something else: a request whose answer is of no interest.
+///
+/// # Errors
+///
+/// [`TurnstileReason::GHCB_REPLY`].
+pub fn give_way() -> Result<(), TurnstileReason> {
+    match exchange(Request::SevInfo) {
+        Response::SevInfo { .. } => Ok(()),
+        _ => Err(TurnstileReason::GHCB_REPLY),
+    }
+}
+
 /// Gives the processor back until somebody starts it. It may also come back for no reason.
 ///
 /// # Errors

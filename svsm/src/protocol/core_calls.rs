@@ -22,7 +22,8 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             CoreCall::PVALIDATE => self.pvalidate(caller, registers.rcx)?,
             CoreCall::CREATE_VCPU => {
                 // The upper half of R8 has no meaning.
-                self.create_vcpu(registers.rcx, registers.rdx, registers.r8 as u32)?;
+                let apic_id = registers.r8 as u32;
+                self.create_vcpu(caller, registers.rcx, registers.rdx, apic_id)?;
             }
             CoreCall::DELETE_VCPU => return self.delete_vcpu(caller, registers.rcx),
             CoreCall::QUERY_PROTOCOL => registers.rcx = query_protocol(registers.rcx),

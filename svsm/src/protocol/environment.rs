@@ -4,8 +4,9 @@
 
 use core::fmt;
 
-use accept::{AdjustFault, Frame, Taken};
+use accept::{AdjustFault, FlushOwed, Frame, Taken};
 use protocols::addr::Gpa;
+use protocols::svsm::PvalidateEntry;
 use protocols::vmsa::{Efer, SevFeatures};
 
 /// An access to guest memory faulted: the page is not valid (#VC 0x404), or not mapped.
@@ -63,10 +64,33 @@ pub struct VcpuPages {
     pub calling_area: Taken,
 }
 
-/// There is no room for another VMSA, or the processor's present one is just being deleted; the
-/// pages come back.
+/// The processor has as many VMSAs on record as there is room for; the pages come back.
 #[derive(Debug, PartialEq, Eq)]
-pub struct TableFull(pub VcpuPages);
+pub struct NoRoom(pub VcpuPages);
+
+/// Where a VMSA is on record; only the registry makes and reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place(pub(crate) usize);
+
+/// A VMSA that is being deleted, by whoever holds this.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "ends with Vcpus::end_delete or Vcpus::undo_delete"]
+pub struct Deletion {
+    /// Where it is on record.
+    pub place: Place,
+    /// Its pages.
+    pub pages: VcpuPages,
+}
+
+/// What a processor owes from an earlier PVALIDATE: its rescinds were not known to be out of
+/// everybody's reach when the bound on waiting was met, and the guest was told INCOMPLETE.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Debt {
+    /// The flush.
+    pub flush: FlushOwed,
+    /// The entry that is done, but could not be reported as done because it was the last one.
+    pub done: Option<PvalidateEntry>,
+}
 
 /// Why a VMSA cannot be deleted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,9 +99,11 @@ pub enum DeleteRefusal {
     Unknown,
     /// It is the VMSA that the guest was started with.
     Startup,
-    /// It runs, or a call of it is being worked on, on another processor. The second matters as
-    /// much as the first: its calling area is in use.
+    /// It runs or is about to, or a call of it is being worked on, on another processor. The
+    /// last matters as much as the first: its calling area is in use.
     InUse,
+    /// Others looked at it all the time. Ask again.
+    Busy,
 }
 
 /// The registry of the guest's processors.
@@ -91,39 +117,48 @@ pub trait Vcpus {
     /// SEV_FEATURES of the VMSA that the guest was started with.
     fn startup_features(&self) -> SevFeatures;
 
-    /// The calling area of a processor; none if it has none. Only the processor itself changes
-    /// it, and a processor whose call is being worked on is not deleted by another.
+    /// The calling area of the VMSA that a processor works on a call of; none if it does not.
+    /// Only the processor itself changes it, and nobody else deletes the VMSA meanwhile.
     fn calling_area(&self, vcpu: VcpuIndex) -> Option<Frame>;
 
-    /// Puts another calling area in the place of a processor's present one, which is returned;
-    /// none if it had none.
+    /// Puts another calling area in the place of the one of [`Vcpus::calling_area`], which is
+    /// returned; none if there was none.
     fn exchange_calling_area(&self, vcpu: VcpuIndex, new: Taken) -> Option<Taken>;
 
-    /// Records a new VMSA, which from now on is the one of the processor with this APIC id, and
-    /// then makes it runnable: what can run is on record, so that a flush reaches it. If the
-    /// processor has one already, the old one stays on record until it is deleted: the guest
-    /// replaces the firmware's processors without deleting them.
+    /// Records a new VMSA of the processor with this APIC id, and then makes it runnable: what can
+    /// run is on record, so that a flush reaches it. Those the processor has already stay on
+    /// record: the guest replaces the firmware's processors without deleting them.
     ///
     /// # Errors
-    /// [`TableFull`].
-    fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), TableFull>;
+    /// [`NoRoom`].
+    fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), NoRoom>;
 
-    /// Begins to delete: makes the VMSA impossible to run (clears SVME until it stays clear) and
-    /// hands out its pages. Until [`Vcpus::end_delete`] or [`Vcpus::undo_delete`] the VMSA can
-    /// neither run nor be deleted by anybody else.
+    /// Of the VMSAs of a processor that a newer one has replaced, the `nth` oldest.
+    fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame>;
+
+    /// Begins to delete: makes the VMSA impossible to run and hands out its pages. Until
+    /// [`Vcpus::end_delete`] or [`Vcpus::undo_delete`] the VMSA can neither run nor be deleted by
+    /// anybody else.
     ///
     /// # Errors
     /// [`DeleteRefusal`]; nothing changed.
-    fn begin_delete(&self, caller: VcpuIndex, vmsa: Frame) -> Result<VcpuPages, DeleteRefusal>;
+    fn begin_delete(&self, caller: VcpuIndex, vmsa: Frame) -> Result<Deletion, DeleteRefusal>;
 
     /// Forgets a VMSA whose pages were given back.
-    fn end_delete(&self, vmsa: Frame);
+    fn end_delete(&self, place: Place);
 
-    /// Makes a VMSA that could not be given back runnable again.
-    fn undo_delete(&self, pages: VcpuPages);
+    /// Makes a VMSA that could not be given back runnable again; that of the caller itself when
+    /// its call returns.
+    fn undo_delete(&self, caller: VcpuIndex, deletion: Deletion);
 
-    /// Whether `vmsa` is the one that `vcpu` runs from.
+    /// Whether `vcpu` works on a call from `vmsa`.
     fn runs_from(&self, vcpu: VcpuIndex, vmsa: Frame) -> bool;
+
+    /// What a processor owes, which it owes no more to the registry.
+    fn take_debt(&self, vcpu: VcpuIndex) -> Option<Debt>;
+
+    /// Remembers what a processor owes; it owes nothing else.
+    fn put_debt(&self, vcpu: VcpuIndex, debt: Debt);
 }
 
 /// What a VMSA that the guest has written says about itself.
@@ -157,10 +192,10 @@ pub trait VmsaPages {
     /// The VMSA cannot run before [`Vcpus::register`] has it on record: its SVME is cleared first.
     /// And it owes a flush: its PCPU_ID, which the guest has written, says "none". With the
     /// number of the right CPU there its first VMRUN would go on with the translations that
-    /// another VMSA has left behind.
+    /// another VMSA has left behind. It has not stopped yet either: its exit code is 0.
     ///
     /// # Errors
-    /// As the instruction reported; the page is as it was, but for PCPU_ID.
+    /// As the instruction reported; the page is as it was, but for PCPU_ID and the exit code.
     fn make_vmsa(&self, vmsa: Frame) -> Result<(), AdjustFault>;
 
     /// Undoes [`VmsaPages::make_vmsa`] of a VMSA that was not registered.

@@ -39,8 +39,8 @@ use protocols::svsm::{CallId, CallingArea, Protocol, ResultCode};
 use protocols::terminate::TurnstileReason;
 
 pub use environment::{
-    DeleteRefusal, GuestMemory, TableFull, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims,
-    VmsaPages,
+    Debt, DeleteRefusal, Deletion, GuestMemory, NoRoom, Place, Unreachable, VcpuIndex, VcpuPages,
+    Vcpus, VmsaClaims, VmsaPages,
 };
 
 /// The registers of a call (SVSM 5).

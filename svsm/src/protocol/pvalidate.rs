@@ -19,7 +19,7 @@ use protocols::terminate::TurnstileReason;
 use zerocopy::transmute;
 
 use super::argument::ArgumentPage;
-use super::{GuestMemory, Service, Stop, VcpuIndex, Vcpus, VmsaPages, stop_for};
+use super::{Debt, GuestMemory, Service, Stop, VcpuIndex, Vcpus, VmsaPages, stop_for};
 
 /// Bytes that one call changes at most before it answers INCOMPLETE (design §10). Every changed
 /// page costs at least an instruction, so this bounds rescinds and claims as well as scrubbing.
@@ -27,9 +27,8 @@ const WORK_BUDGET: u64 = 32 << 20;
 
 const _: () = assert!(WORK_BUDGET >= PageSize::Size2M.bytes());
 
-/// How often a flush that is not certain is tried again. Each try waits for long enough that a
-/// processor which an honest host runs is interrupted many times.
-const FLUSH_TRIES: u32 = 16;
+/// How often one call tries a flush that is not certain, before it answers INCOMPLETE.
+const FLUSH_TRIES: u32 = 2;
 
 /// A list that the guest has passed: a header whose counts make sense, in a page.
 struct List<'a, B, M> {
@@ -50,6 +49,8 @@ struct Progress {
     any: bool,
     /// A flush is owed.
     owed: Option<FlushOwed>,
+    /// The entry that was done last by this call.
+    last: Option<PvalidateEntry>,
 }
 
 impl<'a, B: Backend, M: GuestMemory> List<'a, B, M> {
@@ -99,41 +100,71 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             work: 0,
             any: false,
             owed: None,
+            last: None,
         };
+        self.settle(caller, &list, &mut progress)?;
         let ended = self.work_off(&list, &mut progress);
-        // One exit: whatever happened, what is owed is paid and what was done is reported.
-        self.pay(progress.owed)?;
         if let Err(Stop::Machine(_)) = ended {
             return ended;
+        }
+        // One exit: whatever happened, what is owed is paid and what was done is reported.
+        if let Some(flush) = self.pay(progress.owed.take()) {
+            // The guest asks again, also for the last entry, which so stays unreported.
+            let done = progress.last.filter(|_| progress.next == list.entries);
+            progress.next -= u16::from(done.is_some());
+            self.vcpus.put_debt(caller, Debt { flush, done });
+            list.write_next(progress.next)?;
+            return Err(ResultCode::INCOMPLETE.into());
         }
         list.write_next(progress.next)?;
         ended
     }
 
-    /// Flushes what rescinds owe. The guest is not answered before (I3): it would share a page
-    /// with the host that another of its processors still writes secrets to.
-    fn pay(&self, mut owed: Option<FlushOwed>) -> Result<(), Stop> {
+    /// Flushes what rescinds owe, and returns what is owed still. The guest hears of success only
+    /// when nothing is (I3): it would share a page with the host that another of its processors
+    /// still writes secrets to. It does not wait here for a processor that runs on and on, but
+    /// asks again (I12).
+    fn pay(&self, mut owed: Option<FlushOwed>) -> Option<FlushOwed> {
         for _ in 0..FLUSH_TRIES {
-            let Some(debt) = owed else { return Ok(()) };
-            owed = self.engine.flush(debt).err();
+            owed = self.engine.flush(owed?).err();
         }
-        match owed {
-            None => Ok(()),
-            Some(_) => Err(Stop::Machine(TurnstileReason::GUEST_LOST)),
+        owed
+    }
+
+    /// Pays what an earlier call of this processor has left owing, before anything else; an entry
+    /// that was done then is not done again.
+    fn settle(
+        &self,
+        caller: VcpuIndex,
+        list: &List<'_, B, M>,
+        progress: &mut Progress,
+    ) -> Result<(), Stop> {
+        let Some(Debt { flush, done }) = self.vcpus.take_debt(caller) else {
+            return Ok(());
+        };
+        if let Some(flush) = self.pay(Some(flush)) {
+            self.vcpus.put_debt(caller, Debt { flush, done });
+            return Err(ResultCode::INCOMPLETE.into());
         }
+        if done.is_some() && list.entry(progress.next).ok() == done {
+            progress.next += 1;
+            progress.any = true;
+        }
+        Ok(())
     }
 
     /// Does entry after entry; on return `progress.next` names the first that is not done.
     fn work_off(&self, list: &List<'_, B, M>, progress: &mut Progress) -> Result<(), Stop> {
         while progress.next < list.entries {
-            let done = list
-                .entry(progress.next)
-                .and_then(|entry| entry.decode().map_err(malformed))
-                .and_then(|request| self.apply(&request, progress));
+            let done = list.entry(progress.next).and_then(|entry| {
+                let request = entry.decode().map_err(malformed)?;
+                self.apply(&request, progress).map(|()| entry)
+            });
             match done {
-                Ok(()) => {
+                Ok(entry) => {
                     progress.next += 1;
                     progress.any = true;
+                    progress.last = Some(entry);
                 }
                 // BUSY says that nothing was done.
                 Err(Stop::Result(ResultCode::BUSY)) if progress.any => {

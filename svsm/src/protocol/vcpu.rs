@@ -12,7 +12,8 @@ use protocols::terminate::TurnstileReason;
 use protocols::vmsa::Efer;
 
 use super::environment::{
-    DeleteRefusal, GuestMemory, TableFull, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaPages,
+    DeleteRefusal, Deletion, GuestMemory, NoRoom, Unreachable, VcpuIndex, VcpuPages, Vcpus,
+    VmsaPages,
 };
 use super::{Finished, LOST, Service, Stop, pending_flag, stop_for};
 
@@ -52,7 +53,13 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
     }
 
     /// Makes the page at `vmsa` the VMSA of a processor with the calling area at `area`.
-    pub(super) fn create_vcpu(&self, vmsa: u64, area: u64, apic_id: u32) -> Result<(), Stop> {
+    pub(super) fn create_vcpu(
+        &self,
+        caller: VcpuIndex,
+        vmsa: u64,
+        area: u64,
+        apic_id: u32,
+    ) -> Result<(), Stop> {
         let vmsa_frame = Frame::starting_at(vmsa).ok_or(ResultCode::INVALID_PARAMETER)?;
         let area_frame = calling_area_at(area)?;
         // Processor erratum: such a VMSA makes the host take false RMP faults, and hosts refuse it.
@@ -72,22 +79,57 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             .inspect(vmsa_frame)
             .and_then(|()| self.make_vmsa(vmsa_frame))
         {
-            Ok(()) => self
-                .vcpus
-                .register(apic_id, pages)
-                .or_else(|TableFull(pages)| {
+            Ok(()) => match self.register(caller, apic_id, pages)? {
+                Ok(()) => Ok(()),
+                Err(NoRoom(pages)) => {
                     self.vmsa_pages
                         .unmake_vmsa(vmsa_frame)
                         .map_err(stop_for_adjust)?;
                     self.give_back_both(pages)?;
                     Err(ResultCode::INVALID_REQUEST.into())
-                }),
+                }
+            },
             Err(stop @ Stop::Machine(_)) => Err(stop),
             Err(stop) => {
                 self.give_back_both(pages)?;
                 Err(stop)
             }
         }
+    }
+
+    /// Records a VMSA. Where there is no room, the oldest replaced VMSA of the processor that can
+    /// be deleted is deleted on the guest's behalf: kernels replace VMSAs without deleting them,
+    /// and one that was replaced and does not run is of no use (decision 009).
+    fn register(
+        &self,
+        caller: VcpuIndex,
+        apic_id: u32,
+        pages: VcpuPages,
+    ) -> Result<Result<(), NoRoom>, Stop> {
+        let mut refused = match self.vcpus.register(apic_id, pages) {
+            Ok(()) => return Ok(Ok(())),
+            Err(refused) => refused,
+        };
+        let mut kept = 0;
+        while let Some(old) = self.vcpus.replaced(apic_id, kept) {
+            if self.vcpus.runs_from(caller, old) {
+                kept += 1;
+                continue;
+            }
+            match self.delete(caller, old) {
+                Ok(()) => {}
+                Err(stop @ Stop::Machine(_)) => return Err(stop),
+                Err(Stop::Result(_)) => {
+                    kept += 1;
+                    continue;
+                }
+            }
+            refused = match self.vcpus.register(apic_id, refused.0) {
+                Ok(()) => return Ok(Ok(())),
+                Err(refused) => refused,
+            };
+        }
+        Ok(Err(refused))
     }
 
     /// Whether the page, which the guest cannot reach any more, would make a good VMSA.
@@ -114,19 +156,32 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
     pub(super) fn delete_vcpu(&self, caller: VcpuIndex, gpa: u64) -> Result<Finished, Stop> {
         let frame = Frame::starting_at(gpa).ok_or(ResultCode::INVALID_PARAMETER)?;
         let own = self.vcpus.runs_from(caller, frame);
-        let pages = self
-            .vcpus
-            .begin_delete(caller, frame)
-            .map_err(|refusal| match refusal {
-                DeleteRefusal::Unknown | DeleteRefusal::Startup => ResultCode::INVALID_PARAMETER,
-                DeleteRefusal::InUse => ResultCode::FAIL_IN_USE,
-            })?;
+        self.delete(caller, frame)?;
+        Ok(if own {
+            Finished::CallerGone
+        } else {
+            Finished::Returns
+        })
+    }
+
+    fn delete(&self, caller: VcpuIndex, frame: Frame) -> Result<(), Stop> {
+        let Deletion { place, pages } =
+            self.vcpus
+                .begin_delete(caller, frame)
+                .map_err(|refusal| match refusal {
+                    DeleteRefusal::Unknown | DeleteRefusal::Startup => {
+                        ResultCode::INVALID_PARAMETER
+                    }
+                    DeleteRefusal::InUse => ResultCode::FAIL_IN_USE,
+                    DeleteRefusal::Busy => ResultCode::BUSY,
+                })?;
         let VcpuPages { vmsa, calling_area } = pages;
         if let Err(NotReturned { taken, error }) = self.engine.give_back(vmsa) {
-            self.vcpus.undo_delete(VcpuPages {
+            let pages = VcpuPages {
                 vmsa: taken,
                 calling_area,
-            });
+            };
+            self.vcpus.undo_delete(caller, Deletion { place, pages });
             return Err(match error {
                 Error::Backend {
                     status: STATUS_IN_USE,
@@ -136,13 +191,8 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             });
         }
         let returned = self.give_back(calling_area);
-        self.vcpus.end_delete(frame);
-        returned?;
-        Ok(if own {
-            Finished::CallerGone
-        } else {
-            Finished::Returns
-        })
+        self.vcpus.end_delete(place);
+        returned
     }
 
     fn take(&self, frame: Frame, role: Role) -> Result<Taken, Stop> {

@@ -112,19 +112,27 @@ impl<P: PhysicalMemory> Platform<P> {
         Ok(roles)
     }
 
-    /// The calling area of a vCPU as the paravisor's own table has it; for the MSR
-    /// SVSM_CAA in direct reflection.
+    /// The calling area of the VMSA that a vCPU runs at the guest's VMPL, as the paravisor's own
+    /// table has it; for the MSR SVSM_CAA in direct reflection.
     pub fn calling_area(&self, vcpu: crate::types::VcpuId) -> Option<Gpa> {
         let mut descriptor = MapDescriptor::new_zeroed();
         self.read_guest(self.settings.referee?, descriptor.as_mut_bytes())?;
-        if !descriptor.is_understood() || vcpu.0 >= descriptor.vcpu_count {
+        if !descriptor.is_understood() {
             return None;
         }
-        let offset = u64::from(vcpu.0) * size_of::<VcpuEntry>() as u64;
-        let at = Gpa::new(descriptor.vcpu_table_gpa).checked_add(offset)?;
-        let mut entry = VcpuEntry::default();
-        self.read_guest(at, entry.as_mut_bytes())?;
-        (entry.ca_gpa != 0).then(|| Gpa::new(entry.ca_gpa))
+        let guest = Vmpl::try_new(descriptor.guest_vmpl.into())?;
+        let vmsa = self.context(vcpu, guest)?.vmsa?;
+        let entry_at = |index: u32| {
+            let offset = u64::from(index) * size_of::<VcpuEntry>() as u64;
+            let at = Gpa::new(descriptor.vcpu_table_gpa).checked_add(offset)?;
+            let mut entry = VcpuEntry::default();
+            self.read_guest(at, entry.as_mut_bytes())?;
+            Some(entry)
+        };
+        (0..descriptor.vcpu_count)
+            .map_while(entry_at)
+            .find(|entry| entry.vmsa_gpa == vmsa.get() && entry.ca_gpa != 0)
+            .map(|entry| Gpa::new(entry.ca_gpa))
     }
 
     /// Copies guest memory that may cross pages; `None` if part of it does not exist.
@@ -368,10 +376,14 @@ mod tests {
         let verdict = platform.judge().unwrap();
         assert_eq!(verdict.first, []);
         assert_eq!((verdict.disagreements, verdict.checked), (0, 1024));
+        assert_eq!(platform.calling_area(CPU0), None, "it runs nothing");
+        platform.set_vmsa(CPU0, Vmpl::VMPL1, Some(page(VMSA)));
         assert_eq!(
             platform.calling_area(CPU0).unwrap().get(),
             page(CALLING_AREA).get() + 8
         );
+        platform.set_vmsa(CPU0, Vmpl::VMPL1, Some(page(3)));
+        assert_eq!(platform.calling_area(CPU0), None, "of that VMSA, no other");
     }
 
     /// Every state against every kind of page: only the right ones agree.

@@ -1,7 +1,7 @@
 //! Random histories: whatever a guest asks for, on whatever memory, it is answered, the map and the
 //! hardware agree, and the machine goes on. Only the host can end it, and here the host is honest.
 
-use accept::Frame;
+use accept::{Backend, Frame};
 use protocols::addr::Gpa;
 use protocols::exit_code::ExitCode;
 use protocols::svsm::{CallId, ResultCode};
@@ -74,9 +74,12 @@ impl Random {
 /// changes what an honest host may change.
 fn prepare(world: &World<'_>, random: &mut Random, address: u64) {
     world.machine.large.set(random.one_in(2));
-    world.machine.full.set(random.one_in(16));
+    world
+        .machine
+        .room
+        .set(if random.one_in(16) { 0 } else { 8 });
     match random.below(64) {
-        0..8 => world.machine.flush_fails.set(1),
+        0..8 => world.machine.flush_fails.set(random.below(4) as u32),
         8 => {
             let status = random.below(20) as u32 + 1;
             world.machine.adjust_fails.set(Some(status));
@@ -159,6 +162,7 @@ fn history(world: &World<'_>, random: &mut Random) {
         world.machine.flush_fails.set(0);
         world.machine.adjust_fails.set(None);
     }
+    (&world.machine).flush().expect("what is owed at the end");
     assert!(
         succeeded > CALLS / 20,
         "the history does something: {succeeded}"

@@ -16,8 +16,8 @@ use protocols::vmsa::{Efer, SevFeatures, Vmsa};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::protocol::{
-    Answer, DeleteRefusal, GuestMemory, Registers, Service, TableFull, Unreachable, VcpuIndex,
-    VcpuPages, Vcpus, VmsaClaims, VmsaPages,
+    Answer, Debt, DeleteRefusal, Deletion, GuestMemory, NoRoom, Place, Registers, Service,
+    Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
 };
 
 /// Memory of the machine: 48 MiB from 0, of which the last 2 MiB have no state in the map.
@@ -80,8 +80,9 @@ pub struct Machine {
     pub validate_fails_at: Cell<Option<u64>>,
     /// So many flushes are not certain.
     pub flush_fails: Cell<u32>,
-    /// The table of processors is full.
-    pub full: Cell<bool>,
+    /// How many VMSAs that the guest has made have room.
+    pub room: Cell<usize>,
+    debt: RefCell<Option<Debt>>,
     /// VMSAs that are busy on another processor.
     pub busy: RefCell<BTreeSet<u64>>,
 }
@@ -98,7 +99,8 @@ impl Machine {
             adjust_fails: Cell::new(None),
             validate_fails_at: Cell::new(None),
             flush_fails: Cell::new(0),
-            full: Cell::new(false),
+            room: Cell::new(8),
+            debt: RefCell::default(),
             busy: RefCell::default(),
         }
     }
@@ -309,11 +311,11 @@ impl Vcpus for &Machine {
         self.areas.borrow_mut()[vcpu.0].replace(new)
     }
 
-    fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), TableFull> {
+    fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), NoRoom> {
         let frame = pages.vmsa.frame();
         assert!(!self.svme(frame), "runnable before it is on record");
-        if self.full.get() {
-            return Err(TableFull(pages));
+        if self.records.borrow().len() > self.room.get() {
+            return Err(NoRoom(pages));
         }
         self.set_svme(frame, true);
         let record = Record {
@@ -326,7 +328,13 @@ impl Vcpus for &Machine {
         Ok(())
     }
 
-    fn begin_delete(&self, _: VcpuIndex, vmsa: Frame) -> Result<VcpuPages, DeleteRefusal> {
+    fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame> {
+        let records = self.records.borrow();
+        let of_it: Vec<_> = records.iter().filter(|r| r.apic_id == apic_id).collect();
+        Some(of_it.split_last()?.1.get(nth)?.frame)
+    }
+
+    fn begin_delete(&self, _: VcpuIndex, vmsa: Frame) -> Result<Deletion, DeleteRefusal> {
         let mut records = self.records.borrow_mut();
         let record = records
             .iter_mut()
@@ -338,16 +346,18 @@ impl Vcpus for &Machine {
         if self.busy.borrow().contains(&vmsa.gpa()) {
             return Err(DeleteRefusal::InUse);
         }
-        record.pages.take().ok_or(DeleteRefusal::InUse)
+        let pages = record.pages.take().ok_or(DeleteRefusal::InUse)?;
+        let place = Place(vmsa.number() as usize);
+        Ok(Deletion { place, pages })
     }
 
-    fn end_delete(&self, vmsa: Frame) {
+    fn end_delete(&self, Place(number): Place) {
         self.records
             .borrow_mut()
-            .retain(|record| record.frame != vmsa);
+            .retain(|record| record.frame.number() as usize != number);
     }
 
-    fn undo_delete(&self, pages: VcpuPages) {
+    fn undo_delete(&self, _: VcpuIndex, Deletion { pages, .. }: Deletion) {
         let mut records = self.records.borrow_mut();
         let record = records
             .iter_mut()
@@ -360,6 +370,14 @@ impl Vcpus for &Machine {
         records
             .iter()
             .any(|r| r.frame == vmsa && r.apic_id as usize == vcpu.0)
+    }
+
+    fn take_debt(&self, _: VcpuIndex) -> Option<Debt> {
+        self.debt.take()
+    }
+
+    fn put_debt(&self, _: VcpuIndex, debt: Debt) {
+        assert_eq!(self.debt.replace(Some(debt)), None, "a debt is forgotten");
     }
 }
 

@@ -1,7 +1,7 @@
 //! PVALIDATE, good and bad.
 
 use accept::PageSize::{Size2M, Size4K};
-use accept::{Backend, PageState};
+use accept::PageState;
 use protocols::svsm::{CoreCall, ResultCode};
 use protocols::terminate::TurnstileReason;
 
@@ -364,20 +364,64 @@ fn a_two_mib_entry_costs_one_validate_on_large_pages() {
 #[test]
 fn i3_a_rescind_is_answered_only_when_the_flush_is_certain() {
     in_world(|world| {
-        world.machine.flush_fails.set(3);
+        world.machine.flush_fails.set(1);
         let answer = world.pvalidate(&[rescind_4k(GUEST)]);
-        assert_eq!(answer, (ResultCode::SUCCESS, 1));
-        assert_eq!(world.machine.flush_fails.get(), 0);
+        assert_eq!(
+            answer,
+            (ResultCode::SUCCESS, 1),
+            "it is tried more than once"
+        );
         assert!(!world.machine.page(GUEST).stale);
 
-        // A processor that the host never lets go of ends the machine.
+        // A processor that runs on and on: the guest asks again and again.
         world.machine.flush_fails.set(u32::MAX);
-        world.write_list(LIST, 1, 0, &[rescind_4k(GUEST + 0x1000)]);
-        let registers = core_registers(CoreCall::PVALIDATE, [LIST, 0, 0]);
-        let answer = world.call_raw(&registers);
-        assert_eq!(answer, Answer::Terminate(TurnstileReason::GUEST_LOST));
+        let list = [rescind_4k(GUEST + 0x1000), rescind_4k(GUEST + 0x2000)];
+        let mut answer = world.pvalidate(&list);
+        for _ in 0..5 {
+            assert_eq!(answer, (ResultCode::INCOMPLETE, 1));
+            answer = world.pvalidate_again(LIST);
+        }
+        assert!(world.machine.page(GUEST + 0x2000).stale);
         world.machine.flush_fails.set(0);
-        (&world.machine).flush().expect("flushed");
+        world.machine.take_log();
+        assert_eq!(world.pvalidate_again(LIST), (ResultCode::SUCCESS, 2));
+        assert_eq!(
+            world.machine.take_log(),
+            [Event::Flush, Event::WriteNext(2)],
+            "what is done is not done again"
+        );
+        // Nothing is owed any more.
+        assert_eq!(world.pvalidate_again(LIST).0, ResultCode::INVALID_PARAMETER);
+    });
+}
+
+#[test]
+fn i3_what_is_owed_is_paid_by_the_next_list_whatever_it_says() {
+    in_world(|world| {
+        world.machine.flush_fails.set(2);
+        let answer = world.pvalidate(&[rescind_4k(GUEST)]);
+        assert_eq!(answer, (ResultCode::INCOMPLETE, 0));
+        world.machine.take_log();
+        // The guest has lost interest; another list is not taken for the old one.
+        let answer = world.pvalidate(&[rescind_4k(GUEST + 0x1000), rescind_4k(GUEST)]);
+        assert_eq!(answer, (ResultCode::FAIL_NO_CHANGE, 1));
+        let log = world.machine.take_log();
+        assert_eq!(log[..2], [Event::Flush, Event::Revoke(GUEST + 0x1000)]);
+        assert_eq!(log[3..], [Event::Flush, Event::WriteNext(1)]);
+    });
+}
+
+#[test]
+fn i3_an_error_is_told_after_what_came_before_it_is_certain() {
+    in_world(|world| {
+        world.machine.flush_fails.set(2);
+        let list = [rescind_4k(GUEST), rescind_4k(OWN_PAGE)];
+        assert_eq!(world.pvalidate(&list), (ResultCode::INCOMPLETE, 1));
+        assert_eq!(
+            world.pvalidate_again(LIST),
+            (ResultCode::INVALID_ADDRESS, 1)
+        );
+        assert!(!world.machine.page(GUEST).stale);
     });
 }
 

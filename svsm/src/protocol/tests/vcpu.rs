@@ -210,13 +210,13 @@ fn a_create_that_fails_late_gives_both_pages_back() {
         let (call, arguments) = create(NEW_VMSA, NEW_AREA, 1);
         world.machine.adjust_fails.set(Some(1));
         assert_eq!(world.core(call, arguments), ResultCode::FAIL_INPUT);
-        world.machine.full.set(true);
+        world.machine.room.set(0);
         assert_eq!(world.core(call, arguments), ResultCode::INVALID_REQUEST);
         for gpa in [NEW_VMSA, NEW_AREA] {
             assert_eq!(world.state(gpa), Some(PageState::Accepted));
             assert!(world.machine.page(gpa).granted && !world.machine.page(gpa).vmsa);
         }
-        world.machine.full.set(false);
+        world.machine.room.set(8);
         assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
         let vmsa = accept::Frame::containing(NEW_VMSA);
         assert!(world.machine.svme(vmsa), "and can be run");
@@ -259,6 +259,51 @@ fn a_deleted_vmsa_is_the_guest_s_again() {
             ResultCode::SUCCESS,
             "and can be used again"
         );
+    });
+}
+
+#[test]
+fn a_processor_is_made_anew_any_number_of_times_without_a_delete() {
+    in_world(|world| {
+        world.machine.room.set(3);
+        let pair = |n: u64| (GUEST + (2 * n << 12), GUEST + (2 * n + 1 << 12));
+        for n in 0..20 {
+            let (vmsa, area) = pair(n);
+            world.write_vmsa(vmsa, |_| {});
+            let (call, arguments) = create(vmsa, area, 1);
+            assert_eq!(world.core(call, arguments), ResultCode::SUCCESS, "{n}");
+        }
+        // The newest are there, the others are the guest's again, without the attribute.
+        for n in 0..20 {
+            let (vmsa, area) = pair(n);
+            let kept = n >= 17;
+            let state = if kept {
+                PageState::Owned
+            } else {
+                PageState::Accepted
+            };
+            assert_eq!(
+                (world.state(vmsa), world.state(area)),
+                (Some(state), Some(state))
+            );
+            assert_eq!(world.machine.page(vmsa).vmsa, kept, "{n}");
+        }
+        // Those that cannot go stay; the next younger one goes.
+        world.machine.busy.borrow_mut().insert(pair(17).0);
+        let (vmsa, area) = pair(20);
+        world.write_vmsa(vmsa, |_| {});
+        let (call, arguments) = create(vmsa, area, 1);
+        assert_eq!(world.core(call, arguments), ResultCode::SUCCESS);
+        assert_eq!(world.state(pair(17).0), Some(PageState::Owned));
+        assert_eq!(world.state(pair(18).0), Some(PageState::Accepted));
+        // And if none can go, nothing is made.
+        world.machine.busy.borrow_mut().insert(pair(19).0);
+        let (vmsa, area) = pair(21);
+        world.write_vmsa(vmsa, |_| {});
+        let (call, arguments) = create(vmsa, area, 1);
+        assert_eq!(world.core(call, arguments), ResultCode::INVALID_REQUEST);
+        assert_eq!(world.state(vmsa), Some(PageState::Accepted));
+        world.machine.busy.borrow_mut().clear();
     });
 }
 
