@@ -266,7 +266,7 @@ fn a_deleted_vmsa_is_the_guest_s_again() {
 fn a_processor_is_made_anew_any_number_of_times_without_a_delete() {
     in_world(|world| {
         world.machine.room.set(3);
-        let pair = |n: u64| (GUEST + (2 * n << 12), GUEST + (2 * n + 1 << 12));
+        let pair = |n: u64| (GUEST + n * 0x2000, GUEST + n * 0x2000 + 0x1000);
         for n in 0..20 {
             let (vmsa, area) = pair(n);
             world.write_vmsa(vmsa, |_| {});
