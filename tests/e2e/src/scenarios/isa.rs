@@ -7,10 +7,10 @@ use protocols::launch::Fault;
 
 use super::cases;
 use crate::scenario::{Findings, GUEST_LIMIT, Scenario};
-use crate::vm::{Backing, Settings};
+use crate::vm::{Backing, Config, Settings};
 
 /// The table has at least so many cases.
-const LEAST_CASES: usize = 60;
+const LEAST_CASES: usize = 160;
 
 pub fn scenarios() -> Vec<Scenario> {
     Backing::BOTH
@@ -24,9 +24,12 @@ pub fn scenarios() -> Vec<Scenario> {
                     oracle: true,
                     ..Settings::default()
                 };
-                let finished = context
-                    .machine(image, &sidecar, settings)
-                    .run(GUEST_LIMIT, |_| {})?;
+                let config = Config {
+                    // What one processor may still use of what another has changed.
+                    vcpus: 2,
+                    ..context.machine(image, &sidecar, settings)
+                };
+                let finished = config.run(GUEST_LIMIT, |_| {})?;
                 let mut findings = Findings::default();
                 findings.measured(&finished, &sidecar);
                 cases::judge(&mut findings, &finished, LEAST_CASES)?;

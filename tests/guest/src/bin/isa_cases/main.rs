@@ -33,6 +33,8 @@ mod pvalidate;
 #[cfg(target_os = "none")]
 mod rmpadjust;
 #[cfg(target_os = "none")]
+mod second_cpu;
+#[cfg(target_os = "none")]
 mod setup;
 #[cfg(target_os = "none")]
 mod start;

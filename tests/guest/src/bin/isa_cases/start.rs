@@ -93,6 +93,8 @@ extern "C" fn main(params: &'static LaunchParams) -> ! {
             crate::psc::CASES,
             crate::ap_creation::CASES,
             crate::vmpl1::CASES,
+            crate::second_cpu::CASES,
+            crate::vmpl1::END,
         ],
         || Ok(()),
         &mut Console,

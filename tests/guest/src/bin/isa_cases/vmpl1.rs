@@ -34,7 +34,7 @@ use crate::setup::{
 };
 use crate::start;
 
-/// The table. The first case starts the level, the last one ends it.
+/// The table. The first case starts the level; [`END`] ends it.
 pub const CASES: &[Case] = &[
     case(
         "vmpl1_starts",
@@ -90,8 +90,10 @@ pub const CASES: &[Case] = &[
     case("vmpl1_not_validated_page", "snp-isa.md §9", not_validated),
     case("vmpl1_page_rescinded_under_it", "snp-isa.md §9", rescinded),
     case("vmpl1_cannot_create_vmpl0", "ghcb.md §7", creates_vmpl0),
-    case("vmpl1_destroyed", "ghcb.md §7 DESTROY", destroyed),
 ];
+
+/// The level's end.
+pub const END: &[Case] = &[case("vmpl1_destroyed", "ghcb.md §7 DESTROY", destroyed)];
 
 const STACK_SIZE: usize = 32 << 10;
 
@@ -135,7 +137,7 @@ fn vmsa() -> Result<Gpa, Finding> {
 }
 
 /// Has `job` done at VMPL1, whose result it returns.
-fn at_vmpl1<T>(job: impl FnOnce() -> T) -> Result<T, Finding> {
+pub fn at_vmpl1<T>(job: impl FnOnce() -> T) -> Result<T, Finding> {
     vmsa()?;
     let mut result = None;
     let mut once = Some(job);
@@ -151,7 +153,8 @@ fn at_vmpl1<T>(job: impl FnOnce() -> T) -> Result<T, Finding> {
     result.ok_or_else(|| Finding::new(format_args!("VMPL1 returned without doing its work")))
 }
 
-fn make_vmsa() -> Vmsa {
+/// The state of a processor that starts at `rip` at VMPL1, like VMPL0 as regards memory.
+pub fn make_vmsa(rip: u64, rsp: u64) -> Vmsa {
     let code = Segment {
         selector: CODE_SELECTOR,
         attributes: SegmentAttributes::CODE64,
@@ -173,11 +176,22 @@ fn make_vmsa() -> Vmsa {
     vmsa.cr0 = 0x8001_0031;
     vmsa.cr4 = 1 << 5;
     vmsa.cr3 = start::page_table_root();
-    vmsa.rip = entry as *const () as u64;
-    vmsa.rsp = STACK.0.get() as u64 + STACK_SIZE as u64;
+    vmsa.rip = rip;
+    vmsa.rsp = rsp;
     vmsa.vmpl = 1;
     vmsa.sev_features = SevFeatures::SNP_ACTIVE;
     vmsa
+}
+
+/// A page that holds `vmsa` and is marked as one.
+pub fn vmsa_page(vmsa: &Vmsa) -> Result<Gpa, Finding> {
+    let page = valid_page()?;
+    for (index, word) in vmsa.as_bytes().chunks_exact(8).enumerate() {
+        let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
+        memory::write(page.get() + index as u64 * 8, word)?;
+    }
+    expect_rmpadjust(page.get(), SIZE_4K, attributes(1, 0, true), 0)?;
+    Ok(page)
 }
 
 fn starts() -> Verdict {
@@ -185,12 +199,8 @@ fn starts() -> Verdict {
     for gpa in (params.region_gpa..params.image_end).step_by(PAGE_SIZE as usize) {
         expect_rmpadjust(gpa, SIZE_4K, attributes(1, FULL, false), 0)?;
     }
-    let page = valid_page()?;
-    for (index, word) in make_vmsa().as_bytes().chunks_exact(8).enumerate() {
-        let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
-        memory::write(page.get() + index as u64 * 8, word)?;
-    }
-    expect_rmpadjust(page.get(), SIZE_4K, attributes(1, 0, true), 0)?;
+    let stack_end = STACK.0.get() as u64 + STACK_SIZE as u64;
+    let page = vmsa_page(&make_vmsa(entry as *const () as u64, stack_end))?;
     let info = ApCreation {
         request: ApRequest::CREATE_ON_INIT,
         vmpl: Vmpl::VMPL1,
@@ -298,7 +308,7 @@ fn pvalidate() -> Verdict {
 }
 
 /// A page VMPL1 may use with these permissions.
-fn granted_page(permissions: u64) -> Result<Gpa, Finding> {
+pub fn granted_page(permissions: u64) -> Result<Gpa, Finding> {
     let page = valid_page()?;
     memory::fill(page.get(), PAGE_SIZE, 0x9999)?;
     expect_rmpadjust(page.get(), SIZE_4K, attributes(1, permissions, false), 0)?;
