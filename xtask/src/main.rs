@@ -11,6 +11,7 @@
 //! | [`toolchain`] | the Rust target of the bare-metal crates |
 //! | [`qemu`] | finding or installing QEMU |
 //! | [`build`] | crates, ROMs, images |
+//! | [`stress`] | the stress program and its kernel module |
 //! | [`run`] | a boot with its progress and the machine's report |
 //! | [`observe`] | what a run can be asked to show: stack traces, reports, plots, gdb |
 //! | [`test`] | everything that decides whether the tree is good |
@@ -33,6 +34,7 @@ mod observe;
 mod progress;
 mod qemu;
 mod run;
+mod stress;
 mod test;
 mod toolchain;
 

@@ -6,6 +6,7 @@
 //! - [`image`]: the images that are run;
 //! - [`guests`]: the kernels and firmware that are booted, by name;
 //! - [`initramfs`]: the guest's userspace;
+//! - [`stress`]: the stress program's place in it;
 //! - [`scenario`]: what a scenario is given and what it returns;
 //! - [`scenarios`]: the scenarios, one module per intent.
 //!
@@ -19,4 +20,5 @@ pub mod image;
 pub mod initramfs;
 pub mod scenario;
 pub mod scenarios;
+pub mod stress;
 pub mod vm;

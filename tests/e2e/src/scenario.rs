@@ -314,8 +314,11 @@ impl Context {
         let busybox = fs::read(&self.artefacts.busybox)
             .with_context(|| format!("{}", self.artefacts.busybox.display()))?;
         let initrd = self.dir.join("initramfs.cpio");
-        fs::write(&initrd, crate::initramfs::build(&busybox, Some(command)))
-            .with_context(|| format!("{}", initrd.display()))?;
+        fs::write(
+            &initrd,
+            crate::initramfs::build(&busybox, Some(command), &[]),
+        )
+        .with_context(|| format!("{}", initrd.display()))?;
         Ok(Linux {
             kernel: self.artefacts.kernel(kernel)?.to_owned(),
             initrd,

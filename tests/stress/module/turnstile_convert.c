@@ -6,10 +6,10 @@
  * A file opened on /dev/turnstile-convert owns one naturally aligned block of 2 MiB. Each write(2)
  * of "FIRST PAGES SEED" runs one cycle on PAGES pages (of 4 KiB) from page FIRST of the block:
  *
- *   set_memory_decrypted: the range becomes shared. The rest of the block is untouched.
+ *   set_memory_decrypted: the range becomes shared. The pages beside it are untouched.
  *   The shared range can be written and reads back what was written.
  *   set_memory_encrypted: the range is private again, and all of it reads as zeros: the paravisor
- *   scrubs what it accepts. The rest of the block is untouched.
+ *   scrubs what it accepts. The pages beside it are untouched.
  *
  * Every private page otherwise holds words derived from its address and a seed. A cycle in which a
  * word was wrong fails with EIO and names the first one in the kernel log. read(2) gives the
@@ -38,6 +38,9 @@
 #define BLOCK_ORDER 9
 #define BLOCK_PAGES (1u << BLOCK_ORDER)
 #define WORDS_PER_PAGE (PAGE_SIZE / sizeof(u64))
+/* Pages on each side of a range that every cycle compares; every WIDE_EVERY-th compares them all. */
+#define NEAR_PAGES 8
+#define WIDE_EVERY 8
 /* Longest command: three decimal numbers, two spaces, LF and NUL. */
 #define COMMAND_MAX 64
 
@@ -47,6 +50,7 @@ struct block {
 	struct page *pages;
 	u64 *words;
 	u64 seed; /* of what all private pages hold */
+	u64 cycles;
 	bool lost; /* a conversion failed half-way: the block must never go back to the kernel */
 };
 
@@ -94,18 +98,20 @@ static u64 wrong_words(struct block *b, const char *what, bool zeros, u64 seed, 
 	return wrong;
 }
 
-/* The pages of the block before and behind the range. */
-static u64 wrong_around(struct block *b, const char *what, size_t first, size_t pages)
+/* The pages of the block before and behind the range, at most `reach` on each side. */
+static u64 wrong_around(struct block *b, const char *what, size_t first, size_t pages, size_t reach)
 {
 	size_t behind = first + pages;
+	size_t before = min(first, reach);
 
-	return wrong_words(b, what, false, b->seed, 0, first) +
-	       wrong_words(b, what, false, b->seed, behind, BLOCK_PAGES - behind);
+	return wrong_words(b, what, false, b->seed, first - before, before) +
+	       wrong_words(b, what, false, b->seed, behind, min(BLOCK_PAGES - behind, reach));
 }
 
 static int cycle(struct block *b, size_t first, size_t pages, u64 seed)
 {
 	unsigned long address = (unsigned long)(b->words + first * WORDS_PER_PAGE);
+	size_t reach = b->cycles++ % WIDE_EVERY ? NEAR_PAGES : BLOCK_PAGES;
 	u64 wrong;
 	int error;
 
@@ -118,7 +124,7 @@ static int cycle(struct block *b, size_t first, size_t pages, u64 seed)
 	}
 	atomic64_inc(&to_shared_calls);
 	atomic64_add(pages, &to_shared_pages);
-	wrong += wrong_around(b, "beside a shared range", first, pages);
+	wrong += wrong_around(b, "beside a shared range", first, pages, reach);
 	fill(b, seed, first, pages);
 	cond_resched();
 	wrong += wrong_words(b, "shared", false, seed, first, pages);
@@ -131,7 +137,7 @@ static int cycle(struct block *b, size_t first, size_t pages, u64 seed)
 	atomic64_inc(&to_private_calls);
 	atomic64_add(pages, &to_private_pages);
 	wrong += wrong_words(b, "private again", true, 0, first, pages);
-	wrong += wrong_around(b, "beside a range that came back", first, pages);
+	wrong += wrong_around(b, "beside a range that came back", first, pages, reach);
 	fill(b, b->seed, first, pages);
 	return wrong ? -EIO : 0;
 

@@ -15,7 +15,7 @@ mod processors;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Parser;
@@ -80,22 +80,12 @@ fn run(options: &Options) -> Result<Summary> {
                 scope.spawn(move || work.do_on(processor))
             })
             .collect();
-        let growers: Vec<_> = (0..if options.no_memory {
+        let growers = if options.no_memory {
             0
         } else {
             summary.processors
-        })
-            .map(|_| {
-                let (hoard, end) = (&hoard, &end);
-                scope.spawn(move || {
-                    let grown = hoard.grow();
-                    if grown.is_ok() {
-                        hoard.watch(end);
-                    }
-                    grown
-                })
-            })
-            .collect();
+        };
+        let growers: Vec<_> = (0..growers).map(|_| scope.spawn(|| hoard.grow())).collect();
         let switched = if options.no_hotplug {
             1
         } else {
@@ -107,6 +97,12 @@ fn run(options: &Options) -> Result<Summary> {
         });
         let reporter = scope.spawn(|| report(&work, &hoard, &end));
 
+        for grower in growers {
+            if let Err(error) = joined(grower) {
+                failures.push(format!("{error:#}"));
+            }
+        }
+        let watcher = scope.spawn(|| hoard.watch(&end));
         for converter in converters {
             match joined(converter) {
                 Ok(cycles) => summary.conversions.cycles.push(cycles),
@@ -114,21 +110,16 @@ fn run(options: &Options) -> Result<Summary> {
             }
         }
         summary.milliseconds = begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX);
-        // Memory may take longer to fill than the conversions took.
-        while !options.no_memory && !hoard.is_full() && !growers.iter().all(|g| g.is_finished()) {
-            thread::sleep(std::time::Duration::from_millis(50));
-        }
         end.store(true, Ordering::Relaxed);
-        for grower in growers {
-            if let Err(error) = joined(grower) {
-                failures.push(format!("{error:#}"));
-            }
-        }
         match joined(switcher) {
             Ok(hotplug) => summary.hotplug = hotplug,
             Err(error) => failures.push(format!("{error:#}")),
         }
-        let _ = reporter.join();
+        for helper in [watcher, reporter] {
+            if helper.join().is_err() {
+                failures.push("a thread panicked".to_owned());
+            }
+        }
     });
 
     let cycles = std::mem::take(&mut summary.conversions.cycles);
@@ -143,12 +134,15 @@ fn run(options: &Options) -> Result<Summary> {
     Ok(summary)
 }
 
+/// Time between two lines of the report below.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
+
 /// Tells on standard error how far it is, until the end.
 fn report(work: &Work, hoard: &Hoard, end: &AtomicBool) {
     let mut told = Instant::now();
     while !end.load(Ordering::Relaxed) {
-        thread::sleep(std::time::Duration::from_millis(100));
-        if told.elapsed().as_secs() >= 5 {
+        thread::sleep(Duration::from_millis(100));
+        if told.elapsed() >= TOLD_EVERY {
             told = Instant::now();
             eprintln!(
                 "stress: {} of {} cycles begun, {} MiB held, {} MiB compared",

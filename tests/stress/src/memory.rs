@@ -1,8 +1,8 @@
 //! All the guest's memory, held and compared with what was written into it.
 //!
 //! Workers take memory in chunks until little is left and the kernel has accepted everything it
-//! has. From then on they compare what is held, over and over, until they are told to end; the last
-//! comparison covers every chunk.
+//! has. From then on one of them compares what is held, over and over, until it is told to end; the
+//! last comparison covers every chunk.
 
 use std::fs;
 use std::sync::Mutex;
@@ -19,6 +19,9 @@ const CHUNK: usize = 16 << 20;
 /// nearly nothing else is left.
 const RESERVE_KIB: u64 = 320 << 10;
 const RESERVE_WHILE_UNACCEPTED_KIB: u64 = 128 << 10;
+
+/// How long nothing is compared after a chunk was.
+const REST: Duration = Duration::from_millis(200);
 
 /// A piece of memory and the number that its contents come from.
 #[derive(Debug)]
@@ -51,6 +54,7 @@ pub struct Hoard {
 impl Hoard {
     /// Takes memory until little is left.
     pub fn grow(&self) -> Result<()> {
+        // A chunk is written outside the lock, so that processors accept at the same time.
         while !self.full.load(Ordering::Relaxed) {
             let info = MemInfo::read()?;
             let reserve = if info.unaccepted_kib > 0 {
@@ -68,29 +72,25 @@ impl Hoard {
         Ok(())
     }
 
-    /// Whether there is nothing left to take.
-    pub fn is_full(&self) -> bool {
-        self.full.load(Ordering::Relaxed)
-    }
-
     /// Bytes taken so far.
     pub fn held(&self) -> u64 {
         self.next.load(Ordering::Relaxed) * CHUNK as u64
     }
 
-    /// Compares chunks until `end` says so. A chunk is taken out while it is compared, so that
-    /// workers do not wait for each other.
+    /// Compares one chunk after another until `end` says so, with a rest between two, so that the
+    /// processors are there for the conversions.
     pub fn watch(&self, end: &AtomicBool) {
-        while !end.load(Ordering::Relaxed) {
-            let taken = self.lock().pop();
-            match taken {
-                Some(chunk) => {
-                    self.compare(&chunk);
-                    // At the other end, so that the next one is another one.
-                    self.lock().insert(0, chunk);
-                }
-                None => sleep(Duration::from_millis(10)),
+        for at in 0.. {
+            if end.load(Ordering::Relaxed) {
+                return;
             }
+            {
+                let chunks = self.lock();
+                if let Some(chunk) = chunks.get(at % chunks.len().max(1)) {
+                    self.compare(chunk);
+                }
+            }
+            sleep(REST);
         }
     }
 

@@ -51,6 +51,17 @@ impl Archive {
         Archive::update(debian, "install", suites, cache, true)
     }
 
+    /// Reads the package lists of several suites as one archive called `name`, for downloading
+    /// packages with all that they need ([`Archive::download_with_dependencies`]).
+    pub fn open_several(
+        debian: &Debian,
+        name: &str,
+        suites: &[String],
+        cache: &Path,
+    ) -> Result<Archive> {
+        Archive::update(debian, name, suites, cache, false)
+    }
+
     fn update(
         debian: &Debian,
         name: &str,
@@ -128,10 +139,7 @@ impl Archive {
             step.at(bytes_below(into));
             sleep(Duration::from_millis(150));
         };
-        let deb = fs::read_dir(into)?
-            .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-            .find(|path| path.extension().is_some_and(|e| e == "deb"));
-        match deb {
+        match debs(into)?.pop() {
             Some(deb) if status.success() => {
                 step.done(&format!("{:.1} MB", *size as f64 / 1e6));
                 Ok(deb)
@@ -144,6 +152,40 @@ impl Archive {
                 )
             }
         }
+    }
+
+    /// Downloads packages and everything they depend on, as if nothing were installed; returns the
+    /// package files, in no order. They stay in the archive's own cache.
+    pub fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        let step = progress::step(format!(
+            "download {} and what it needs",
+            packages.join(", ")
+        ));
+        let files = self.dir.join("archives");
+        // What an earlier download left would be taken for a part of this one.
+        for stale in debs(&files)? {
+            fs::remove_file(&stale).with_context(|| format!("{}", stale.display()))?;
+        }
+        let mut apt = self.apt("apt-get");
+        apt.args([
+            "install",
+            "--download-only",
+            "--yes",
+            "--no-install-recommends",
+        ])
+        .args(packages);
+        let (ok, text) = command::watched(&mut apt, &step)?;
+        if !ok {
+            bail!(
+                "apt: {} from {} could not be downloaded with what it needs: {}",
+                packages.join(", "),
+                self.name,
+                telling_line(&text, "")
+            );
+        }
+        let debs = debs(&files)?;
+        step.done(&format!("{} packages", debs.len()));
+        Ok(debs)
     }
 
     /// Installs a package and what it depends on, on this machine. Needs root.
@@ -251,6 +293,15 @@ fn parse_offers(text: &str) -> Vec<Candidate> {
         })
     };
     text.split("\n\n").filter_map(parse).collect()
+}
+
+/// The package files in `dir`.
+fn debs(dir: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir).with_context(|| format!("{}", dir.display()))?;
+    Ok(entries
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == "deb"))
+        .collect())
 }
 
 /// Bytes of all files below `dir`; what cannot be read counts as nothing.

@@ -23,7 +23,7 @@ use protocols::report::{Event, Outcome, Report};
 use crate::fetch::guests::{self, Choice, choice};
 use crate::layout::{Layout, create_dir, read, write};
 use crate::progress::{self, Step};
-use crate::{build, disk, fetch, observe, qemu};
+use crate::{build, disk, fetch, observe, qemu, stress};
 
 /// The kernel's console is the first serial port.
 const COMMAND_LINE: &str = "console=ttyS0";
@@ -62,6 +62,8 @@ pub struct Options {
     firmware: Choice<Firmware>,
     #[command(flatten)]
     disk: disk::DiskOptions,
+    #[command(flatten)]
+    stress: stress::Options,
     /// Command to run in the guest instead of a shell; ends with its output and exit status
     #[arg(long, value_name = "CMD")]
     exec: Option<String>,
@@ -169,18 +171,20 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
 
 /// The kernel for the firmware to start, and a userspace for it in `dir`.
 fn linux(layout: &Layout, options: &Options, dir: &Path) -> Result<Linux> {
+    let kernel = options.kernel.obtain(layout, guests::kernel)?;
     let userspace = match &options.initrd {
         Some(file) => read(file)?,
         None => {
+            let extras = options.stress.extras(layout, &kernel)?;
             let busybox = read(&fetch::BUSYBOX.obtain(layout)?)?;
-            initramfs::build(&busybox, options.exec.as_deref())
+            initramfs::build(&busybox, options.exec.as_deref(), &extras)
         }
     };
     let initrd = dir.join("initramfs.cpio");
     write(&initrd, userspace)?;
     let append = format!("{COMMAND_LINE} {}", options.append);
     Ok(Linux {
-        kernel: options.kernel.obtain(layout, guests::kernel)?,
+        kernel,
         initrd,
         append: append.trim().to_owned(),
     })

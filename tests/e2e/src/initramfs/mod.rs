@@ -16,14 +16,29 @@ pub const EXIT_TRAILER: &str = "turnstile-exit:";
 
 const INIT: &str = include_str!("init.sh");
 
-/// An initramfs with `busybox` (the program's bytes) that runs `exec`, or gives a shell.
-pub fn build(busybox: &[u8], exec: Option<&str>) -> Vec<u8> {
+/// A file that some guests have besides.
+#[derive(Clone, Debug)]
+pub struct Extra {
+    /// Its path relative to the root, in a directory that is there anyway: [`DIRECTORIES`].
+    pub name: String,
+    /// Its permission bits.
+    pub permissions: u32,
+    /// Its contents.
+    pub data: Vec<u8>,
+}
+
+/// The directories of the initramfs.
+pub const DIRECTORIES: [&str; 7] = ["bin", "dev", "proc", "sys", "tmp", "root", "turnstile"];
+
+/// An initramfs with `busybox` (the program's bytes) and `extras` that runs `exec`, or gives a
+/// shell.
+pub fn build(busybox: &[u8], exec: Option<&str>, extras: &[Extra]) -> Vec<u8> {
     let init = INIT
         .replace("@MARKER@", USERSPACE_MARKER)
         .replace("@BEGINS@", OUTPUT_BEGINS)
         .replace("@TRAILER@", EXIT_TRAILER);
     let mut archive = Archive::default();
-    for dir in ["bin", "dev", "proc", "sys", "tmp", "root", "turnstile"] {
+    for dir in DIRECTORIES {
         archive.directory(dir);
     }
     archive.file("bin/busybox", 0o755, busybox);
@@ -31,12 +46,20 @@ pub fn build(busybox: &[u8], exec: Option<&str>) -> Vec<u8> {
     if let Some(command) = exec {
         archive.file("turnstile/exec", 0o644, format!("{command}\n").as_bytes());
     }
+    for Extra {
+        name,
+        permissions,
+        data,
+    } in extras
+    {
+        archive.file(name, *permissions, data);
+    }
     archive.finish()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::build;
+    use super::{Extra, build};
 
     fn contains(haystack: &[u8], needle: &str) -> bool {
         haystack
@@ -47,14 +70,26 @@ mod tests {
     #[test]
     fn the_command_is_a_file_and_needs_no_quoting() {
         let command = "echo \"a b\" 'c'; cat /proc/meminfo";
-        let archive = build(b"BUSYBOX", Some(command));
+        let archive = build(b"BUSYBOX", Some(command), &[]);
         assert!(contains(&archive, command));
         assert!(contains(&archive, "turnstile/exec"));
     }
 
     #[test]
+    fn extra_files_are_in_the_archive() {
+        let extra = Extra {
+            name: "turnstile/more".into(),
+            permissions: 0o755,
+            data: b"MORE OF IT".to_vec(),
+        };
+        let archive = build(b"BUSYBOX", None, &[extra]);
+        assert!(contains(&archive, "turnstile/more\0"));
+        assert!(contains(&archive, "MORE OF IT"));
+    }
+
+    #[test]
     fn without_a_command_there_is_no_command_file() {
-        let archive = build(b"BUSYBOX", None);
+        let archive = build(b"BUSYBOX", None, &[]);
         assert!(!contains(&archive, "turnstile/exec\0"));
         assert!(contains(&archive, super::USERSPACE_MARKER));
         assert!(!contains(&archive, "@MARKER@") && !contains(&archive, "@TRAILER@"));
