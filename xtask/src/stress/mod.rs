@@ -27,7 +27,7 @@ const MODULE_FILE: &str = "turnstile_convert.ko";
 
 /// Options of a command that can take the stress program into the guest.
 #[derive(Clone, Copy, Debug, clap::Args)]
-#[group(id = "stress")]
+#[group(id = "stress_files")]
 pub struct Options {
     /// Put the stress program and its kernel module into the guest: /turnstile/stress and
     /// /turnstile/convert.ko
