@@ -322,7 +322,7 @@ impl Context {
         Ok(Linux {
             kernel: self.artefacts.kernel(kernel)?.to_owned(),
             initrd,
-            append: "console=ttyS0".into(),
+            append: crate::initramfs::COMMAND_LINE.into(),
         })
     }
 }

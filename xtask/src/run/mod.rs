@@ -1,10 +1,11 @@
 //! `xtask run`: one boot with its progress, and the machine's report at the end.
 //!
 //! With `--exec` the command's output is the only thing on standard output and its exit status is
-//! xtask's. Without it the guest's console is the terminal. A run that did not end by power-off
-//! exits with QEMU's status for its outcome ([`Outcome::qemu_status`]); one in which the referee or
-//! the machine found something wrong never exits with 0.
+//! xtask's. Without it the guest's console is the terminal. How a run ended otherwise is told by an
+//! exit status of its own, see [`ending`]; one in which the referee or the machine found something
+//! wrong never exits with 0.
 
+mod ending;
 mod table;
 
 use std::fs;
@@ -18,15 +19,13 @@ use clap::Args;
 use e2e::guests::{Firmware, Kernel};
 use e2e::vm::{Backing, Config, Console, Finished, Happening, Linux, Settings, Stage, Vc};
 use e2e::{image, initramfs};
-use protocols::report::{Event, Outcome, Report};
+use protocols::report::Event;
 
 use crate::fetch::guests::{self, Choice, choice};
 use crate::layout::{Layout, create_dir, read, write};
 use crate::progress::{self, Step};
 use crate::{build, disk, fetch, observe, qemu, stress};
-
-/// The kernel's console is the first serial port.
-const COMMAND_LINE: &str = "console=ttyS0";
+use ending::Ending;
 
 /// What `xtask run` can be told.
 #[derive(Debug, Args)]
@@ -109,15 +108,15 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     let mut display = Display::new(&config, options.exec.is_some());
     let finished = config.run(limit, |happening| display.show(happening))?;
     display.end();
-    let code = conclude(&finished, options.exec.is_some());
+    let (code, good) = conclude(&finished, options.exec.is_some());
     eprint!("{}", observe::stack_traces(&finished, &layout.root));
-    if options.out.is_none() && !options.keep_logs && matches!(code, Ok((_, true))) {
+    if options.out.is_none() && !options.keep_logs && good {
         fs::remove_dir_all(&config.dir)
             .with_context(|| format!("{}: cannot be removed", config.dir.display()))?;
     } else {
         eprintln!("  logs: {}", config.dir.display());
     }
-    code.map(|(code, _)| code)
+    Ok(code)
 }
 
 /// Obtains and builds everything and puts the run together.
@@ -182,7 +181,7 @@ fn linux(layout: &Layout, options: &Options, dir: &Path) -> Result<Linux> {
     };
     let initrd = dir.join("initramfs.cpio");
     write(&initrd, userspace)?;
-    let append = format!("{COMMAND_LINE} {}", options.append);
+    let append = format!("{} {}", initramfs::COMMAND_LINE, options.append);
     Ok(Linux {
         kernel,
         initrd,
@@ -281,53 +280,35 @@ impl Display {
 }
 
 /// Prints the report; the exit status, and whether everything was as it should be.
-fn conclude(finished: &Finished, exec: bool) -> Result<(ExitCode, bool)> {
+fn conclude(finished: &Finished, exec: bool) -> (ExitCode, bool) {
     if finished.left_by_user() {
         eprintln!("\nleft; a machine that is killed makes no report");
-        return Ok((ExitCode::SUCCESS, true));
+        return (ExitCode::SUCCESS, true);
     }
-    let report = match finished.report() {
-        Ok(report) => report,
-        Err(error) => {
-            print_tail(&finished.console);
-            return Err(error);
-        }
-    };
-    eprintln!(
-        "\nreport of the machine\n{}",
-        table::render(finished, report)
-    );
-    if report.outcome != Outcome::PowerOff {
+    let report = finished.report();
+    if let Ok(report) = report {
+        eprintln!(
+            "\nreport of the machine\n{}",
+            table::render(finished, report)
+        );
+    }
+    let Some(ending) = Ending::of(finished, exec) else {
         print_tail(&finished.console);
-        eprintln!("xtask: {}", table::ending(report));
-        return Ok((ExitCode::from(report.outcome.qemu_status()), false));
+        if let Err(error) = report {
+            eprintln!("xtask: {error:#}");
+        }
+        return (ExitCode::from(ending::NO_REPORT), false);
+    };
+    match &ending {
+        Ending::PowerOff | Ending::Kexec | Ending::Command(_) => {}
+        Ending::Unfinished | Ending::Mistake(_) => eprintln!("xtask: {ending}"),
+        _ => {
+            print_tail(&finished.console);
+            eprintln!("xtask: {ending}");
+        }
     }
-    if let Some(problem) = problem(report) {
-        bail!("{problem}");
-    }
-    match finished.exec_status {
-        _ if !exec => Ok((ExitCode::SUCCESS, true)),
-        Some(0) => Ok((ExitCode::SUCCESS, true)),
-        Some(status) => Ok((
-            ExitCode::from(u8::try_from(status).unwrap_or(u8::MAX)),
-            false,
-        )),
-        None => bail!("the guest was switched off before the command of --exec had ended"),
-    }
-}
-
-/// What is wrong with a run that ended by power-off.
-fn problem(report: &Report) -> Option<String> {
-    let disagreements = report
-        .referee
-        .as_ref()
-        .map_or(0, |referee| referee.disagreements);
-    if disagreements > 0 {
-        return Some(format!(
-            "the referee found {disagreements} disagreements of map and RMP"
-        ));
-    }
-    (report.violations.total() > 0).then(|| format!("the machine saw {:?}", report.violations))
+    let good = matches!(ending, Ending::PowerOff | Ending::Kexec);
+    (ExitCode::from(ending.status()), good)
 }
 
 fn print_tail(console: &str) {

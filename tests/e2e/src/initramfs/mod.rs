@@ -14,6 +14,10 @@ pub const OUTPUT_BEGINS: &str = "turnstile-begin:";
 /// What follows the output of `--exec` on the second serial port: NUL, this, the exit status, LF.
 pub const EXIT_TRAILER: &str = "turnstile-exit:";
 
+/// What the kernel is told: its console is the first serial port, and a panic ends the run by a
+/// reset instead of waiting for ever.
+pub const COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+
 const INIT: &str = include_str!("init.sh");
 
 /// A file that some guests have besides.
