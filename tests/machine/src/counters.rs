@@ -1,15 +1,23 @@
 //! What the machine counts while it runs, kept cheap until the report asks for it.
 //!
 //! Counters with few, known kinds are fields of the report's own types; exits and VMGEXITs
-//! are counted by number here and get their names when the report is made.
+//! are counted by number here and get their names when the report is made. Everything is counted
+//! for the vCPU that is served ([`Counters::serve`]) and summed up in the report.
 
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 
-use protocols::report::{Violations, VmplCounters};
+use alloc::vec::Vec;
 
-use crate::types::Vmpl;
+use protocols::report::{
+    CallCounters, PvalidateCounters, PvalidateResults, RmpadjustCounters, RmpadjustResults,
+    VcpuCounters, Violations, VmplCounters,
+};
+
+use crate::calls::{self, Calls};
+use crate::samples::Samples;
+use crate::types::{VcpuId, Vmpl};
 
 /// A VMGEXIT by what was asked.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -43,9 +51,14 @@ impl Default for Level {
 }
 
 /// All counters of a run.
-#[derive(Default)]
 pub struct Counters {
-    levels: [Level; Vmpl::COUNT],
+    vcpus: Vec<[Level; Vmpl::COUNT]>,
+    /// Index of the vCPU that is served.
+    served: usize,
+    /// SVSM calls.
+    pub calls: Calls,
+    /// Accepted memory over time.
+    pub samples: Samples,
     /// Findings; all 0 in a good run.
     pub violations: Violations,
     /// Bytes VMPL0 has validated after the launch, minus those it has rescinded.
@@ -53,19 +66,49 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// The counters of one level that have fixed kinds.
-    pub const fn vmpl(&mut self, vmpl: Vmpl) -> &mut VmplCounters {
-        &mut self.levels[vmpl.index()].fixed
+    /// Counters of `vcpus` processors, at least one, of which the first is served.
+    pub fn new(vcpus: u32) -> Self {
+        Self {
+            vcpus: (0..vcpus.max(1)).map(|_| Default::default()).collect(),
+            served: 0,
+            calls: Calls::new(vcpus),
+            samples: Samples::default(),
+            violations: Violations::default(),
+            validated_bytes: 0,
+        }
     }
 
-    /// The same, to look at.
-    pub const fn level(&self, vmpl: Vmpl) -> &VmplCounters {
-        &self.levels[vmpl.index()].fixed
+    /// What is counted from now on is this vCPU's doing; a number there is no vCPU for is taken
+    /// for the first.
+    pub const fn serve(&mut self, vcpu: VcpuId) {
+        self.served = if vcpu.index() < self.vcpus.len() {
+            vcpu.index()
+        } else {
+            0
+        };
+    }
+
+    fn served(&mut self) -> &mut [Level; Vmpl::COUNT] {
+        &mut self.vcpus[self.served]
+    }
+
+    /// The counters of one level that have fixed kinds, of the vCPU that is served.
+    pub fn vmpl(&mut self, vmpl: Vmpl) -> &mut VmplCounters {
+        &mut self.served()[vmpl.index()].fixed
+    }
+
+    /// The same of all vCPUs together, to look at.
+    pub fn level(&self, vmpl: Vmpl) -> VmplCounters {
+        let mut sum = VmplCounters::default();
+        for levels in &self.vcpus {
+            add(&mut sum, &levels[vmpl.index()].fixed);
+        }
+        sum
     }
 
     /// Counts a #VMEXIT by its exit code (APM-B, Appendix C).
     pub fn count_exit(&mut self, vmpl: Vmpl, code: u64) {
-        let level = &mut self.levels[vmpl.index()];
+        let level = &mut self.served()[vmpl.index()];
         match level.frequent_exits.get_mut(code as usize) {
             Some(count) => *count += 1,
             None => *level.exits.entry(code).or_default() += 1,
@@ -74,29 +117,138 @@ impl Counters {
 
     /// Counts a VMGEXIT.
     pub fn count_vmgexit(&mut self, vmpl: Vmpl, what: Vmgexit) {
-        *self.levels[vmpl.index()].vmgexits.entry(what).or_default() += 1;
+        let level = &mut self.served()[vmpl.index()];
+        *level.vmgexits.entry(what).or_default() += 1;
     }
 
-    /// All levels as the report has them.
-    pub fn report(&self) -> [VmplCounters; Vmpl::COUNT] {
-        self.levels.each_ref().map(|level| {
-            let mut counters = level.fixed.clone();
-            // Several codes share a name, so this adds up instead of collecting.
-            let frequent = level
-                .frequent_exits
-                .iter()
-                .zip(0u64..)
-                .filter(|&(&n, _)| n != 0);
-            for (&n, code) in frequent.chain(level.exits.iter().map(|(code, n)| (n, *code))) {
-                *counters.exits.entry(exit_name(code)).or_default() += n;
-            }
-            counters.vmgexits = level
-                .vmgexits
-                .iter()
-                .map(|(&what, &n)| (vmgexit_name(what), n))
-                .collect();
-            counters
-        })
+    /// What the report says of each vCPU.
+    pub fn report(&self) -> Vec<VcpuCounters> {
+        self.vcpus
+            .iter()
+            .zip(self.calls.report())
+            .zip(0..)
+            .map(|((levels, calls), id)| VcpuCounters {
+                id,
+                levels: levels.each_ref().map(Level::report),
+                calls,
+            })
+            .collect()
+    }
+}
+
+/// The levels of all vCPUs together.
+pub fn sum_of_levels(vcpus: &[VcpuCounters]) -> [VmplCounters; Vmpl::COUNT] {
+    let mut sum: [VmplCounters; Vmpl::COUNT] = Default::default();
+    for vcpu in vcpus {
+        for (sum, level) in sum.iter_mut().zip(&vcpu.levels) {
+            add(sum, level);
+        }
+    }
+    sum
+}
+
+/// The calls of all vCPUs together.
+pub fn sum_of_calls(vcpus: &[VcpuCounters]) -> Vec<CallCounters> {
+    let mut sum = Vec::new();
+    for vcpu in vcpus {
+        calls::merge(&mut sum, &vcpu.calls);
+    }
+    sum
+}
+
+impl Level {
+    fn report(&self) -> VmplCounters {
+        let mut counters = self.fixed.clone();
+        // Several codes share a name, so this adds up instead of collecting.
+        let frequent = self
+            .frequent_exits
+            .iter()
+            .zip(0u64..)
+            .filter(|&(&n, _)| n != 0);
+        for (&n, code) in frequent.chain(self.exits.iter().map(|(code, n)| (n, *code))) {
+            *counters.exits.entry(exit_name(code)).or_default() += n;
+        }
+        counters.vmgexits = self
+            .vmgexits
+            .iter()
+            .map(|(&what, &n)| (vmgexit_name(what), n))
+            .collect();
+        counters
+    }
+}
+
+/// Adds every field; a new one does not compile until it is added here.
+fn add(sum: &mut VmplCounters, more: &VmplCounters) {
+    let VmplCounters {
+        world_switches,
+        vmgexits,
+        exits,
+        pvalidate,
+        rmpadjust,
+        rmpquery,
+        npf,
+        vc_injected,
+        psc_private_pages,
+        psc_shared_pages,
+        implicit_conversions,
+    } = more;
+    for (sum, more) in [
+        (&mut sum.world_switches, world_switches),
+        (&mut sum.rmpquery, rmpquery),
+        (&mut sum.npf, npf),
+        (&mut sum.vc_injected, vc_injected),
+        (&mut sum.psc_private_pages, psc_private_pages),
+        (&mut sum.psc_shared_pages, psc_shared_pages),
+        (&mut sum.implicit_conversions, implicit_conversions),
+    ] {
+        *sum += more;
+    }
+    for (sum, more) in [(&mut sum.vmgexits, vmgexits), (&mut sum.exits, exits)] {
+        for (name, count) in more {
+            *sum.entry(name.clone()).or_default() += count;
+        }
+    }
+    add_pvalidate(&mut sum.pvalidate, pvalidate);
+    add_rmpadjust(&mut sum.rmpadjust, rmpadjust);
+}
+
+fn add_pvalidate(sum: &mut PvalidateCounters, more: &PvalidateCounters) {
+    for (sum, more) in [
+        (&mut sum.validate_4k, more.validate_4k),
+        (&mut sum.validate_2m, more.validate_2m),
+        (&mut sum.rescind_4k, more.rescind_4k),
+        (&mut sum.rescind_2m, more.rescind_2m),
+    ] {
+        let PvalidateResults {
+            ok,
+            no_change,
+            size_mismatch,
+            fail_input,
+        } = more;
+        sum.ok += ok;
+        sum.no_change += no_change;
+        sum.size_mismatch += size_mismatch;
+        sum.fail_input += fail_input;
+    }
+}
+
+fn add_rmpadjust(sum: &mut RmpadjustCounters, more: &RmpadjustCounters) {
+    for (sum, more) in [
+        (&mut sum.size_4k, more.size_4k),
+        (&mut sum.size_2m, more.size_2m),
+    ] {
+        let RmpadjustResults {
+            ok,
+            fail_input,
+            fail_permission,
+            fail_in_use,
+            size_mismatch,
+        } = more;
+        sum.ok += ok;
+        sum.fail_input += fail_input;
+        sum.fail_permission += fail_permission;
+        sum.fail_in_use += fail_in_use;
+        sum.size_mismatch += size_mismatch;
     }
 }
 
@@ -149,7 +301,7 @@ mod tests {
 
     #[test]
     fn numbers_become_names_in_the_report() {
-        let mut counters = Counters::default();
+        let mut counters = Counters::new(1);
         counters.count_exit(Vmpl::VMPL1, 0x72);
         counters.count_exit(Vmpl::VMPL1, 0x72);
         counters.count_exit(Vmpl::VMPL1, 0x81);
@@ -158,7 +310,7 @@ mod tests {
         counters.count_exit(Vmpl::VMPL1, 0x14);
         counters.count_vmgexit(Vmpl::VMPL1, Vmgexit::Msr(0x14));
         counters.count_vmgexit(Vmpl::VMPL1, Vmgexit::Nae(0x8000_0010));
-        let report = counters.report();
+        let report = sum_of_levels(&counters.report());
         assert_eq!(report[1].exits["cpuid"], 2);
         assert_eq!(report[1].exits["vmmcall"], 1);
         assert_eq!(report[1].exits["cr-write"], 2);
@@ -166,5 +318,28 @@ mod tests {
         assert_eq!(report[1].vmgexits["msr:0x014"], 1);
         assert_eq!(report[1].vmgexits["nae:0x80000010"], 1);
         assert!(report[0].exits.is_empty());
+    }
+
+    #[test]
+    fn each_vcpu_has_its_own_and_the_sum_has_all() {
+        let mut counters = Counters::new(2);
+        for (vcpu, times) in [(0, 1), (1, 2), (7, 4)] {
+            counters.serve(VcpuId(vcpu));
+            for _ in 0..times {
+                counters.count_exit(Vmpl::VMPL1, 0x72);
+                counters.vmpl(Vmpl::VMPL1).npf += 1;
+                counters.vmpl(Vmpl::VMPL0).pvalidate.validate_2m.ok += 1;
+                counters.vmpl(Vmpl::VMPL0).rmpadjust.size_4k.ok += 1;
+            }
+        }
+        let vcpus = counters.report();
+        let exits = |id: usize| vcpus[id].levels[1].exits["cpuid"];
+        assert_eq!((vcpus.len(), vcpus[1].id), (2, 1));
+        assert_eq!((exits(0), exits(1)), (5, 2), "7 is nobody");
+        let sum = sum_of_levels(&vcpus);
+        assert_eq!((sum[1].exits["cpuid"], sum[1].npf), (7, 7));
+        assert_eq!(sum[0].pvalidate.validate_2m.ok, 7);
+        assert_eq!(sum[0].rmpadjust.size_4k.ok, 7);
+        assert_eq!(counters.level(Vmpl::VMPL1).npf, 7);
     }
 }

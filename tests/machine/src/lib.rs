@@ -29,6 +29,7 @@
 extern crate alloc;
 
 pub mod access;
+pub mod calls;
 pub mod counters;
 pub mod cpuid;
 pub mod describe;
@@ -44,6 +45,7 @@ pub mod oracle;
 pub mod platform;
 pub mod referee;
 pub mod rmp;
+pub mod samples;
 pub mod settings;
 pub mod stale;
 #[cfg(test)]

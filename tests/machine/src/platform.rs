@@ -16,15 +16,17 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use protocols::report::{Event, Log, Memory, Outcome, Progress, Refusal, Report, Termination};
+use protocols::report::{
+    Event, Log, Memory, Outcome, Progress, Refusal, Report, Sample, Termination,
+};
 
-use crate::counters::Counters;
+use crate::counters::{self, Counters};
 use crate::host_memory::HostMemory;
 use crate::layout::{Layout, LayoutError};
 use crate::memory::PhysicalMemory;
 use crate::settings::Settings;
 use crate::stale::Stale;
-use crate::types::{Gpa, Spa, Vmpl};
+use crate::types::{Gpa, Spa, VcpuId, Vmpl};
 use crate::vcpu::Vcpu;
 
 /// A set of nested page tables, by VMPL.
@@ -97,7 +99,7 @@ impl<P: PhysicalMemory> Platform<P> {
             memory,
             host: HostMemory::new(settings.backing),
             settings,
-            counters: Counters::default(),
+            counters: Counters::new(vcpus),
             vcpus: vec![Vcpu::default(); vcpus as usize],
             events: Vec::new(),
             clock,
@@ -138,6 +140,12 @@ impl<P: PhysicalMemory> Platform<P> {
     /// The settings of this run.
     pub const fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// What happens from now on is counted as this vCPU's doing. Every call that names a vCPU
+    /// says so itself; the CPU side does for the others.
+    pub const fn serve(&mut self, vcpu: VcpuId) {
+        self.counters.serve(vcpu);
     }
 
     /// The counters; the CPU side counts exits here.
@@ -199,13 +207,23 @@ impl<P: PhysicalMemory> Platform<P> {
             // Launch pages count as validated by the AMD-SP: rescinding them takes nothing off.
             *total = total.saturating_sub(bytes);
         }
-        if *total >= self.progress + PROGRESS_STEP {
-            self.progress = *total / PROGRESS_STEP * PROGRESS_STEP;
+        let sample = self.sample();
+        self.counters.samples.offer(sample);
+        if sample.validated_bytes >= self.progress + PROGRESS_STEP {
+            self.progress = sample.validated_bytes / PROGRESS_STEP * PROGRESS_STEP;
             let event = Progress {
-                validated_bytes: *total,
-                tsc: (self.clock)(),
+                validated_bytes: sample.validated_bytes,
+                tsc: sample.tsc,
             };
             self.events.push(Event::Progress(event));
+        }
+    }
+
+    /// How much is accepted now.
+    pub(crate) fn sample(&self) -> Sample {
+        Sample {
+            tsc: (self.clock)(),
+            validated_bytes: self.counters.validated_bytes,
         }
     }
 
@@ -215,7 +233,10 @@ impl<P: PhysicalMemory> Platform<P> {
         let mut report = Report::new(outcome, reason);
         report.code = code;
         report.termination = termination;
-        report.counters = self.counters.report();
+        report.vcpus = self.counters.report();
+        report.counters = counters::sum_of_levels(&report.vcpus);
+        report.calls = counters::sum_of_calls(&report.vcpus);
+        report.samples = self.counters.samples.report(self.sample());
         report.memory = Memory {
             validated_bytes: self.counters.validated_bytes,
             ..self.host.report()

@@ -8,6 +8,7 @@ use protocols::report::{Event, Stage, StageName};
 use protocols::vmsa::{Efer, SevFeatures};
 
 use crate::access::owner_fault;
+use crate::calls;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::types::{Alias, Gpa, PageSize, Spa, VcpuId, Vmpl};
@@ -77,6 +78,8 @@ mod vmsa {
     pub const VMPL: u64 = offset_of!(Vmsa, vmpl) as u64;
     pub const EFER: u64 = offset_of!(Vmsa, efer) as u64;
     pub const SEV_FEATURES: u64 = offset_of!(Vmsa, sev_features) as u64;
+    pub const RAX: u64 = offset_of!(Vmsa, rax) as u64;
+    pub const RCX: u64 = offset_of!(Vmsa, rcx) as u64;
 }
 const EFER_SVME: u64 = Efer::SVME.bits();
 /// The only SEV_FEATURES value this machine runs: SNPActive.
@@ -133,15 +136,16 @@ impl<P: PhysicalMemory> Platform<P> {
     /// The checks of VMRUN on a VMSA. On success the VMSA counts as in use until
     /// [`Self::leave`], and the caller loads its state from the address returned.
     pub fn enter(&mut self, vcpu: VcpuId, vmpl: Vmpl) -> Result<Spa, EnterError> {
-        let vmsa = self
+        let gpa = self
             .context(vcpu, vmpl)
             .and_then(|c| c.vmsa)
             .ok_or(EnterError::NoVmsa)?;
-        let spa = self.check_vmsa(vcpu, vmpl, vmsa).inspect_err(|error| {
+        let spa = self.check_vmsa(vcpu, vmpl, gpa).inspect_err(|error| {
             if matches!(error, EnterError::NotRunnable(_)) {
                 self.counters.violations.run_without_svme += 1;
             }
         })?;
+        self.serve(vcpu);
         let tsc = (self.clock)();
         // A lower level goes on: whatever VMPL0 withdrew on its behalf has to be gone.
         if vmpl != Vmpl::VMPL0
@@ -149,10 +153,17 @@ impl<P: PhysicalMemory> Platform<P> {
         {
             self.count_stale(found, "was withdrawn, and the guest is told so,");
         }
+        let guest = calls::Guest {
+            layout: self.host.layout(),
+            memory: &self.memory,
+        };
+        let rax = self.memory.read_u64(spa.plus(vmsa::RAX));
+        let calls = &mut self.counters.calls;
+        calls.close(vcpu, vmpl, gpa, rax, tsc, &guest);
         let Some(state) = self.vcpus.get_mut(vcpu.index()) else {
             return Err(EnterError::NoVmsa);
         };
-        state.running = Some(vmsa);
+        state.running = Some(gpa);
         let switched = state.last.replace(vmpl) != Some(vmpl);
         if switched {
             self.counters.vmpl(vmpl).world_switches += 1;
@@ -164,6 +175,8 @@ impl<P: PhysicalMemory> Platform<P> {
         };
         let seen = &mut self.stages[usize::from(stage == StageName::Firmware)];
         if !core::mem::replace(seen, true) {
+            let sample = self.sample();
+            self.counters.samples.offer(sample);
             self.events.push(Event::Stage(Stage { name: stage, tsc }));
         }
         Ok(spa)
@@ -205,9 +218,25 @@ impl<P: PhysicalMemory> Platform<P> {
 
     /// The caller has stored the state of the running VMSA back; it is no longer in use.
     pub fn leave(&mut self, vcpu: VcpuId) {
-        if let Some(state) = self.vcpus.get_mut(vcpu.index()) {
-            state.running = None;
-        }
+        let Some(state) = self.vcpus.get_mut(vcpu.index()) else {
+            return;
+        };
+        let (Some(gpa), Some(vmpl)) = (state.running.take(), state.last) else {
+            return;
+        };
+        let Some(spa) = self.spa_of(gpa) else {
+            return;
+        };
+        let registers = (
+            self.memory.read_u64(spa.plus(vmsa::RAX)),
+            self.memory.read_u64(spa.plus(vmsa::RCX)),
+        );
+        let guest = calls::Guest {
+            layout: self.host.layout(),
+            memory: &self.memory,
+        };
+        let calls = &mut self.counters.calls;
+        calls.open(vcpu, vmpl, gpa, registers, &guest);
     }
 
     /// Whether the page or block holds a VMSA that runs right now: hardware marks its RMP entry

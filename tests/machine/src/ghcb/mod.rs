@@ -113,12 +113,18 @@ const FEATURES: HypervisorFeatures = HypervisorFeatures::SNP
 impl<P: PhysicalMemory> Platform<P> {
     /// Serves a VMGEXIT of `vmpl` on `vcpu`.
     pub fn vmgexit(&mut self, vcpu: VcpuId, vmpl: Vmpl, cpu: &mut dyn Cpu) -> Reply {
+        self.serve(vcpu);
+        let asked = (self.clock)();
         let value = self.ghcb_msr(vcpu, vmpl);
-        if Info::of(value) == Info::GHCB_GPA {
+        let reply = if Info::of(value) == Info::GHCB_GPA {
             self.page_request(vcpu, vmpl, Gpa::new(value), cpu)
         } else {
             self.msr_request(vcpu, vmpl, value, cpu)
+        };
+        if reply == Reply::Run(Vmpl::VMPL0) && vmpl != Vmpl::VMPL0 {
+            self.counters.calls.ask(vcpu, vmpl, asked);
         }
+        reply
     }
 
     /// The SEV_INFO response, which is also the reset value of the MSR.

@@ -111,7 +111,7 @@ impl Vcpu {
             rsp: save.rsp,
         };
         let delivered = {
-            let mut machine = shared::lock(self.rip());
+            let mut machine = self.lock();
             machine.platform.counters().vmpl(self.vmpl).vc_injected += 1;
             frame.deliver(
                 &mut View::new(&machine.platform, self.vmpl),

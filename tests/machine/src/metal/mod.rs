@@ -6,6 +6,7 @@
 mod apic;
 mod backtrace;
 mod boot;
+mod clock;
 mod console;
 mod cpu;
 mod descriptors;

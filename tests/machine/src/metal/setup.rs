@@ -17,7 +17,7 @@ use super::memory::{self, DirectMap, Layout};
 use super::npt::Tables;
 use super::ports::Ports;
 use super::shared::{self, Machine};
-use super::{console, cpu, finish, fwcfg, smp};
+use super::{clock, console, cpu, finish, fwcfg, smp};
 
 /// fw_cfg name of the image.
 const FILE_IMAGE: &str = "opt/turnstile/igvm";
@@ -48,7 +48,7 @@ pub fn launch(layout: &Layout) {
         high_ram: layout.high,
         reserved: layout.reserved.len(),
         vcpus: u32::from(vcpus),
-        tsc_hz: 0,
+        tsc_hz: clock::tsc_hz(),
         settings: settings.echo(),
     }));
     let platform = Platform::new(DirectMap, settings, u32::from(vcpus), cpu::tsc);

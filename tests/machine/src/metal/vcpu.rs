@@ -167,6 +167,13 @@ impl Vcpu {
         }
     }
 
+    /// The machine's lock. What is counted while it is held is this vCPU's doing.
+    pub fn lock(&self) -> shared::Guard {
+        let mut machine = shared::lock(self.rip());
+        machine.platform.serve(self.id);
+        machine
+    }
+
     /// Writes a line if all of the run is traced.
     pub fn trace(&self, text: core::fmt::Arguments<'_>) {
         self.trace_at(Trace::All, text);

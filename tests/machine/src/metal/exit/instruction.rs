@@ -58,7 +58,7 @@ enum Outcome {
 }
 
 fn execute(vcpu: &Vcpu, opcode: isa::Opcode, operands: &Operands) -> Outcome {
-    let mut machine = shared::lock(vcpu.rip());
+    let mut machine = vcpu.lock();
     let request = match Request::decode(opcode, vcpu.vmpl, operands) {
         Ok(request) => request,
         Err(early) => {

@@ -29,10 +29,7 @@ use super::{shared, smp};
 /// Handles the exit that VMRUN returned with.
 pub fn handle(vcpu: &mut Vcpu) -> Flow {
     let code = vcpu.vmcb().control.exit_code;
-    shared::lock(vcpu.rip())
-        .platform
-        .counters()
-        .count_exit(vcpu.vmpl, code);
+    vcpu.lock().platform.counters().count_exit(vcpu.vmpl, code);
     let control = &vcpu.vmcb().control;
     let (info_1, info_2) = (control.exit_info1, control.exit_info2);
     vcpu.trace(format_args!("exit {code:#x} {info_1:#x} {info_2:#x}"));

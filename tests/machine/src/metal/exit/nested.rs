@@ -29,7 +29,7 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
     // view, which the next entry takes.
     let mode = vcpu.mode();
     let (gpa, alias) = shared::split(address, mode);
-    let mut machine = shared::lock(vcpu.rip());
+    let mut machine = vcpu.lock();
     let verdict = match mode {
         Mode::Flat => machine.access_flat(vcpu.vmpl, gpa, kind),
         Mode::Long => machine.platform.access(vcpu.vmpl, alias, gpa, kind),
