@@ -28,8 +28,10 @@ pub enum Reflection {
     /// The machine answers CPUID, MSR and I/O itself; no #VC.
     #[default]
     Direct,
-    /// #VC as on hardware.
+    /// #VC for everything that KVM has reflected.
     Strict,
+    /// And for what a host may have reflected but KVM does not: RDTSC and RDTSCP.
+    All,
 }
 
 /// What the run is traced in.
@@ -107,7 +109,7 @@ hostile! {
 pub struct Settings {
     /// `backing=4k|2m`.
     pub backing: HostBacking,
-    /// `vc=direct|strict`.
+    /// `vc=direct|strict|all`.
     pub reflection: Reflection,
     /// `referee=0xGPA`: the paravisor's map descriptor.
     pub referee: Option<Gpa>,
@@ -197,7 +199,8 @@ impl Settings {
                 self.reflection = match value {
                     "direct" => Reflection::Direct,
                     "strict" => Reflection::Strict,
-                    _ => return Err("direct or strict"),
+                    "all" => Reflection::All,
+                    _ => return Err("direct, strict or all"),
                 }
             }
             "referee" => self.referee = Some(parse_gpa(value)?),
@@ -240,6 +243,7 @@ impl Settings {
         let reflection = match self.reflection {
             Reflection::Direct => "direct",
             Reflection::Strict => "strict",
+            Reflection::All => "all",
         };
         let trace = match self.trace {
             Trace::Off => "off",
@@ -317,6 +321,14 @@ mod tests {
     fn a_trace_of_all_holds_a_trace_of_switches() {
         let trace = |text| Settings::parse(text).unwrap().trace;
         assert!(trace("trace=all") > trace("trace=on") && trace("trace=on") > trace(""));
+    }
+
+    #[test]
+    fn every_reflection_has_a_name() {
+        for name in ["direct", "strict", "all"] {
+            let settings = Settings::parse(&format!("vc={name}")).unwrap();
+            assert_eq!(settings.echo()["vc"], name);
+        }
     }
 
     #[test]

@@ -39,7 +39,8 @@ pub struct Options {
     /// Granularity in which the host backs private memory: 4k or 2m
     #[arg(long, default_value = "4k")]
     backing: Backing,
-    /// What of the guest's own intercepts is reflected as #VC: direct (little) or strict (all)
+    /// What of the guest's own intercepts is reflected as #VC: direct (little), strict (what KVM has
+    /// reflected) or all (RDTSC, too)
     #[arg(long, default_value = "direct")]
     vc: Vc,
     /// Kernel to boot, one of Debian's or a file: 6.12, 6.12-generic, 7.2, 7.2-generic, FILE

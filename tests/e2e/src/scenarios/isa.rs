@@ -7,7 +7,7 @@ use protocols::launch::Fault;
 
 use super::cases;
 use crate::scenario::{Findings, GUEST_LIMIT, Scenario};
-use crate::vm::{Backing, Config, Settings};
+use crate::vm::{Backing, Config, Settings, Vc};
 
 /// The table has at least so many cases.
 const LEAST_CASES: usize = 160;
@@ -21,6 +21,7 @@ pub fn scenarios() -> Vec<Scenario> {
                     context.image(&context.artefacts.isa_cases, None, Fault::NONE)?;
                 let settings = Settings {
                     backing,
+                    vc: Vc::All,
                     oracle: true,
                     ..Settings::default()
                 };

@@ -50,9 +50,11 @@ impl FromStr for Backing {
 pub enum Vc {
     /// Only what must be: the guest's own CPUID, I/O and MSR accesses are served directly.
     Direct,
-    /// Everything, through the guest's #VC handler.
+    /// Everything that KVM has reflected, through the guest's #VC handler.
     #[default]
     Strict,
+    /// That, RDTSC and RDTSCP.
+    All,
 }
 
 impl Vc {
@@ -61,6 +63,7 @@ impl Vc {
         match self {
             Vc::Direct => "direct",
             Vc::Strict => "strict",
+            Vc::All => "all",
         }
     }
 }
@@ -72,7 +75,8 @@ impl FromStr for Vc {
         match text {
             "direct" => Ok(Vc::Direct),
             "strict" => Ok(Vc::Strict),
-            _ => bail!("expected direct or strict"),
+            "all" => Ok(Vc::All),
+            _ => bail!("expected direct, strict or all"),
         }
     }
 }

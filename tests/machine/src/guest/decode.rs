@@ -37,6 +37,8 @@ pub enum Opcode {
     Mwait,
     /// 0F 01 D1.
     Xsetbv,
+    /// 0F 01 F9.
+    Rdtscp,
     /// Anything else.
     Other,
 }
@@ -86,6 +88,7 @@ fn group_0f01(third: u8, repeat: Option<u8>) -> Opcode {
         (0xC8, _) => Opcode::Monitor,
         (0xC9, _) => Opcode::Mwait,
         (0xD1, _) => Opcode::Xsetbv,
+        (0xF9, _) => Opcode::Rdtscp,
         (0xD9, Some(_)) => Opcode::Vmgexit,
         (0xD9, None) => Opcode::Vmmcall,
         (0xFD, Some(0xF3)) => Opcode::Rmpquery,
@@ -140,6 +143,12 @@ mod tests {
             Opcode::Other
         );
         assert_eq!(decode(&[0x0F, 0x0B], true).opcode, Opcode::Other);
+    }
+
+    #[test]
+    fn rdtscp_is_not_rdtsc() {
+        assert_eq!(decode(&[0x0F, 0x01, 0xF9], true).opcode, Opcode::Rdtscp);
+        assert_eq!(decode(&[0x0F, 0x31], true).opcode, Opcode::Other);
     }
 
     #[test]

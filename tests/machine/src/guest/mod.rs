@@ -7,6 +7,8 @@
 
 pub mod decode;
 pub mod deliver;
+pub mod event;
+pub mod locate;
 pub mod operand;
 pub mod walk;
 

@@ -8,93 +8,68 @@ use alloc::format;
 
 use machine::guest::decode::MAX_LENGTH;
 use machine::guest::deliver::{DeliveryError, Frame, VECTOR_VC};
-use machine::guest::operand;
-use machine::guest::walk::Access;
+use machine::guest::event::{Event, Interrupted, Kind as EventKind, vector};
+use machine::guest::locate;
+use machine::guest::operand::{self, CodeSize};
 use machine::platform::End;
-use machine::types::{Gpa, Kind, PageSize};
+use machine::types::{Gpa, Kind};
 use protocols::exit_code::ExitCode;
 
 use super::guest_memory::{View, fetch};
 use super::shared;
-use super::svm::seg;
+use super::svm::{Registers, seg, virq};
 use super::vcpu::{Flow, Vcpu};
-
-/// Fields of EVENTINJ and EXITINTINFO (APM 15.20).
-mod event {
-    pub const TYPE_INTERRUPT: u64 = 0;
-    pub const TYPE_NMI: u64 = 2;
-    pub const TYPE_EXCEPTION: u64 = 3;
-    pub const TYPE_SHIFT: u32 = 8;
-    pub const ERROR_VALID: u64 = 1 << 11;
-    pub const VALID: u64 = 1 << 31;
-}
-
-const VECTOR_NMI: u64 = 2;
-const VECTOR_UD: u64 = 6;
-const VECTOR_DF: u64 = 8;
-const VECTOR_GP: u64 = 13;
-const VECTOR_PF: u64 = 14;
 
 impl Vcpu {
     /// Injects again what the exit interrupted. Handlers that deliver an event of their own
     /// replace it.
     pub fn keep_interrupted_event(&mut self) {
         let control = &mut self.vmcb_mut().control;
-        let info = control.exit_int_info;
-        control.event_inj = 0;
-        if info & event::VALID == 0 {
-            return;
-        }
-        let vector = info & 0xFF;
-        let kind = info >> event::TYPE_SHIFT & 7;
-        // TCG reports pass-through interrupts as exceptions (facts: tcg-svm.md §6).
-        let kind = match kind {
-            event::TYPE_EXCEPTION if vector >= 32 => event::TYPE_INTERRUPT,
-            event::TYPE_EXCEPTION if vector == VECTOR_NMI => event::TYPE_NMI,
-            other => other,
-        };
-        let error = if info & event::ERROR_VALID != 0 {
-            event::ERROR_VALID | info >> 32 << 32
-        } else {
-            0
-        };
-        control.event_inj = event::VALID | kind << event::TYPE_SHIFT | vector | error;
+        control.event_inj = Event::decode(control.exit_int_info).map_or(0, Event::encode);
     }
 
-    fn inject_exception(&mut self, vector: u64, error: Option<u32>) {
-        let error = error.map_or(0, |code| event::ERROR_VALID | u64::from(code) << 32);
-        self.vmcb_mut().control.event_inj =
-            event::VALID | event::TYPE_EXCEPTION << event::TYPE_SHIFT | vector | error;
+    fn inject(&mut self, event: Event) {
+        self.vmcb_mut().control.event_inj = event.encode();
     }
 
     /// Injects #UD.
     pub fn undefined_opcode(&mut self) -> Flow {
-        self.inject_exception(VECTOR_UD, None);
+        self.inject(Event::exception(vector::UD, None));
         Flow::Resume
     }
 
     /// Injects #GP(0).
     pub fn general_protection(&mut self) -> Flow {
-        self.inject_exception(VECTOR_GP, Some(0));
+        self.inject(Event::exception(vector::GP, Some(0)));
         Flow::Resume
     }
 
     /// Injects #PF.
     pub fn page_fault(&mut self, address: u64, code: u32) -> Flow {
         self.save_mut().cr2 = address;
-        self.inject_exception(VECTOR_PF, Some(code));
+        self.inject(Event::exception(vector::PF, Some(code)));
         Flow::Resume
     }
 
     /// Injects an NMI that was meant for the guest.
     pub fn nmi(&mut self) -> Flow {
-        self.vmcb_mut().control.event_inj =
-            event::VALID | event::TYPE_NMI << event::TYPE_SHIFT | VECTOR_NMI;
+        self.inject(Event::NMI);
         Flow::Resume
     }
 
     /// Delivers #VC with an exit code as its error code, in software.
     pub fn vc(&mut self, code: ExitCode) -> Flow {
+        let due = match Event::decode(self.vmcb().control.event_inj).map(Event::after_vc) {
+            None | Some(Interrupted::Repeats) => None,
+            Some(Interrupted::Pending(event)) => Some(event),
+            Some(Interrupted::DoubleFault) => return self.double_fault(),
+            Some(Interrupted::Shutdown) => {
+                return Flow::End(End::Shutdown {
+                    vmpl: self.vmpl,
+                    rip: self.rip(),
+                });
+            }
+        };
         // TR is not among what VMRUN switches: fetch it, and keep it when it is loaded again.
         self.save_hidden_state();
         let paging = self.paging();
@@ -130,12 +105,13 @@ impl Vcpu {
                 save.rsp = frame.rsp;
                 self.vmcb_mut().control.int_state = 0;
                 self.vmcb_mut().control.event_inj = 0;
+                if let Some(event) = due {
+                    self.deliver_later(event);
+                }
                 Flow::Resume
             }
-            Err(DeliveryError::DoubleFault) => {
-                self.inject_exception(VECTOR_DF, Some(0));
-                Flow::Resume
-            }
+            Err(DeliveryError::DoubleFault) => self.double_fault(),
+            Err(DeliveryError::PageFault { address, code }) => self.page_fault(address, code),
             Err(DeliveryError::Unsupported) => {
                 let why = format!(
                     "{} got #VC {code:?} where it cannot be delivered",
@@ -146,52 +122,76 @@ impl Vcpu {
         }
     }
 
-    /// The virtual address of an access that faulted at `gpa`, which TCG does not report.
-    ///
-    /// A fetch was at RIP. For data the operands of the instruction are tried: the one that
-    /// leads to the page is it; 0 if none does.
-    pub fn faulting_address(&self, gpa: Gpa, kind: Kind) -> u64 {
-        let machine = shared::lock(self.rip());
-        let view = View::new(&machine.platform, self.vmpl);
-        let paging = self.paging();
-        let leads_there = |address: &u64| {
-            let access = Access {
-                execute: kind == Kind::Execute,
-                ..Access::default()
-            };
-            let page = gpa.align_down(PageSize::Size4K);
-            paging
-                .translate(&view, *address, access)
-                .is_ok_and(|to| to.gpa.align_down(PageSize::Size4K) == page)
-        };
-        let rip = self.rip();
-        if kind == Kind::Execute {
-            // The instruction may begin on the page before.
-            return [rip, rip | 0xFFF, (rip | 0xFFF) + 1]
-                .into_iter()
-                .find(leads_there)
-                .unwrap_or(0);
+    fn double_fault(&mut self) -> Flow {
+        self.inject(Event::exception(vector::DF, Some(0)));
+        Flow::Resume
+    }
+
+    /// An event whose delivery ended in #VC follows when the handler of #VC lets it: its source
+    /// has handed it over and will not repeat it.
+    fn deliver_later(&mut self, event: Event) {
+        match event.kind {
+            // The virtual interrupt waits for RFLAGS.IF, whatever the task priority: the
+            // interrupt controller has looked at that already.
+            EventKind::Interrupt => {
+                self.vmcb_mut().control.int_ctl = virq::pending(event.vector);
+            }
+            // Nothing in the handler holds an NMI off.
+            _ => self.inject(event),
         }
+    }
+
+    /// The virtual address of an access that faulted at `gpa`, which TCG does not report; 0 if
+    /// no address that the instruction may have used leads there.
+    pub fn faulting_address(&self, gpa: Gpa, kind: Kind) -> u64 {
+        // FS, GS, LDTR and TR are in the CPU.
+        self.save_hidden_state();
+        let machine = shared::lock(self.rip());
         let (bytes, len) = fetch::<MAX_LENGTH>(&machine, self);
-        let registers = self.general_registers();
-        let segments = [
-            self.save().segments[seg::FS].base,
-            self.save().segments[seg::GS].base,
-        ];
-        operand::addresses(&bytes[..len], rip, &registers, segments)
-            .into_iter()
-            .find(leads_there)
+        let save = self.save();
+        let registers = general_registers(&self.registers, save.rax, save.rsp);
+        let base = |index: usize| save.segments[index].base;
+        let flat = |index: usize| if self.is_64_bit() { 0 } else { base(index) };
+        let cpu = locate::Cpu {
+            paging: self.paging(),
+            context: operand::Context {
+                bytes: &bytes[..len],
+                size: self.code_size(),
+                rip: self.rip(),
+                registers: &registers,
+                segments: [
+                    flat(seg::ES),
+                    flat(seg::CS),
+                    flat(seg::SS),
+                    flat(seg::DS),
+                    base(seg::FS),
+                    base(seg::GS),
+                ],
+            },
+            tables: [seg::IDTR, seg::GDTR, seg::LDTR, seg::TR].map(|index| save.segments[index]),
+        };
+        cpu.locate(&View::new(&machine.platform, self.vmpl), gpa, kind)
             .unwrap_or(0)
     }
 
-    /// RAX to R15 in the order of their numbers.
-    fn general_registers(&self) -> [u64; 16] {
-        let r = &self.registers;
-        let [r8, r9, r10, r11, r12, r13, r14, r15] = r.r8_15;
-        let save = self.save();
-        [
-            save.rax, r.rcx, r.rdx, r.rbx, save.rsp, r.rbp, r.rsi, r.rdi, r8, r9, r10, r11, r12,
-            r13, r14, r15,
-        ]
+    /// How code is decoded: real mode and segments without D are 16 bits wide.
+    fn code_size(&self) -> CodeSize {
+        const DEFAULT_32: u16 = 1 << 10;
+        let code = self.save().segments[seg::CS].attributes;
+        if self.is_64_bit() {
+            CodeSize::Bits64
+        } else if code.0 & DEFAULT_32 != 0 {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        }
     }
+}
+
+/// RAX to R15 in the order of their numbers.
+fn general_registers(r: &Registers, rax: u64, rsp: u64) -> [u64; 16] {
+    let [r8, r9, r10, r11, r12, r13, r14, r15] = r.r8_15;
+    [
+        rax, r.rcx, r.rdx, r.rbx, rsp, r.rbp, r.rsi, r.rdi, r8, r9, r10, r11, r12, r13, r14, r15,
+    ]
 }

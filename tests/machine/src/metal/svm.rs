@@ -185,6 +185,12 @@ pub mod intercept {
     /// misc2: VMRUN, VMMCALL, VMLOAD, VMSAVE, STGI, CLGI, SKINIT: un-intercepted, VMLOAD and
     /// VMSAVE would act on the host's physical memory.
     pub const SVM: u32 = 0x7F;
+    /// misc1: RDTSC, and under TCG RDTSCP too.
+    pub const RDTSC: u32 = 1 << 14;
+    /// misc1: RDPMC.
+    pub const RDPMC: u32 = 1 << 15;
+    /// misc2: RDTSCP.
+    pub const RDTSCP: u32 = 1 << 7;
     /// misc2: WBINVD.
     pub const WBINVD: u32 = 1 << 9;
     /// misc2: MONITOR and MWAIT.
@@ -193,6 +199,28 @@ pub mod intercept {
     pub const XSETBV: u32 = 1 << 13;
     /// exceptions: #UD, which is how the new instructions arrive.
     pub const EXCEPTION_UD: u32 = 1 << 6;
+    /// exceptions: #DB and #AC, which KVM intercepts in guests whose debug registers it cannot
+    /// switch.
+    pub const EXCEPTION_DB_AC: u32 = 1 << 1 | 1 << 17;
+    /// debug registers: reads (15:0) and writes (31:16) of DR7.
+    pub const DR7: u32 = 1 << 7 | 1 << 23;
+}
+
+/// The virtual interrupt of the control area (APM 15.21.4).
+pub mod virq {
+    const IRQ: u64 = 1 << 8;
+    const IGNORE_TPR: u64 = 1 << 20;
+    const VECTOR_SHIFT: u32 = 32;
+
+    /// A virtual interrupt that is taken as soon as interrupts are on.
+    pub const fn pending(vector: u8) -> u64 {
+        IRQ | IGNORE_TPR | (vector as u64) << VECTOR_SHIFT
+    }
+
+    /// What is left of `control` when the level is left: an interrupt not taken yet.
+    pub const fn kept(control: u64) -> u64 {
+        if control & IRQ != 0 { control } else { 0 }
+    }
 }
 
 /// VMEXIT_INVALID as TCG stores it: 32 bits of the 64-bit -1.

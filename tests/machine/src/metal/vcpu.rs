@@ -29,7 +29,7 @@ use super::memory::OwnPages;
 use super::npt::Mode;
 use super::permissions::Permissions;
 use super::smp::{Park, Request};
-use super::svm::{self, Registers, Save, Vmcb, intercept, seg};
+use super::svm::{self, Registers, Save, Vmcb, intercept, seg, virq};
 use super::world::{self, Reason};
 use super::{cpu, exit, finish, shared, smp};
 
@@ -60,7 +60,7 @@ pub struct Vcpu {
     pub id: VcpuId,
     /// The level that runs, or ran last.
     pub vmpl: Vmpl,
-    /// Whether that level gets #VC for what hardware reflects.
+    /// Whether that level gets #VC for what KVM has reflected.
     pub strict: bool,
     /// General registers.
     pub registers: Registers,
@@ -72,6 +72,8 @@ pub struct Vcpu {
     reflection: Reflection,
     /// What is traced.
     pub trace: Trace,
+    /// Interrupts of each level that wait for RFLAGS.IF, as the VMCB has them.
+    interrupts: [u64; Vmpl::COUNT],
     /// The level left last did so by a HLT with interrupts off.
     halted: bool,
     /// An NMI of the guest woke it.
@@ -100,6 +102,7 @@ impl Vcpu {
             permissions,
             reflection: settings.reflection,
             trace: settings.trace,
+            interrupts: [0; Vmpl::COUNT],
             halted: false,
             nmi_due: false,
             hostile: settings.is_hostile(Hostile::EarlyReturn),
@@ -314,6 +317,7 @@ impl Vcpu {
         let vmcb = self.vmcb_mut();
         vmcb.control.intercept_misc1 = intercept::NMI | intercept::INIT | intercept::SHUTDOWN;
         vmcb.control.intercept_misc2 = intercept::SVM;
+        vmcb.control.intercept_dr = 0;
         vmcb.control.asid = 1;
         vmcb.control.np_enable = 1;
         vmcb.control.n_cr3 = root;
@@ -349,7 +353,7 @@ impl Vcpu {
         let (left, left_rax) = (self.vmpl, self.save().rax);
         self.vmpl = vmpl;
         self.vmsa = spa;
-        self.strict = vmpl == Vmpl::VMPL0 || self.reflection == Reflection::Strict;
+        self.strict = vmpl == Vmpl::VMPL0 || self.reflection != Reflection::Direct;
         // A request to start this level, or to replace its VMSA, has now been carried out.
         if smp::request(self.id) == Some(Request::Start(vmpl)) {
             smp::answer(self.id);
@@ -384,6 +388,7 @@ impl Vcpu {
     }
 
     fn leave_world(&mut self, why: &Reason) {
+        self.interrupts[self.vmpl.index()] = virq::kept(self.vmcb().control.int_ctl);
         world::leave(
             self.vmsa,
             self.vmcb(),
@@ -398,6 +403,8 @@ impl Vcpu {
         let strict = self.strict;
         let iopm = self.permissions.ports(strict);
         let msrpm = self.permissions.msrs(strict);
+        let interrupt = self.interrupts[self.vmpl.index()];
+        let all = self.reflection == Reflection::All;
         let control = &mut self.vmcb_mut().control;
         control.intercept_exceptions = intercept::EXCEPTION_UD;
         control.intercept_misc1 = intercept::NMI
@@ -409,14 +416,21 @@ impl Vcpu {
             | intercept::MSR
             | intercept::SHUTDOWN;
         control.intercept_misc2 = intercept::SVM | intercept::XSETBV;
+        control.intercept_dr = 0;
         if strict {
-            control.intercept_misc1 |= intercept::INVD;
+            control.intercept_dr = intercept::DR7;
+            control.intercept_exceptions |= intercept::EXCEPTION_DB_AC;
+            control.intercept_misc1 |= intercept::INVD | intercept::RDPMC;
             control.intercept_misc2 |= intercept::WBINVD | intercept::MONITOR_MWAIT;
+        }
+        if all {
+            control.intercept_misc1 |= intercept::RDTSC;
+            control.intercept_misc2 |= intercept::RDTSCP;
         }
         control.iopm_base = iopm;
         control.msrpm_base = msrpm;
         control.asid = 1;
-        control.int_ctl = 0;
+        control.int_ctl = interrupt;
         control.int_state = 0;
         control.np_enable = 1;
         control.event_inj = 0;

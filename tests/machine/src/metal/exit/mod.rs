@@ -15,7 +15,7 @@ use core::fmt;
 
 use machine::access::Denial;
 use machine::cpuid::Context;
-use machine::guest::decode::{self, MAX_LENGTH};
+use machine::guest::decode::{self, MAX_LENGTH, Opcode};
 use machine::platform::End;
 use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
@@ -45,8 +45,22 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
         ExitCode::CPUID => cpuid(vcpu),
         ExitCode::HLT => halt(vcpu),
         // Only a strict level exits for these.
-        ExitCode::INVD | ExitCode::WBINVD | ExitCode::MONITOR | ExitCode::MWAIT => {
-            vcpu.vc(ExitCode(code))
+        ExitCode::INVD
+        | ExitCode::WBINVD
+        | ExitCode::MONITOR
+        | ExitCode::MWAIT
+        | ExitCode::RDPMC
+        | ExitCode::READ_DR7
+        | ExitCode::WRITE_DR7
+        | ExitCode::EXCEPTION_DB
+        | ExitCode::EXCEPTION_AC => vcpu.vc(ExitCode(code)),
+        // TCG has one exit for two instructions (facts: tcg-svm.md §5).
+        ExitCode::RDTSC | ExitCode::RDTSCP => {
+            let code = match instruction_at_rip(vcpu).opcode {
+                Opcode::Rdtscp => ExitCode::RDTSCP,
+                _ => ExitCode::RDTSC,
+            };
+            vcpu.vc(code)
         }
         // No XSAVE is advertised, so CR4.OSXSAVE is clear; the SVM instructions do not exist
         // in a guest whose CPUID hides SVM.

@@ -47,6 +47,12 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
             machine.map(vcpu.vmpl, mode, address, mapping, seen_as);
             Flow::Resume
         }
+        // Hardware reflects nested faults with the reserved bit, which is how hosts mark devices
+        // (APM 15.35.4). A ROM is mapped, as on KVM.
+        Verdict::Mmio(_) if vcpu.strict && machine.platform.spa_of(gpa).is_none() => {
+            drop(machine);
+            vcpu.vc(ExitCode::NPF)
+        }
         Verdict::Mmio(spa) => {
             machine.settle(vcpu.rip());
             map_device(&mut machine, vcpu, mode, address, spa);
@@ -54,7 +60,8 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
         }
         Verdict::NotValidated => {
             drop(machine);
-            not_validated(vcpu, gpa, kind)
+            let exact = Gpa::new(gpa.get() | vcpu.vmcb().control.exit_info2 & 0xFFF);
+            not_validated(vcpu, exact, kind)
         }
         Verdict::Denied(denial) => {
             drop(machine);
