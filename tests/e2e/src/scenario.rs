@@ -12,6 +12,7 @@ use protocols::report::{Event, Outcome, Report};
 
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
+use crate::initramfs::Extra;
 use crate::vm::{Config, Console, Finished, Linux, Settings};
 
 /// Everything that was built and fetched for the scenarios.
@@ -37,6 +38,8 @@ pub struct Artefacts {
     pub kernels: BTreeMap<Kernel, PathBuf>,
     /// Debian's static busybox.
     pub busybox: PathBuf,
+    /// The stress program and its module, for the kernels of the chosen scenarios that run it.
+    pub stress: BTreeMap<Kernel, Vec<Extra>>,
     /// The `xtask` program itself, for scenarios about what it says.
     pub xtask: PathBuf,
 }
@@ -76,6 +79,8 @@ pub struct Scenario {
     pub kernel: Kernel,
     /// The firmware it boots; the default one is there always.
     pub firmware: Firmware,
+    /// Whether it runs the stress program.
+    pub stress: bool,
     /// Does it. An error means that it could not be carried out, which is a failure as well.
     #[expect(
         clippy::type_complexity,
@@ -96,6 +101,7 @@ impl Scenario {
             full_only: false,
             kernel: Kernel::default(),
             firmware: Firmware::default(),
+            stress: false,
             run: Box::new(run),
         }
     }
@@ -119,6 +125,15 @@ impl Scenario {
     #[must_use]
     pub fn started_by(self, firmware: Firmware) -> Scenario {
         Scenario { firmware, ..self }
+    }
+
+    /// The same, with the stress program in the guest.
+    #[must_use]
+    pub fn with_stress(self) -> Scenario {
+        Scenario {
+            stress: true,
+            ..self
+        }
     }
 
     /// The same, left out unless everything is asked for.
@@ -311,12 +326,17 @@ impl Context {
 
     /// A kernel of Debian's with a userspace that runs `command`.
     pub fn linux_of(&self, kernel: Kernel, command: &str) -> Result<Linux> {
+        self.linux_with(kernel, command, &[])
+    }
+
+    /// The same, with more files.
+    pub fn linux_with(&self, kernel: Kernel, command: &str, extras: &[Extra]) -> Result<Linux> {
         let busybox = fs::read(&self.artefacts.busybox)
             .with_context(|| format!("{}", self.artefacts.busybox.display()))?;
         let initrd = self.dir.join("initramfs.cpio");
         fs::write(
             &initrd,
-            crate::initramfs::build(&busybox, Some(command), &[]),
+            crate::initramfs::build(&busybox, Some(command), extras),
         )
         .with_context(|| format!("{}", initrd.display()))?;
         Ok(Linux {

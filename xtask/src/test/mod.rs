@@ -122,6 +122,12 @@ fn artefacts(
             place.insert(fetch::guests::firmware(firmware).obtain(layout)?);
         }
     }
+    let mut stress = BTreeMap::new();
+    for kernel in scenarios.iter().filter(|s| s.stress).map(|s| s.kernel) {
+        if let (Entry::Vacant(place), Some(file)) = (stress.entry(kernel), kernels.get(&kernel)) {
+            place.insert(crate::stress::obtain(layout, file)?);
+        }
+    }
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(layout, target, &ovmf, Fault::NONE)?;
     let tests = build::for_tests(layout, target)?;
@@ -136,6 +142,7 @@ fn artefacts(
         firmwares,
         kernels,
         busybox,
+        stress,
         xtask,
     })
 }

@@ -6,6 +6,7 @@
 //! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
 //! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
+//! | [`stress`] | is nothing lost when memory and processors change all the time? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
 //! | [`image`] | is the image reproducible and measured as told? |
@@ -20,6 +21,7 @@ mod image;
 mod isa;
 mod matrix;
 mod observe;
+mod stress;
 mod svsm_calls;
 mod tools;
 
@@ -37,6 +39,7 @@ pub fn all() -> Vec<Scenario> {
         faults::scenarios(),
         boot::scenarios(),
         matrix::scenarios(),
+        stress::scenarios(),
     ]
     .into_iter()
     .flatten()
