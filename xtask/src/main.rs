@@ -17,6 +17,7 @@
 //! | [`test`] | everything that decides whether the tree is good |
 //! | [`disk`] | the disk with a real Debian |
 //! | [`doctor`] | what is there and what is missing |
+//! | [`userspace`] | programs for the guest's userspace |
 //! | [`layout`], [`command`], [`progress`] | directories, other programs, what the user sees |
 //!
 //! Standard output carries results only, standard error everything else. An error is one line that
@@ -37,6 +38,7 @@ mod run;
 mod stress;
 mod test;
 mod toolchain;
+mod userspace;
 
 use std::process::ExitCode;
 

@@ -24,7 +24,7 @@ use protocols::report::Event;
 use crate::fetch::guests::{self, Choice, choice};
 use crate::layout::{Layout, create_dir, read, write};
 use crate::progress::{self, Step};
-use crate::{build, disk, fetch, observe, qemu, stress};
+use crate::{build, disk, fetch, observe, qemu, stress, userspace};
 use ending::Ending;
 
 /// What `xtask run` can be told.
@@ -64,6 +64,8 @@ pub struct Options {
     disk: disk::DiskOptions,
     #[command(flatten)]
     stress: stress::Options,
+    #[command(flatten)]
+    kexec: userspace::KexecOptions,
     /// Command to run in the guest instead of a shell; ends with its output and exit status
     #[arg(long, value_name = "CMD")]
     exec: Option<String>,
@@ -175,7 +177,8 @@ fn linux(layout: &Layout, options: &Options, dir: &Path) -> Result<Linux> {
     let userspace = match &options.initrd {
         Some(file) => read(file)?,
         None => {
-            let extras = options.stress.extras(layout, &kernel)?;
+            let mut extras = options.stress.extras(layout, &kernel)?;
+            extras.extend(options.kexec.extras(layout, &kernel)?);
             let busybox = read(&fetch::BUSYBOX.obtain(layout)?)?;
             initramfs::build(&busybox, options.exec.as_deref(), &extras)
         }

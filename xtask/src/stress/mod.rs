@@ -9,17 +9,13 @@ mod room;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use e2e::initramfs::Extra;
 use e2e::stress::{MODULE, PROGRAM};
 
-use crate::command::{self, tail};
 use crate::layout::{Layout, create_dir, read, write};
-use crate::progress;
-use crate::toolchain;
+use crate::userspace;
 
-/// The target of the program: a Linux with a C library that can be linked statically.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// The module's sources, relative to the checkout.
 const MODULE_SOURCES: &str = "tests/stress/module";
 /// The file that kbuild makes of them.
@@ -52,7 +48,7 @@ pub fn obtain(layout: &Layout, kernel: &Path) -> Result<Vec<Extra>> {
         Extra {
             name: PROGRAM.to_owned(),
             permissions: 0o755,
-            data: read(&program(layout)?)?,
+            data: read(&userspace::program(layout, "stress")?)?,
         },
         Extra {
             name: MODULE.to_owned(),
@@ -60,36 +56,6 @@ pub fn obtain(layout: &Layout, kernel: &Path) -> Result<Vec<Extra>> {
             data: read(&module(layout, kernel)?)?,
         },
     ])
-}
-
-/// Compiles the stress program.
-fn program(layout: &Layout) -> Result<PathBuf> {
-    let step = progress::step("build the stress program");
-    let mut cargo = toolchain::cargo(&layout.root);
-    cargo
-        .args([
-            "build",
-            "--release",
-            "--package",
-            "stress",
-            "--bin",
-            "stress",
-        ])
-        .args(["--target", TARGET, "--config", "profile.release.strip=true"])
-        .env(
-            "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
-            "-Ctarget-feature=+crt-static",
-        );
-    let (ok, text) = command::watched(&mut cargo, &step)?;
-    if !ok {
-        bail!(
-            "the stress program does not build (it needs a C compiler and a static C library; \
-             Debian: apt-get install gcc libc6-dev):\n{}",
-            tail(&text, 20).trim_end()
-        );
-    }
-    step.done("");
-    Ok(layout.target.join(TARGET).join("release/stress"))
 }
 
 /// Compiles the module for `kernel`, unless it was compiled from the same sources before.

@@ -31,6 +31,25 @@ pub struct Extra {
     pub data: Vec<u8>,
 }
 
+/// The files of a guest that can start its kernel anew by the command `kexec-again`: the program
+/// kexec and the kernel it is booted with.
+pub fn kexec_files(program: Vec<u8>, kernel: Vec<u8>) -> Vec<Extra> {
+    let extra = |name: &str, permissions, data| Extra {
+        name: name.to_owned(),
+        permissions,
+        data,
+    };
+    vec![
+        extra("bin/kexec", 0o755, program),
+        extra(
+            "bin/kexec-again",
+            0o755,
+            include_bytes!("kexec-again.sh").to_vec(),
+        ),
+        extra("turnstile/vmlinuz", 0o644, kernel),
+    ]
+}
+
 /// The directories of the initramfs.
 pub const DIRECTORIES: [&str; 7] = ["bin", "dev", "proc", "sys", "tmp", "root", "turnstile"];
 

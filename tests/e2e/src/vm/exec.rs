@@ -44,8 +44,20 @@ impl ExecStream {
             output.extend(self.held.drain(..nul));
             // `held` now begins with the NUL.
             let tail = self.held.get(1..).unwrap_or_default();
-            let known = tail.len().min(EXIT_TRAILER.len());
-            if tail.get(..known) != EXIT_TRAILER.as_bytes().get(..known) {
+            let may_begin = |mark: &[u8]| {
+                let known = tail.len().min(mark.len());
+                tail.get(..known) == mark.get(..known)
+            };
+            let again = [OUTPUT_BEGINS.as_bytes(), b"\n"].concat();
+            if may_begin(&again) {
+                if tail.len() < again.len() {
+                    return output;
+                }
+                // Another kernel runs the same command once more.
+                self.held.drain(..1 + again.len());
+                continue;
+            }
+            if !may_begin(EXIT_TRAILER.as_bytes()) {
                 output.extend(self.held.drain(..1));
                 continue;
             }
@@ -96,6 +108,20 @@ mod tests {
             output.extend(stream.push(&whole[cut..]));
             assert_eq!(output, b"hello\n", "cut at {cut}");
             assert_eq!(stream.status(), Some(0), "cut at {cut}");
+        }
+    }
+
+    /// A command that starts another kernel is begun again by that one, and only then ends.
+    #[test]
+    fn a_second_begin_is_no_output() {
+        let whole = format!("\0{OUTPUT_BEGINS}\none\n\0{OUTPUT_BEGINS}\ntwo\n\0{EXIT_TRAILER}7\n")
+            .into_bytes();
+        for cut in 0..=whole.len() {
+            let mut stream = ExecStream::behind_firmware();
+            let mut output = stream.push(&whole[..cut]);
+            output.extend(stream.push(&whole[cut..]));
+            assert_eq!(output, b"one\ntwo\n", "cut at {cut}");
+            assert_eq!(stream.status(), Some(7), "cut at {cut}");
         }
     }
 
