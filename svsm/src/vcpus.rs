@@ -9,6 +9,8 @@
 //!   state is undone: a record outlives what it describes;
 //! - there is no lock. A record is changed by whoever has its slot to himself ([`slot`]); a
 //!   processor that serves a call waits for nobody;
+//! - a calling area belongs to one VMSA; a newer one of the same processor may inherit it, and the
+//!   older then makes no calls;
 //! - nobody deletes the state under a call, nor one that a processor at VMPL0 has just asked the
 //!   host to run;
 //! - the public table shows the records in the order of the slots: first those of the first
@@ -22,7 +24,10 @@ use protocols::map::VcpuEntry;
 use protocols::vmsa::SevFeatures;
 use spin::Mutex;
 
-use crate::protocol::{Debt, DeleteRefusal, Deletion, NoRoom, Place, VcpuIndex, VcpuPages, Vcpus};
+use crate::protocol::{
+    Debt, DeleteRefusal, Deletion, Inherited, NoRoom, NotPassedOn, Place, VcpuIndex, VcpuPages,
+    Vcpus,
+};
 use slot::{Kept, Look, Pin, Slot};
 
 mod flush;
@@ -278,6 +283,10 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
         }
     }
 
+    fn shown_area(&self, slot: usize) -> Option<Frame> {
+        frame(self.shown.get(slot)?.calling_area.load(Ordering::SeqCst))
+    }
+
     fn shown_vmsa(&self, slot: usize) -> Option<Frame> {
         frame(self.shown.get(slot)?.vmsa.load(Ordering::SeqCst))
     }
@@ -301,8 +310,18 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
             .or(Some(first))
     }
 
-    /// Begins to delete what is in `slot`, with a bounded wait for those who look at it.
-    fn reserve(&self, slot: &Slot, vmsa: Frame, own: bool) -> Result<(), DeleteRefusal> {
+    /// Ends what [`Registry::reserve`] has begun; the VMSA stays.
+    fn let_go(&self, index: usize, slot: &Slot) {
+        // A flush may have passed it over meanwhile.
+        if let Some(vmsa) = self.shown_vmsa(index) {
+            self.control.owe_flush(vmsa);
+        }
+        slot.undo_delete();
+    }
+
+    /// Gets a VMSA on record for oneself, as to delete it, with a bounded wait for those who look
+    /// at it.
+    fn reserve(&self, slot: &Slot, page: Frame, own: bool) -> Result<(), DeleteRefusal> {
         for _ in 0..DELETE_TRIES {
             match slot.begin_delete(own) {
                 Ok(()) => return Ok(()),
@@ -312,7 +331,7 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
                 Err(Kept::Serving | Kept::Pinned) => core::hint::spin_loop(),
             }
         }
-        log::debug!("{vmsa:?} is looked at for too long to be deleted");
+        log::debug!("{page:?} is looked at for too long");
         match slot.begin_delete(own) {
             Ok(()) => Ok(()),
             Err(Kept::Serving) => Err(DeleteRefusal::InUse),
@@ -341,8 +360,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
     }
 
     fn calling_area(&self, VcpuIndex(index): VcpuIndex) -> Option<Frame> {
-        let slot = self.served_slot(index)?;
-        frame(self.shown.get(slot)?.calling_area.load(Ordering::SeqCst))
+        self.shown_area(self.served_slot(index)?)
     }
 
     fn exchange_calling_area(&self, VcpuIndex(index): VcpuIndex, new: Taken) -> Option<Taken> {
@@ -369,20 +387,83 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         };
         let VcpuPages { vmsa, calling_area } = pages;
         let frame = vmsa.frame();
+        let area = calling_area.as_ref().map_or(0, |area| area.frame().gpa());
         if let Some(shown) = self.shown.get(slot) {
-            shown.show(frame.gpa(), calling_area.frame().gpa());
+            shown.show(frame.gpa(), area);
         }
         let age = vcpu.made.fetch_add(1, Ordering::Relaxed);
         record.age.store(age, Ordering::Relaxed);
         *record.loans.lock() = Loans {
             vmsa: Some(vmsa),
-            area: Some(calling_area),
+            area: calling_area,
         };
         record.slot.publish();
         // Only now: what can run is on record.
         self.control.release(frame);
         record.slot.open();
         Ok(())
+    }
+
+    fn pass_on_area(
+        &self,
+        VcpuIndex(caller): VcpuIndex,
+        apic_id: u32,
+        area: Frame,
+    ) -> Result<Inherited, NotPassedOn> {
+        let owner = self.vcpus.iter().position(|vcpu| vcpu.apic_id == apic_id);
+        let has_it = |&(slot, _): &(usize, &Record)| self.shown_area(slot) == Some(area);
+        let found = owner.and_then(|owner| self.records_of(owner).find(has_it));
+        let (slot, record) = found.ok_or(NotPassedOn::NotThere)?;
+        if self.served_slot(caller) == Some(slot) {
+            return Err(NotPassedOn::NotThere);
+        }
+        // Nobody may be about to answer a call that was made through it.
+        self.reserve(&record.slot, area, false)
+            .map_err(|refusal| match refusal {
+                DeleteRefusal::Unknown | DeleteRefusal::Startup => NotPassedOn::NotThere,
+                DeleteRefusal::InUse | DeleteRefusal::Busy => NotPassedOn::Busy,
+            })?;
+        let rests = self
+            .shown_vmsa(slot)
+            .is_some_and(|vmsa| !self.control.is_awaited(vmsa) && !self.control.is_running(vmsa));
+        let taken = if rests && self.shown_area(slot) == Some(area) {
+            record.loans.lock().area.take()
+        } else {
+            None
+        };
+        if let (Some(_), Some(shown)) = (&taken, self.shown.get(slot)) {
+            shown.calling_area.store(0, Ordering::SeqCst);
+        }
+        self.let_go(slot, &record.slot);
+        let area = taken.ok_or(NotPassedOn::Busy)?;
+        let from = Place(slot);
+        Ok(Inherited { from, area })
+    }
+
+    fn return_area(&self, Inherited { from, area }: Inherited) -> Option<Taken> {
+        let Place(slot) = from;
+        let (Some(record), Some(shown)) = (self.slots.get(slot), self.shown.get(slot)) else {
+            return Some(area);
+        };
+        // What is there now may be another VMSA, which came with an area of its own; one without
+        // has lost it as the former owner has, and it is the same processor's.
+        if self.shown_area(slot).is_some()
+            || self.reserve(&record.slot, area.frame(), false).is_err()
+        {
+            return Some(area);
+        }
+        let mut loans = record.loans.lock();
+        let left = match loans.area {
+            None => {
+                let gpa = area.frame().gpa();
+                shown.calling_area.store(gpa, Ordering::SeqCst);
+                loans.area.replace(area)
+            }
+            Some(_) => Some(area),
+        };
+        drop(loans);
+        self.let_go(slot, &record.slot);
+        left
     }
 
     fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame> {
@@ -428,7 +509,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
             None
         };
         match (refusal, loans.vmsa.take(), loans.area.take()) {
-            (None, Some(page), Some(calling_area)) => {
+            (None, Some(page), calling_area) => {
                 self.control.stop(vmsa);
                 Ok(Deletion {
                     place: Place(slot),
@@ -441,11 +522,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
             (refusal, page, area) => {
                 (loans.vmsa, loans.area) = (page, area);
                 drop(loans);
-                // A flush may have passed it over meanwhile.
-                if let Some(vmsa) = self.shown_vmsa(slot) {
-                    self.control.owe_flush(vmsa);
-                }
-                record.slot.undo_delete();
+                self.let_go(slot, &record.slot);
                 Err(refusal.unwrap_or(DeleteRefusal::Unknown))
             }
         }
@@ -470,7 +547,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         let frame = vmsa.frame();
         *record.loans.lock() = Loans {
             vmsa: Some(vmsa),
-            area: Some(calling_area),
+            area: calling_area,
         };
         self.control.owe_flush(frame);
         // The caller's own is released by the request loop, with the answer.

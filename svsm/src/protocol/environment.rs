@@ -60,8 +60,27 @@ impl fmt::Debug for VcpuIndex {
 pub struct VcpuPages {
     /// Its VMSA.
     pub vmsa: Taken,
-    /// Its calling area.
-    pub calling_area: Taken,
+    /// Its calling area; none if a newer VMSA of the processor has it now.
+    pub calling_area: Option<Taken>,
+}
+
+/// A calling area that a VMSA on record has lost to a newer one of its processor.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "goes to the newer VMSA, or back with Vcpus::return_area"]
+pub struct Inherited {
+    /// Who had it.
+    pub from: Place,
+    /// The area.
+    pub area: Taken,
+}
+
+/// Why a calling area is not passed on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotPassedOn {
+    /// No VMSA of the processor has it, or the caller calls from that one.
+    NotThere,
+    /// The VMSA that has it runs, or is looked at. Ask again.
+    Busy,
 }
 
 /// The processor has as many VMSAs on record as there is room for; the pages come back.
@@ -132,6 +151,22 @@ pub trait Vcpus {
     /// # Errors
     /// [`NoRoom`].
     fn register(&self, apic_id: u32, pages: VcpuPages) -> Result<(), NoRoom>;
+
+    /// Takes the calling area at `area` from the VMSA of this processor that has it, which from
+    /// then on makes no calls. Kernels start a processor anew with the calling area it has, and
+    /// delete the old VMSA afterwards.
+    ///
+    /// # Errors
+    /// [`NotPassedOn`]; nothing changed.
+    fn pass_on_area(
+        &self,
+        caller: VcpuIndex,
+        apic_id: u32,
+        area: Frame,
+    ) -> Result<Inherited, NotPassedOn>;
+
+    /// Undoes [`Vcpus::pass_on_area`]; the area comes back if its former owner is no more.
+    fn return_area(&self, inherited: Inherited) -> Option<Taken>;
 
     /// Of the VMSAs of a processor that a newer one has replaced, the `nth` oldest.
     fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame>;

@@ -39,8 +39,8 @@ use protocols::svsm::{CallId, CallingArea, Protocol, ResultCode};
 use protocols::terminate::TurnstileReason;
 
 pub use environment::{
-    Debt, DeleteRefusal, Deletion, GuestMemory, NoRoom, Place, Unreachable, VcpuIndex, VcpuPages,
-    Vcpus, VmsaClaims, VmsaPages,
+    Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Unreachable,
+    VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
 };
 
 /// The registers of a call (SVSM 5).

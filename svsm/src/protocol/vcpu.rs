@@ -12,8 +12,8 @@ use protocols::terminate::TurnstileReason;
 use protocols::vmsa::Efer;
 
 use super::environment::{
-    DeleteRefusal, Deletion, GuestMemory, NoRoom, Unreachable, VcpuIndex, VcpuPages, Vcpus,
-    VmsaPages,
+    DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Unreachable,
+    VcpuIndex, VcpuPages, Vcpus, VmsaPages,
 };
 use super::{Finished, LOST, Service, Stop, pending_flag, stop_for};
 
@@ -67,34 +67,65 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             return Err(ResultCode::INVALID_PARAMETER.into());
         }
         let vmsa = self.take(vmsa_frame, Role::Vmsa)?;
-        let calling_area = match self.take(area_frame, Role::CallingArea) {
+        let (area, heir_of) = match self.area_for(caller, apic_id, area_frame) {
             Ok(area) => area,
             Err(stop) => {
                 self.give_back(vmsa)?;
                 return Err(stop);
             }
         };
-        let pages = VcpuPages { vmsa, calling_area };
-        match self
+        let pages = VcpuPages {
+            vmsa,
+            calling_area: Some(area),
+        };
+        let made = self
             .inspect(vmsa_frame)
-            .and_then(|()| self.make_vmsa(vmsa_frame))
-        {
+            .and_then(|()| self.make_vmsa(vmsa_frame));
+        let (pages, stop) = match made {
             Ok(()) => match self.register(caller, apic_id, pages)? {
-                Ok(()) => Ok(()),
+                Ok(()) => return Ok(()),
                 Err(NoRoom(pages)) => {
                     self.vmsa_pages
                         .unmake_vmsa(vmsa_frame)
                         .map_err(stop_for_adjust)?;
-                    self.give_back_both(pages)?;
-                    Err(ResultCode::INVALID_REQUEST.into())
+                    (pages, ResultCode::INVALID_REQUEST.into())
                 }
             },
-            Err(stop @ Stop::Machine(_)) => Err(stop),
-            Err(stop) => {
-                self.give_back_both(pages)?;
-                Err(stop)
-            }
+            Err(stop @ Stop::Machine(_)) => return Err(stop),
+            Err(stop) => (pages, stop),
+        };
+        self.give_back(pages.vmsa)?;
+        self.give_back_area(pages.calling_area, heir_of)?;
+        Err(stop)
+    }
+
+    /// The page at `area` as the calling area of a new VMSA: one of the guest's pages, or the
+    /// area that another VMSA of the same processor has had so far. Which one that was is told
+    /// in the second case.
+    fn area_for(
+        &self,
+        caller: VcpuIndex,
+        apic_id: u32,
+        area: Frame,
+    ) -> Result<(Taken, Option<Place>), Stop> {
+        match self.take(area, Role::CallingArea) {
+            Err(Stop::Result(ResultCode::INVALID_ADDRESS)) => {}
+            taken => return taken.map(|area| (area, None)),
         }
+        match self.vcpus.pass_on_area(caller, apic_id, area) {
+            Ok(Inherited { from, area }) => Ok((area, Some(from))),
+            Err(NotPassedOn::NotThere) => Err(ResultCode::INVALID_ADDRESS.into()),
+            Err(NotPassedOn::Busy) => Err(ResultCode::BUSY.into()),
+        }
+    }
+
+    /// Gives a calling area back to whoever had it before.
+    fn give_back_area(&self, area: Option<Taken>, heir_of: Option<Place>) -> Result<(), Stop> {
+        let left = match (area, heir_of) {
+            (Some(area), Some(from)) => self.vcpus.return_area(Inherited { from, area }),
+            (area, _) => area,
+        };
+        left.map_or(Ok(()), |area| self.give_back(area))
     }
 
     /// Records a VMSA. Where there is no room, the oldest replaced VMSA of the processor that can
@@ -190,7 +221,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
                 error => stop_for(error, TurnstileReason::NOT_VALIDATED),
             });
         }
-        let returned = self.give_back(calling_area);
+        let returned = self.give_back_area(calling_area, None);
         self.vcpus.end_delete(place);
         returned
     }
@@ -201,11 +232,6 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             Error::HostLied => ResultCode::INVALID_ADDRESS.into(),
             error => stop_for(error, TurnstileReason::NOT_VALIDATED),
         })
-    }
-
-    fn give_back_both(&self, pages: VcpuPages) -> Result<(), Stop> {
-        self.give_back(pages.vmsa)?;
-        self.give_back(pages.calling_area)
     }
 
     /// Gives a page back. One that the platform does not let us give stays Owned: the guest has

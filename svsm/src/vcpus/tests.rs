@@ -163,7 +163,7 @@ impl World {
             calling_area: self
                 .engine
                 .adopt(frame(AREA + index), Role::CallingArea)
-                .unwrap(),
+                .ok(),
         }
     }
 
@@ -180,7 +180,9 @@ impl World {
     fn delete(&self, caller: usize, index: u64) -> Result<(), DeleteRefusal> {
         let Deletion { place, pages } = self.begin(caller, index)?;
         self.engine.give_back(pages.vmsa).unwrap();
-        self.engine.give_back(pages.calling_area).unwrap();
+        if let Some(area) = pages.calling_area {
+            self.engine.give_back(area).unwrap();
+        }
         (&self.registry).end_delete(place);
         Ok(())
     }
@@ -378,6 +380,44 @@ fn the_calling_area_moves_and_the_old_loan_comes_back() {
     let stray = (&world.registry).exchange_calling_area(VcpuIndex(9), adopt(4));
     assert_eq!(stray, None);
     assert_eq!(world.shown(), [(VMSA, AREA + 3)]);
+}
+
+#[test]
+fn a_newer_state_of_a_processor_inherits_the_calling_area() {
+    let world = world(2);
+    world.register(1, 1);
+    let pass_on = |apic_id| (&world.registry).pass_on_area(VcpuIndex(0), apic_id, frame(AREA + 1));
+    assert_eq!(pass_on(0), Err(NotPassedOn::NotThere));
+    assert_eq!(pass_on(7), Err(NotPassedOn::NotThere));
+    // Not while it runs or a call of it is worked on: that call would never be answered.
+    world.spy.awaited.lock().unwrap().push(vmsa(1));
+    assert_eq!(pass_on(1), Err(NotPassedOn::Busy));
+    world.spy.awaited.lock().unwrap().clear();
+    let service = world.serve(1, 1);
+    assert_eq!(pass_on(1), Err(NotPassedOn::Busy));
+    let own = (&world.registry).pass_on_area(VcpuIndex(1), 1, frame(AREA + 1));
+    assert_eq!(own, Err(NotPassedOn::NotThere), "not under its own call");
+    world.registry.end_service(1, service);
+    let inherited = pass_on(1).unwrap();
+    assert_eq!(world.shown(), [pair(0), (VMSA + 1, 0)]);
+    let service = world.serve(1, 1);
+    assert_eq!((&world.registry).calling_area(VcpuIndex(1)), None);
+    world.registry.end_service(1, service);
+    assert_eq!((&world.registry).return_area(inherited), None);
+    assert_eq!(world.shown(), [pair(0), pair(1)]);
+
+    let Inherited { area, from } = pass_on(1).unwrap();
+    let pages = VcpuPages {
+        calling_area: Some(area),
+        ..world.pages(2)
+    };
+    (&world.registry).register(1, pages).unwrap();
+    assert_eq!(world.delete(0, 1), Ok(()));
+    assert_eq!(world.shown(), [pair(0), (VMSA + 2, AREA + 1)]);
+    // Nobody is left to return one to.
+    let area = world.pages(9).calling_area.unwrap();
+    let left = (&world.registry).return_area(Inherited { from, area });
+    assert!(left.is_some());
 }
 
 #[test]

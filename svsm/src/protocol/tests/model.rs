@@ -16,8 +16,8 @@ use protocols::vmsa::{Efer, SevFeatures, Vmsa};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::protocol::{
-    Answer, Debt, DeleteRefusal, Deletion, GuestMemory, NoRoom, Place, Registers, Service,
-    Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
+    Answer, Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place,
+    Registers, Service, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
 };
 
 /// Memory of the machine: 48 MiB from 0, of which the last 2 MiB have no state in the map.
@@ -326,6 +326,41 @@ impl Vcpus for &Machine {
         };
         self.records.borrow_mut().push(record);
         Ok(())
+    }
+
+    fn pass_on_area(
+        &self,
+        _: VcpuIndex,
+        apic_id: u32,
+        area: Frame,
+    ) -> Result<Inherited, NotPassedOn> {
+        let mut records = self.records.borrow_mut();
+        for record in records.iter_mut().filter(|r| r.apic_id == apic_id) {
+            let lent = record.pages.as_mut().map(|pages| &mut pages.calling_area);
+            let Some(lent) = lent.filter(|l| l.as_ref().is_some_and(|a| a.frame() == area)) else {
+                continue;
+            };
+            if self.busy.borrow().contains(&record.frame.gpa()) {
+                return Err(NotPassedOn::Busy);
+            }
+            let from = Place(record.frame.number() as usize);
+            let area = lent.take().expect("it has it");
+            return Ok(Inherited { from, area });
+        }
+        Err(NotPassedOn::NotThere)
+    }
+
+    fn return_area(&self, Inherited { from, area }: Inherited) -> Option<Taken> {
+        let mut records = self.records.borrow_mut();
+        let had_it = |r: &&mut Record| r.frame.number() as usize == from.0;
+        match records
+            .iter_mut()
+            .find(had_it)
+            .and_then(|r| r.pages.as_mut())
+        {
+            Some(pages) => pages.calling_area.replace(area),
+            None => Some(area),
+        }
     }
 
     fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame> {

@@ -128,7 +128,7 @@ fn a_vmsa_is_shut_off_before_it_is_looked_at() {
         // Neither page can be used a second time.
         world.write_vmsa(GUEST, |_| {});
         for (vmsa, area) in [(NEW_VMSA, GUEST), (GUEST, NEW_AREA), (GUEST, NEW_VMSA)] {
-            let (call, arguments) = create(vmsa, area, 1);
+            let (call, arguments) = create(vmsa, area, 0);
             assert_eq!(world.core(call, arguments), ResultCode::INVALID_ADDRESS);
         }
     });
@@ -304,6 +304,48 @@ fn a_processor_is_made_anew_any_number_of_times_without_a_delete() {
         assert_eq!(world.core(call, arguments), ResultCode::INVALID_REQUEST);
         assert_eq!(world.state(vmsa), Some(PageState::Accepted));
         world.machine.busy.borrow_mut().clear();
+    });
+}
+
+#[test]
+fn a_processor_is_started_anew_with_the_calling_area_it_has() {
+    // What Linux does when a CPU comes back: a new VMSA, the old calling area, and the old VMSA
+    // is deleted afterwards.
+    in_world(|world| {
+        const OTHER: u64 = GUEST + 0x7000;
+        for vmsa in [NEW_VMSA, OTHER] {
+            world.write_vmsa(vmsa, |_| {});
+        }
+        let make = |vmsa, apic_id| {
+            let (call, arguments) = create(vmsa, NEW_AREA, apic_id);
+            world.core(call, arguments)
+        };
+        assert_eq!(make(NEW_VMSA, 1), ResultCode::SUCCESS);
+        // Not that of another processor, nor while it is in use, nor for a bad VMSA.
+        assert_eq!(make(OTHER, 0), ResultCode::INVALID_ADDRESS);
+        world.machine.busy.borrow_mut().insert(NEW_VMSA);
+        assert_eq!(make(OTHER, 1), ResultCode::BUSY);
+        world.machine.busy.borrow_mut().clear();
+        world.write_vmsa(OTHER, |vmsa| vmsa.vmpl = 0);
+        assert_eq!(make(OTHER, 1), ResultCode::INVALID_PARAMETER);
+        assert_eq!(world.state(OTHER), Some(PageState::Accepted));
+        assert_eq!(world.state(NEW_AREA), Some(PageState::Owned));
+        // The old VMSA has it still: with it goes the area.
+        let delete = |vmsa| world.core(CoreCall::DELETE_VCPU, [vmsa, 0, 0]);
+        world.write_vmsa(OTHER, |_| {});
+        assert_eq!(make(OTHER, 1), ResultCode::SUCCESS);
+        assert_eq!(delete(NEW_VMSA), ResultCode::SUCCESS);
+        assert_eq!(world.state(NEW_VMSA), Some(PageState::Accepted));
+        assert_eq!(
+            world.state(NEW_AREA),
+            Some(PageState::Owned),
+            "the new one's"
+        );
+        assert_eq!(delete(OTHER), ResultCode::SUCCESS);
+        assert_eq!(world.state(NEW_AREA), Some(PageState::Accepted));
+        assert_eq!(make(NEW_VMSA, 1), ResultCode::SUCCESS);
+        assert_eq!(delete(NEW_VMSA), ResultCode::SUCCESS);
+        assert_eq!(world.state(NEW_AREA), Some(PageState::Accepted));
     });
 }
 

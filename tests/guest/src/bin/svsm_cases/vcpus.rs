@@ -302,7 +302,8 @@ fn live_area() -> Verdict {
     let page = vmsa_page()?;
     refused(page.get(), svsm::calling_area().get(), APIC_ID, ADDRESS)?;
     with_vcpu(|vmsa, live| {
-        refused(page.get(), live.get(), APIC_ID, ADDRESS)?;
+        // That of another processor; its own a processor may keep (decision 009).
+        refused(page.get(), live.get(), 0, ADDRESS)?;
         refused(page.get(), vmsa.get(), APIC_ID, ADDRESS)
     })
 }
