@@ -53,6 +53,12 @@ open_enum! {
         GRANT_BEFORE_SCRUB = 6,
         /// Record a page as accepted without having validated it.
         SKIP_VALIDATE = 7,
+        /// Do not flush at all.
+        MISSING_FLUSH = 8,
+        /// Flush, but do not wait until the other processors have.
+        REMOTE_STALE_TRANSLATION = 9,
+        /// Give back a VMSA that runs.
+        IN_USE_VMSA = 10,
         /// Panic at the first page that is to be accepted.
         PANIC = 32,
     }

@@ -113,6 +113,14 @@ impl<P: Platform> Backend for WindowBackend<P> {
     }
 }
 
+#[cfg(feature = "faults")]
+impl<P: Platform> crate::faulty::OweFlush for WindowBackend<P> {
+    fn owe_flush(&self) {
+        self.platform.flush_local();
+        self.registry.owe_flush();
+    }
+}
+
 /// The block in the guest window.
 fn window(block: Block) -> Option<MappedBlock> {
     let size = match block.size() {

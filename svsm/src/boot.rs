@@ -112,6 +112,8 @@ fn start(
     let vmsas = VmsaWindow {
         region: launch.region(),
         platform,
+        #[cfg(feature = "faults")]
+        fault: params.fault,
     };
     let vcpus = make_vcpus(vp_count, vmsas, &mut pool)?;
     let engine = make_engine(&platform, &launch, &plan, locks, vcpus.registry, &mut pool)?;

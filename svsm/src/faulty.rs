@@ -14,6 +14,15 @@ use crate::protocol::{GuestMemory, Unreachable};
 /// cannot even start shows nothing. 16 MiB.
 const FIRST_FAULTY_GPA: u64 = 16 << 20;
 
+/// What RMPADJUST says of a VMSA that runs.
+const IN_USE: AdjustFault = AdjustFault::Failed(3);
+
+/// The first half of a flush: each processor is told, none is waited for.
+pub trait OweFlush {
+    /// Makes every processor drop its translations before it runs guest code again.
+    fn owe_flush(&self);
+}
+
 /// A backend that commits `fault` on every block from [`FIRST_FAULTY_GPA`] up.
 pub struct Faulty<B> {
     inner: B,
@@ -38,7 +47,7 @@ impl<B> Faulty<B> {
     }
 }
 
-impl<B: Backend> Backend for Faulty<B> {
+impl<B: Backend + OweFlush> Backend for Faulty<B> {
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
         if self.commits(Fault::SKIP_VALIDATE, block) {
             return Ok(());
@@ -84,9 +93,11 @@ impl<B: Backend> Backend for Faulty<B> {
         let skipped =
             self.commits(Fault::SKIP_GRANT, block) || self.commits(Fault::SKIP_VALIDATE, block);
         if skipped {
-            Ok(())
-        } else {
-            self.inner.grant(block)
+            return Ok(());
+        }
+        match self.inner.grant(block) {
+            Err(IN_USE) if self.fault == Fault::IN_USE_VMSA => Ok(()),
+            granted => granted,
         }
     }
 
@@ -107,7 +118,14 @@ impl<B: Backend> Backend for Faulty<B> {
     }
 
     fn flush(&self) -> Result<(), NotFlushed> {
-        self.inner.flush()
+        match self.fault {
+            Fault::MISSING_FLUSH => Ok(()),
+            Fault::REMOTE_STALE_TRANSLATION => {
+                self.inner.owe_flush();
+                Ok(())
+            }
+            _ => self.inner.flush(),
+        }
     }
 }
 
@@ -154,7 +172,7 @@ mod tests {
 
     /// Notes what arrives.
     #[derive(Default)]
-    struct Witness(RefCell<Vec<Operation>>);
+    struct Witness(RefCell<Vec<Operation>>, RefCell<Vec<&'static str>>);
 
     impl Witness {
         fn note(&self, operation: Operation) {
@@ -175,8 +193,11 @@ mod tests {
             self.note(Operation::Scrub);
             Ok(())
         }
-        fn grant(&self, _: Block) -> Result<(), AdjustFault> {
+        fn grant(&self, block: Block) -> Result<(), AdjustFault> {
             self.note(Operation::Grant);
+            if block.gpa() == RUNNING_VMSA {
+                return Err(IN_USE);
+            }
             Ok(())
         }
         fn revoke(&self, _: Block) -> Result<(), AdjustFault> {
@@ -184,9 +205,19 @@ mod tests {
             Ok(())
         }
         fn flush(&self) -> Result<(), NotFlushed> {
+            self.1.borrow_mut().extend(["owe", "wait"]);
             Ok(())
         }
     }
+
+    impl OweFlush for Witness {
+        fn owe_flush(&self) {
+            self.1.borrow_mut().push("owe");
+        }
+    }
+
+    /// A VMSA that the processor says is in use.
+    const RUNNING_VMSA: u64 = 0x1234_5000;
 
     /// What arrives at the platform when the engine accepts and rescinds a page properly.
     fn arrives(fault: Fault, gpa: u64) -> Vec<Operation> {
@@ -224,6 +255,27 @@ mod tests {
         ] {
             assert_eq!(arrives(fault, FIRST_FAULTY_GPA), expected, "{fault:?}");
         }
+    }
+
+    #[test]
+    fn a_flush_is_missing_or_only_half_done() {
+        for (fault, expected) in [
+            (Fault::NONE, &["owe", "wait"][..]),
+            (Fault::MISSING_FLUSH, &[]),
+            (Fault::REMOTE_STALE_TRANSLATION, &["owe"]),
+        ] {
+            let backend = Faulty::new(Witness::default(), fault);
+            assert_eq!(backend.flush(), Ok(()));
+            assert_eq!(backend.inner().1.take(), expected, "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn a_vmsa_that_runs_is_given_back_as_if_it_did_not() {
+        let vmsa = Block::page(Frame::containing(RUNNING_VMSA));
+        let grant = |fault| Faulty::new(Witness::default(), fault).grant(vmsa);
+        assert_eq!(grant(Fault::NONE), Err(IN_USE));
+        assert_eq!(grant(Fault::IN_USE_VMSA), Ok(()));
     }
 
     #[test]

@@ -57,6 +57,10 @@ pub trait VmsaControl {
     /// Whether it has not stopped since its processor at VMPL0 has last released it: it runs, or
     /// the host is about to run it.
     fn is_awaited(&self, vmsa: Frame) -> bool;
+    /// Whether it neither runs nor is about to.
+    fn rests(&self, vmsa: Frame) -> bool {
+        !self.is_awaited(vmsa) && !self.is_running(vmsa)
+    }
 }
 
 /// What the referee reads about one VMSA; layout of [`VcpuEntry`]. 0 means none.
@@ -425,7 +429,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
             })?;
         let rests = self
             .shown_vmsa(slot)
-            .is_some_and(|vmsa| !self.control.is_awaited(vmsa) && !self.control.is_running(vmsa));
+            .is_some_and(|vmsa| self.control.rests(vmsa));
         let taken = if rests && self.shown_area(slot) == Some(area) {
             record.loans.lock().area.take()
         } else {
@@ -503,7 +507,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         let refusal = if self.shown_vmsa(slot) != Some(vmsa) {
             // Deleted and made anew since it was found.
             Some(DeleteRefusal::Busy)
-        } else if !own && (self.control.is_awaited(vmsa) || self.control.is_running(vmsa)) {
+        } else if !own && !self.control.rests(vmsa) {
             Some(DeleteRefusal::InUse)
         } else {
             None

@@ -141,6 +141,9 @@ pub struct VmsaWindow {
     pub region: PageRange,
     /// The processor.
     pub platform: Snp,
+    /// The deliberate fault of a test build.
+    #[cfg(feature = "faults")]
+    pub fault: protocols::launch::Fault,
 }
 
 impl VmsaWindow {
@@ -181,6 +184,12 @@ impl VmsaControl for VmsaWindow {
 
     fn is_awaited(&self, vmsa: Frame) -> bool {
         self.vmsa(vmsa).is_awaited()
+    }
+
+    #[cfg(feature = "faults")]
+    fn rests(&self, vmsa: Frame) -> bool {
+        self.fault == protocols::launch::Fault::IN_USE_VMSA
+            || !self.is_awaited(vmsa) && !self.is_running(vmsa)
     }
 
     fn is_running(&self, vmsa: Frame) -> bool {

@@ -29,6 +29,12 @@ impl<C: VmsaControl> Registry<'_, C> {
     /// the same, lets a guest write to a page through a translation that is as old as the page's
     /// former life, after the page was found to be a good VMSA.
     pub fn flush_all(&self) -> Result<(), NotFlushed> {
+        self.owe_flush();
+        (0..self.slots.len()).try_for_each(|index| self.await_flush(index))
+    }
+
+    /// The first half of [`Registry::flush_all`]: nobody is waited for.
+    pub(crate) fn owe_flush(&self) {
         for index in 0..self.slots.len() {
             // One that is being deleted cannot be touched; it owes a flush if it stays. One that
             // is new meanwhile owes one from its making.
@@ -36,7 +42,6 @@ impl<C: VmsaControl> Registry<'_, C> {
                 self.control.owe_flush(vmsa);
             }
         }
-        (0..self.slots.len()).try_for_each(|index| self.await_flush(index))
     }
 
     /// Waits until the VMSA in a slot has dropped its translations or does not run.
