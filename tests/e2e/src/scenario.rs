@@ -36,6 +36,8 @@ pub struct Artefacts {
     pub firmwares: BTreeMap<Firmware, PathBuf>,
     /// The kernels that the chosen scenarios need, the default one included.
     pub kernels: BTreeMap<Kernel, PathBuf>,
+    /// The disk with a Debian, or why there is none.
+    pub disk: Result<PathBuf, String>,
     /// Debian's static busybox.
     pub busybox: PathBuf,
     /// The stress program and its module, for the kernels of the chosen scenarios that run it.
@@ -49,6 +51,12 @@ impl Artefacts {
     pub fn kernel(&self, kernel: Kernel) -> Result<&Path> {
         let found = self.kernels.get(&kernel).map(PathBuf::as_path);
         found.with_context(|| format!("kernel {}: not fetched for this scenario", kernel.name()))
+    }
+
+    /// The disk, for a scenario that said it boots from it.
+    pub fn disk(&self) -> Result<&Path> {
+        let found = self.disk.as_deref();
+        found.map_err(|reason| anyhow::anyhow!("the disk: {reason}"))
     }
 
     /// A firmware that the scenario said it boots.
@@ -81,6 +89,8 @@ pub struct Scenario {
     pub firmware: Firmware,
     /// Whether it runs the stress program.
     pub stress: bool,
+    /// Whether it boots from the disk.
+    pub disk: bool,
     /// Does it. An error means that it could not be carried out, which is a failure as well.
     #[expect(
         clippy::type_complexity,
@@ -102,6 +112,7 @@ impl Scenario {
             kernel: Kernel::default(),
             firmware: Firmware::default(),
             stress: false,
+            disk: false,
             run: Box::new(run),
         }
     }
@@ -134,6 +145,12 @@ impl Scenario {
             stress: true,
             ..self
         }
+    }
+
+    /// The same, booting from the disk.
+    #[must_use]
+    pub fn on_disk(self) -> Scenario {
+        Scenario { disk: true, ..self }
     }
 
     /// The same, left out unless everything is asked for.

@@ -54,13 +54,18 @@ pub struct Link {
 }
 
 /// The files.
-pub const FILES: [Added; 8] = [
+pub const FILES: [Added; 9] = [
     file("etc/hostname", "turnstile\n"),
     // Empty, not absent: systemd makes an identity without asking questions on the console.
     file("etc/machine-id", ""),
     file(
         "etc/fstab",
         "PARTUUID=7475726e-7374-496c-8572-6f6f74667331 / ext4 defaults 0 0\n",
+    ),
+    // An emulated processor is slow, and slower still when others share it.
+    file(
+        "etc/systemd/system.conf.d/patience.conf",
+        "[Manager]\nDefaultTimeoutStartSec=15min\nDefaultDeviceTimeoutSec=15min\n",
     ),
     file("etc/resolv.conf", "nameserver 10.0.2.3\n"),
     file(
@@ -149,9 +154,11 @@ impl Recipe {
         packages
     }
 
-    /// The kernel command line in the UKI.
+    /// The kernel command line in the UKI. Little is said on the console, whose every character costs
+    /// a confidential guest several exits; `quiet` would silence the EFI stub as well.
     pub fn command_line(&self) -> String {
-        format!("root=PARTUUID={ROOT_GUID} ro console=ttyS0")
+        let saying = "loglevel=4 systemd.show_status=auto";
+        format!("root=PARTUUID={ROOT_GUID} ro console=ttyS0 {saying}")
     }
 
     /// Names the image: equal recipes have equal keys, different ones do not. `making` stands for

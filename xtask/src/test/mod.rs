@@ -30,7 +30,7 @@ use crate::command::tail;
 use crate::layout::{Layout, create_dir};
 use crate::progress;
 use crate::toolchain::BareTarget;
-use crate::{build, fetch, qemu};
+use crate::{build, disk, fetch, qemu};
 use cargo::Job;
 use slots::Slots;
 
@@ -128,6 +128,12 @@ fn artefacts(
             place.insert(crate::stress::obtain(layout, file)?);
         }
     }
+    let disk = if scenarios.iter().any(|scenario| scenario.disk) {
+        // Not everybody may make one; whoever needs it then fails, and nobody else.
+        disk::obtain(layout, Kernel::default()).map_err(|error| format!("{error:#}"))
+    } else {
+        Err("no scenario said that it boots from it".to_owned())
+    };
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(layout, target, &ovmf, Fault::NONE)?;
     let tests = build::for_tests(layout, target)?;
@@ -141,6 +147,7 @@ fn artefacts(
         ovmf,
         firmwares,
         kernels,
+        disk,
         busybox,
         stress,
         xtask,

@@ -7,6 +7,7 @@
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
 //! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
 //! | [`stress`] | is nothing lost when memory and processors change all the time? |
+//! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
 //! | [`image`] | is the image reproducible and measured as told? |
@@ -15,6 +16,7 @@
 
 mod boot;
 mod cases;
+mod disk;
 mod faults;
 mod hostile;
 mod image;
@@ -40,6 +42,7 @@ pub fn all() -> Vec<Scenario> {
         boot::scenarios(),
         matrix::scenarios(),
         stress::scenarios(),
+        disk::scenarios(),
     ]
     .into_iter()
     .flatten()
