@@ -9,7 +9,9 @@ sum() { sha256sum | cut -d' ' -f1; }
 
 echo "release $(uname -r)"
 echo "root $(findmnt -no SOURCE /)"
-echo "stub $(tail -c +5 /sys/firmware/efi/efivars/StubInfo-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f | tr -d '\000')"
+# A variable that the stub sets: four bytes of attributes, then UTF-16.
+stub=/sys/firmware/efi/efivars/StubInfo-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f
+echo "stub $(cat $stub | tail -c +5 | tr -d '\000')"
 
 head -c @MIB@M /dev/urandom | tee $data | sum >/run/sum
 echo "written $(cat /run/sum)"
