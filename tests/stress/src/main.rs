@@ -93,7 +93,7 @@ fn run(options: &Options) -> Result<Summary> {
         };
         let switcher = scope.spawn({
             let end = &end;
-            move || processors::come_and_go(switched, end)
+            move || Ok(processors::come_and_go(switched, end))
         });
         let reporter = scope.spawn(|| report(&work, &hoard, &end));
 
@@ -111,9 +111,12 @@ fn run(options: &Options) -> Result<Summary> {
         }
         summary.milliseconds = begun.elapsed().as_millis().try_into().unwrap_or(u64::MAX);
         end.store(true, Ordering::Relaxed);
-        match joined(switcher) {
-            Ok(hotplug) => summary.hotplug = hotplug,
-            Err(error) => failures.push(format!("{error:#}")),
+        let switched = joined(switcher).and_then(|(hotplug, done)| {
+            summary.hotplug = hotplug;
+            done
+        });
+        if let Err(error) = switched {
+            failures.push(format!("{error:#}"));
         }
         for helper in [watcher, reporter] {
             if helper.join().is_err() {

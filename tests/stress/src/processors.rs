@@ -12,11 +12,16 @@ use stress::Hotplug;
 const REST: Duration = Duration::from_millis(250);
 
 /// Every processor but the first goes offline and comes back, in turn, until `end` says so. All
-/// are online when this returns without an error.
-pub fn come_and_go(processors: u32, end: &AtomicBool) -> Result<Hotplug> {
+/// are online when this returns without an error. What was done counts in either case.
+pub fn come_and_go(processors: u32, end: &AtomicBool) -> (Hotplug, Result<()>) {
     let mut hotplug = Hotplug::default();
+    let done = turns(processors, end, &mut hotplug);
+    (hotplug, done)
+}
+
+fn turns(processors: u32, end: &AtomicBool, hotplug: &mut Hotplug) -> Result<()> {
     if processors < 2 {
-        return Ok(hotplug);
+        return Ok(());
     }
     for processor in (1..processors).cycle() {
         if end.load(Ordering::Relaxed) {
@@ -29,7 +34,7 @@ pub fn come_and_go(processors: u32, end: &AtomicBool) -> Result<Hotplug> {
         hotplug.online += 1;
         sleep(REST);
     }
-    Ok(hotplug)
+    Ok(())
 }
 
 fn switch(processor: u32, online: bool) -> Result<()> {
