@@ -23,6 +23,8 @@ mod ap_creation;
 #[cfg(target_os = "none")]
 mod launch;
 #[cfg(target_os = "none")]
+mod modes;
+#[cfg(target_os = "none")]
 mod msr_protocol;
 #[cfg(target_os = "none")]
 mod nae;
@@ -38,6 +40,12 @@ mod second_cpu;
 mod setup;
 #[cfg(target_os = "none")]
 mod start;
+#[cfg(target_os = "none")]
+mod vc_events;
+#[cfg(target_os = "none")]
+mod vc_memory;
+#[cfg(target_os = "none")]
+mod vc_modes;
 #[cfg(target_os = "none")]
 mod vmpl1;
 

@@ -95,6 +95,10 @@ extern "C" fn main(params: &'static LaunchParams) -> ! {
             crate::vmpl1::CASES,
             crate::second_cpu::CASES,
             crate::vmpl1::END,
+            // From here on VMPL1 is a new one.
+            crate::vc_modes::CASES,
+            crate::vc_memory::CASES,
+            crate::vc_events::CASES,
         ],
         || Ok(()),
         &mut Console,
