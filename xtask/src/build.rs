@@ -76,16 +76,21 @@ pub struct ForRun {
     pub image: PathBuf,
 }
 
-/// Builds what a boot with `firmware` needs. With a fault the paravisor is the one that commits it.
+/// The name of an image, wherever it is written.
+pub const IMAGE: &str = "turnstile.igvm";
+
+/// Builds what a boot with `firmware` needs, the image in `dir`. With a fault the paravisor is the
+/// one that commits it.
 pub fn for_run(
     layout: &Layout,
     target: BareTarget,
     firmware: &Path,
     fault: Fault,
+    dir: &Path,
 ) -> Result<ForRun> {
-    let (program, image) = match fault {
-        Fault::NONE => (&PARAVISOR, "turnstile.igvm"),
-        _ => (&FAULTY_PARAVISOR, "turnstile-faults.igvm"),
+    let program = match fault {
+        Fault::NONE => &PARAVISOR,
+        _ => &FAULTY_PARAVISOR,
     };
     let step = progress::step("build the paravisor and the machine");
     let paravisor = compile(layout, target, program, &step)?;
@@ -93,7 +98,7 @@ pub fn for_run(
     step.done("");
     let rom = layout.artefacts.join("machine.rom");
     write_flat(&machine, MACHINE_ROM_SIZE, &rom)?;
-    let image = layout.artefacts.join(image);
+    let image = dir.join(IMAGE);
     let step = progress::step("build the image");
     let sidecar = Recipe {
         paravisor: &paravisor,

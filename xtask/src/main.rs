@@ -87,7 +87,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Build => {
             let target = build::prepare(&layout)?;
             let firmware = fetch::guests::firmware(Firmware::default()).obtain(&layout)?;
-            build::for_run(&layout, target, &firmware, Fault::NONE)?;
+            build::for_run(&layout, target, &firmware, Fault::NONE, &layout.artefacts)?;
             build::for_tests(&layout, target)?;
             println!("{}", layout.artefacts.display());
             Ok(ExitCode::SUCCESS)

@@ -141,11 +141,8 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         Some(_) => None,
         None => Some(linux(layout, options, &dir)?),
     };
-    let built = build::for_run(layout, target, &firmware, options.observe.fault())?;
+    let built = build::for_run(layout, target, &firmware, options.observe.fault(), &dir)?;
     observe::keep_programs(&built, &dir)?;
-    // The image is copied, so that a build during the run cannot change what the logs are about.
-    let own_image = dir.join("turnstile.igvm");
-    fs::copy(&built.image, &own_image).with_context(|| format!("{}", own_image.display()))?;
     Ok(Config {
         qemu,
         rom: built.rom,
@@ -156,7 +153,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
             breakage: options.observe.breakage(),
             ..Settings::default()
         },
-        image: own_image,
+        image: built.image,
         memory: options.mem.clone(),
         low_memory: None,
         vcpus: options.vcpus,

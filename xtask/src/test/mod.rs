@@ -135,7 +135,7 @@ fn artefacts(
         Err("no scenario said that it boots from it".to_owned())
     };
     let busybox = fetch::BUSYBOX.obtain(layout)?;
-    let run = build::for_run(layout, target, &ovmf, Fault::NONE)?;
+    let run = build::for_run(layout, target, &ovmf, Fault::NONE, &layout.artefacts)?;
     let tests = build::for_tests(layout, target)?;
     Ok(Artefacts {
         qemu,

@@ -5,6 +5,8 @@
 //! | [`isa`] | does the machine behave as the architecture says, without any paravisor? |
 //! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
+//! | [`boot_memory`] | is all of memory accepted when the guest wants all of it? |
+//! | [`ends`] | does the exit status tell how a run ended? |
 //! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
 //! | [`stress`] | is nothing lost when memory and processors change all the time? |
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
@@ -15,8 +17,10 @@
 //! | [`tools`] | what do the tools say to bad input? |
 
 mod boot;
+mod boot_memory;
 mod cases;
 mod disk;
+mod ends;
 mod faults;
 mod hostile;
 mod image;
@@ -40,6 +44,8 @@ pub fn all() -> Vec<Scenario> {
         observe::scenarios(),
         faults::scenarios(),
         boot::scenarios(),
+        boot_memory::scenarios(),
+        ends::scenarios(),
         matrix::scenarios(),
         stress::scenarios(),
         disk::scenarios(),
