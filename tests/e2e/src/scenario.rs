@@ -312,6 +312,7 @@ impl Context {
             linux: None,
             disk: None,
             console: Console::File,
+            debugger: None,
             dir: self.dir.clone(),
         }
     }

@@ -2,16 +2,20 @@
 //!
 //! | module | what it makes |
 //! |---|---|
+//! | [`gdb`] | a debugger session: symbols, breakpoints, memory |
 //! | [`symbolise`] | stack traces with the names of functions |
+//! | [`trace`] | a text file with a line per world switch and request |
 
+mod gdb;
 mod symbolise;
+mod trace;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use e2e::vm::Finished;
+use e2e::vm::{Config, Finished, Happening, Trace};
 use protocols::launch::Fault;
 
 use crate::build::ForRun;
@@ -27,6 +31,15 @@ pub struct Options {
     /// differs
     #[arg(long, value_name = "FAULT", value_parser = fault)]
     fault: Option<Deliberate>,
+    /// Write a line per world switch and request of the guest to FILE
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Trace every exit, too: the run becomes many times slower
+    #[arg(long, requires = "trace")]
+    trace_all: bool,
+    /// Stop before the first instruction until gdb says go on; prints how to start gdb
+    #[arg(long)]
+    gdb: bool,
 }
 
 impl Options {
@@ -36,6 +49,41 @@ impl Options {
             Some(Deliberate::Paravisor(fault)) => fault,
             Some(Deliberate::Machine(_)) | None => Fault::NONE,
         }
+    }
+
+    /// What the machine is to trace.
+    pub fn traced(&self) -> Trace {
+        match (&self.trace, self.trace_all) {
+            (None, _) => Trace::Off,
+            (Some(_), false) => Trace::Switches,
+            (Some(_), true) => Trace::All,
+        }
+    }
+
+    /// Where QEMU waits for the debugger of a run in `dir`, if it does.
+    pub fn debugger(&self, dir: &Path) -> Option<PathBuf> {
+        self.gdb.then(|| gdb::socket(dir))
+    }
+
+    /// Makes ready for a run of the programs that [`keep_programs`] put into its directory. `root`
+    /// is the checkout: paths of source files are shown relative to it.
+    pub fn begin(&self, config: &Config, root: &Path) -> Result<Observer> {
+        if config.debugger.is_some() {
+            gdb::prepare(&config.dir, root)?;
+        }
+        Ok(Observer {
+            trace: self
+                .trace
+                .as_deref()
+                .map(trace::Writer::create)
+                .transpose()?,
+            failed: None,
+            programs: Programs {
+                paravisor: config.dir.join(PARAVISOR),
+                machine: config.dir.join(MACHINE),
+                root: root.to_path_buf(),
+            },
+        })
     }
 
     /// How the machine is to break, if it is.
@@ -61,17 +109,35 @@ pub fn keep_programs(built: &ForRun, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// All stack traces in the logs of a run, ready to be printed; empty if there is none. Paths of
-/// source files are shown relative to `root`.
-pub fn stack_traces(finished: &Finished, root: &Path) -> String {
-    symbolise::stack_traces(
-        finished,
-        &Programs {
-            paravisor: finished.dir.join(PARAVISOR),
-            machine: finished.dir.join(MACHINE),
-            root: root.to_path_buf(),
-        },
-    )
+/// What is shown of one run, from its begin to its end.
+#[derive(Debug)]
+pub struct Observer {
+    trace: Option<trace::Writer>,
+    /// The first thing that could not be written; told at the end, the run goes on.
+    failed: Option<anyhow::Error>,
+    programs: Programs,
+}
+
+impl Observer {
+    /// Looks at something that happened.
+    pub fn see(&mut self, happening: &Happening) {
+        if let (Some(trace), Happening::Machine(event)) = (&mut self.trace, happening)
+            && let Err(error) = trace.see(event)
+        {
+            self.failed.get_or_insert(error);
+            // A full disk does not get better by itself.
+            self.trace = None;
+        }
+    }
+
+    /// Shows what is shown at the end.
+    pub fn end(self, finished: &Finished) -> Result<()> {
+        eprint!("{}", symbolise::stack_traces(finished, &self.programs));
+        if let Some(trace) = self.trace {
+            trace.close()?;
+        }
+        self.failed.map_or(Ok(()), Err)
+    }
 }
 
 /// Something that goes wrong on purpose.

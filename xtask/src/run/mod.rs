@@ -105,14 +105,18 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     let config = prepare(layout, options, terminal)?;
     let limit = match (options.timeout, &options.exec) {
         (Some(seconds), _) => Duration::from_secs(seconds),
-        (None, Some(_)) => EXEC_LIMIT,
-        (None, None) => Duration::MAX,
+        (None, Some(_)) if config.debugger.is_none() => EXEC_LIMIT,
+        (None, _) => Duration::MAX,
     };
     let mut display = Display::new(&config, options.exec.is_some());
-    let finished = config.run(limit, |happening| display.show(happening))?;
+    let mut observer = options.observe.begin(&config, &layout.root)?;
+    let finished = config.run(limit, |happening| {
+        observer.see(happening);
+        display.show(happening);
+    })?;
     display.end();
     let (code, good) = conclude(&finished, options.exec.is_some());
-    eprint!("{}", observe::stack_traces(&finished, &layout.root));
+    observer.end(&finished)?;
     if options.out.is_none() && !options.keep_logs && good {
         fs::remove_dir_all(&config.dir)
             .with_context(|| format!("{}: cannot be removed", config.dir.display()))?;
@@ -151,6 +155,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
             vc: options.vc,
             map_descriptor: image::sidecar(&built.image)?.map_descriptor,
             breakage: options.observe.breakage(),
+            trace: options.observe.traced(),
             ..Settings::default()
         },
         image: built.image,
@@ -164,6 +169,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         } else {
             Console::File
         },
+        debugger: options.observe.debugger(&dir),
         dir,
     })
 }

@@ -190,6 +190,8 @@ pub struct Config {
     pub disk: Option<Disk>,
     /// Where the console goes.
     pub console: Console,
+    /// Socket on which QEMU waits for a debugger, everything stopped until that says go on.
+    pub debugger: Option<PathBuf>,
     /// Directory for the logs of this run; must exist.
     pub dir: PathBuf,
 }
@@ -256,6 +258,11 @@ impl Config {
         }
         if let Some(disk) = &self.disk {
             disk.attach(&mut qemu);
+        }
+        if let Some(socket) = &self.debugger {
+            let mut device = option("unix:", socket);
+            device.push(",server=on,wait=off");
+            qemu.arg("-gdb").arg(device).arg("-S");
         }
         Ok(qemu)
     }
