@@ -3,14 +3,19 @@
 //! | module | what it makes |
 //! |---|---|
 //! | [`gdb`] | a debugger session: symbols, breakpoints, memory |
+//! | [`report`] | all that is known about the run, as JSON; [`latency`]: what its histograms tell |
+//! | [`plot`] | memory and latency as a drawing |
 //! | [`symbolise`] | stack traces with the names of functions |
 //! | [`trace`] | a text file with a line per world switch and request |
 
 mod gdb;
+pub mod latency;
+mod plot;
+mod report;
 mod symbolise;
 mod trace;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -31,6 +36,12 @@ pub struct Options {
     /// differs
     #[arg(long, value_name = "FAULT", value_parser = fault)]
     fault: Option<Deliberate>,
+    /// Write all that is known about the run to FILE, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Draw accepted memory over time and the latency of calls into FILE, as SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Write a line per world switch and request of the guest to FILE
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -71,18 +82,32 @@ impl Options {
         if config.debugger.is_some() {
             gdb::prepare(&config.dir, root)?;
         }
+        let programs = Programs {
+            paravisor: config.dir.join(PARAVISOR),
+            machine: config.dir.join(MACHINE),
+            root: root.to_path_buf(),
+        };
+        // An hour later is too late to hear that a file cannot be written.
+        for file in [&self.report, &self.plot].into_iter().flatten() {
+            File::create(file).with_context(|| format!("{}: cannot be written", file.display()))?;
+        }
+        let report = match &self.report {
+            Some(path) => Some((
+                path.clone(),
+                report::Inputs::of(config, &programs.paravisor)?,
+            )),
+            None => None,
+        };
         Ok(Observer {
+            report,
+            plot: self.plot.clone(),
             trace: self
                 .trace
                 .as_deref()
                 .map(trace::Writer::create)
                 .transpose()?,
             failed: None,
-            programs: Programs {
-                paravisor: config.dir.join(PARAVISOR),
-                machine: config.dir.join(MACHINE),
-                root: root.to_path_buf(),
-            },
+            programs,
         })
     }
 
@@ -112,6 +137,8 @@ pub fn keep_programs(built: &ForRun, dir: &Path) -> Result<()> {
 /// What is shown of one run, from its begin to its end.
 #[derive(Debug)]
 pub struct Observer {
+    report: Option<(PathBuf, report::Inputs)>,
+    plot: Option<PathBuf>,
     trace: Option<trace::Writer>,
     /// The first thing that could not be written; told at the end, the run goes on.
     failed: Option<anyhow::Error>,
@@ -135,6 +162,12 @@ impl Observer {
         eprint!("{}", symbolise::stack_traces(finished, &self.programs));
         if let Some(trace) = self.trace {
             trace.close()?;
+        }
+        if let Some((path, inputs)) = &self.report {
+            report::write(path, inputs, finished)?;
+        }
+        if let Some(path) = &self.plot {
+            plot::write(path, finished)?;
         }
         self.failed.map_or(Ok(()), Err)
     }

@@ -6,6 +6,7 @@
 //! wrong never exits with 0.
 
 mod ending;
+mod processors;
 mod table;
 
 use std::fs;

@@ -7,8 +7,10 @@ use e2e::vm::{Finished, Stage};
 use protocols::report::{Outcome, PvalidateResults, Report, RmpadjustResults, VmplCounters};
 use protocols::terminate::explain;
 
+use super::processors::{self, Clock};
+
 /// Width of the first column.
-const NAME: usize = 40;
+pub(super) const NAME: usize = 40;
 /// Width of a column of numbers.
 const NUMBER: usize = 12;
 
@@ -36,6 +38,9 @@ pub fn render(finished: &Finished, report: &Report) -> String {
     }
     stages(&mut text, &finished.stages, finished.wall);
     text.push('\n');
+    let clock = Clock::of(finished);
+    processors::calls(&mut text, report, clock);
+    processors::processors(&mut text, report, clock);
     counters(&mut text, report);
     text.push('\n');
     memory(&mut text, report);
@@ -188,7 +193,7 @@ fn line(text: &mut String, name: &str, value: &str) {
     let _ = writeln!(text, "  {name:NAME$}{value}");
 }
 
-fn column(text: &str) -> String {
+pub(super) fn column(text: &str) -> String {
     format!("{text:>NUMBER$}")
 }
 
