@@ -14,6 +14,7 @@
 
 use alloc::format;
 use alloc::string::ToString;
+use core::cmp::Ordering;
 
 use machine::describe;
 use machine::guest::walk::Paging;
@@ -376,13 +377,13 @@ impl Vcpu {
         if self.trace < Trace::Switches {
             return;
         }
-        let text = if self.vmpl.number() < left.number() {
-            format!("enter from {left}, call {}", describe::call(left_rax))
-        } else {
-            format!(
-                "enter from {left}, result {}",
-                describe::result(self.save().rax)
-            )
+        let text = match self.vmpl.number().cmp(&left.number()) {
+            Ordering::Less => format!("enter from {left}, call {}", describe::call(left_rax)),
+            Ordering::Greater => {
+                let result = describe::result(self.save().rax);
+                format!("enter from {left}, result {result}")
+            }
+            Ordering::Equal => "enter".to_string(),
         };
         self.trace_at(Trace::Switches, format_args!("{text}"));
     }
