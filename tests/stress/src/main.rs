@@ -31,9 +31,11 @@ struct Options {
     /// Cycles to do: each makes a range of pages shared and private again
     #[arg(long, default_value_t = 10_000)]
     cycles: u64,
-    /// Leave the processors online
-    #[arg(long)]
-    no_hotplug: bool,
+    /// Times that each processor but the first goes offline and comes back. A kernel under SEV-SNP
+    /// can do it once: the processor parks with its GHCB in hand and comes back by a new VMSA, so
+    /// it never puts it down; the second time takes the backup GHCB, and then there is none left
+    #[arg(long, default_value_t = 1)]
+    turns: u32,
     /// Leave the guest's memory alone
     #[arg(long)]
     no_memory: bool,
@@ -86,14 +88,9 @@ fn run(options: &Options) -> Result<Summary> {
             summary.processors
         };
         let growers: Vec<_> = (0..growers).map(|_| scope.spawn(|| hoard.grow())).collect();
-        let switched = if options.no_hotplug {
-            1
-        } else {
-            summary.processors
-        };
         let switcher = scope.spawn({
-            let end = &end;
-            move || Ok(processors::come_and_go(switched, end))
+            let (processors, turns, end) = (summary.processors, options.turns, &end);
+            move || Ok(processors::come_and_go(processors, turns, end))
         });
         let reporter = scope.spawn(|| report(&work, &hoard, &end));
 
