@@ -1,6 +1,7 @@
-//! What happened, for reports. Counting decides nothing.
+//! What happened, for reports. Counting decides nothing, which is why a model checker need not
+//! follow it: these are `core`'s atomics even where `crate::sync` has others.
 
-use crate::sync::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// One counter of a lock.
 #[derive(Default)]

@@ -77,7 +77,7 @@
 //! assert!(engine.accept(block, OnNoChange::Fail).is_err(), "never twice");
 //! ```
 
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, loom)), no_std)]
 #![forbid(unsafe_code)]
 
 mod accepting;

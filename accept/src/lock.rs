@@ -41,7 +41,12 @@ impl RegionLock {
     /// Takes the lock if nobody holds it.
     fn try_lock(&self) -> bool {
         // The plain read first: a failed exchange would take the line from the holder.
-        !self.held.0.load(Ordering::Relaxed) && !self.held.0.swap(true, Ordering::Acquire)
+        !self.held.0.load(Ordering::Relaxed)
+            && self
+                .held
+                .0
+                .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
     }
 }
 
