@@ -454,6 +454,39 @@ fn a_claim_against_acceptance_in_the_background() {
 }
 
 #[test]
+fn two_claims_of_one_page_have_one_winner() {
+    explore(
+        NEIGHBOURS,
+        |engine| engine.prepare(page(0, 0)).map(drop).expect("prepared"),
+        |engine| accept(engine, page(0, 0)),
+        |engine| accept(engine, page(0, 0)),
+        |_, a, b| {
+            let winners = usize::from(a.is_ok()) + usize::from(b.is_ok());
+            assert_eq!(winners, 1, "{a:?} {b:?}");
+        },
+    );
+}
+
+#[test]
+fn a_claim_against_a_rescind_of_what_was_never_claimed() {
+    explore(
+        NEIGHBOURS,
+        |engine| engine.prepare(page(0, 0)).map(drop).expect("prepared"),
+        |engine| accept(engine, page(0, 0)),
+        |engine| engine.rescind(page(0, 0), OnNoChange::Ignore).map(drop),
+        // Map and hardware agree at the end, whoever was first; the page is in no other state.
+        |shared, claimed, rescinded| {
+            assert_eq!((claimed, rescinded), (Ok(()), Ok(())));
+            let state = shared.with_engine(|engine| engine.state(page(0, 0).first()));
+            assert!(matches!(
+                state,
+                Some(PageState::Accepted | PageState::Unaccepted)
+            ));
+        },
+    );
+}
+
+#[test]
 fn lists_in_opposite_order_do_not_wait_for_each_other() {
     let list = |engine: &Guarded<'_>, numbers: [u64; 2]| {
         Ok(numbers.map(|number| accept(engine, page(number, 0))))
