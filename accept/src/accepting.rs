@@ -52,6 +52,27 @@ impl<B: Backend> Engine<'_, B> {
         self.keep(block, PageState::Ahead, |_| Ok(()))
     }
 
+    /// As [`Engine::prepare`], but leaves a region alone of which the guest ever gave a page back:
+    /// guest and host may be sharing memory there.
+    ///
+    /// # Errors
+    /// Those of [`Engine::prepare`].
+    pub fn prepare_new(&self, block: Block) -> Result<Done, Error> {
+        let held = self.hold(block)?;
+        if held.maybe_given_back() {
+            drop(held);
+            return Ok(Done::NOTHING);
+        }
+        let fresh = unaccepted_of(&held, block);
+        let ended = self.bring_in(
+            &held,
+            &fresh,
+            &PageSet::EMPTY,
+            For::Paravisor(PageState::Ahead),
+        );
+        self.end(held, ended)
+    }
+
     /// Makes `block` the paravisor's own: validated and zero, state [`PageState::Owned`], no
     /// permission for the guest.
     ///
@@ -75,11 +96,7 @@ impl<B: Backend> Engine<'_, B> {
         check: impl FnOnce(PageSet) -> Result<(), Error>,
     ) -> Result<Done, Error> {
         let held = self.hold(block)?;
-        let states = held.states();
-        let fresh = PageSet::of(block)
-            .without(&states.ahead)
-            .without(&states.accepted)
-            .without(&states.owned);
+        let fresh = unaccepted_of(&held, block);
         let ended = match check(fresh) {
             Ok(()) => self.bring_in(&held, &fresh, &PageSet::EMPTY, For::Paravisor(state)),
             Err(error) => Ended::with(Err(error)),
@@ -172,8 +189,12 @@ impl<B: Backend> Engine<'_, B> {
             }
         };
         held.record(&all, state);
+        let scrubbed_bytes = fresh.len() * PageSize::Size4K.bytes();
+        if state == PageState::Ahead {
+            tally.prepared_bytes.add(scrubbed_bytes);
+        }
         Ended::with(Ok(Done {
-            scrubbed_bytes: fresh.len() * PageSize::Size4K.bytes(),
+            scrubbed_bytes,
             changed_pages: all.len(),
         }))
     }
@@ -245,4 +266,13 @@ impl<B: Backend> Engine<'_, B> {
         held.record(&stopped.at.without(&gone), PageState::Owned);
         true
     }
+}
+
+/// The pages of the block that the map calls Unaccepted.
+fn unaccepted_of(held: &Held<'_>, block: Block) -> PageSet {
+    let states = held.states();
+    PageSet::of(block)
+        .without(&states.ahead)
+        .without(&states.accepted)
+        .without(&states.owned)
 }

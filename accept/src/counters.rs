@@ -69,6 +69,8 @@ counters! {
     accepted_bytes,
     /// Of these, bytes that had been made ready before the guest asked.
     claimed_bytes,
+    /// Bytes that were made ready before the guest asked.
+    prepared_bytes,
     /// Requests for a 4 KiB page that were rescinded.
     rescinded_4k,
     /// Requests for a 2 MiB block that were rescinded.

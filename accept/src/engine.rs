@@ -7,8 +7,9 @@
 use crate::backend::{Backend, NotFlushed, Operation, STATUS_SIZE_MISMATCH, Trouble};
 use crate::block::{Block, Frame, PageSize};
 use crate::counters::{Counters, Tally};
+use crate::given_back::Flag;
 use crate::lock::{Guard, RegionLocks};
-use crate::map::Map;
+use crate::map::{Map, Place};
 use crate::pages::{PageSet, PageState, RegionWords, StateSets};
 use crate::sweep::Stopped;
 
@@ -172,12 +173,10 @@ impl<'m, B: Backend> Engine<'m, B> {
             .map
             .for_each_piece(first, pages, |words, start, indices| {
                 match self.locks.lock(start) {
-                    Some(guard) => Held {
-                        words,
-                        region: start.region_start(),
-                        guard,
+                    // The guard lives to the end of the arm.
+                    Some(_guard) => {
+                        words.record(&PageSet::span(indices.start, indices.end), state);
                     }
-                    .record(&PageSet::span(indices.start, indices.end), state),
                     None => busy = true,
                 }
             });
@@ -200,10 +199,10 @@ impl<'m, B: Backend> Engine<'m, B> {
 
     /// Locks a block's region.
     pub(crate) fn hold(&self, block: Block) -> Result<Held<'m>, Error> {
-        let words = self.map.find(block).ok_or(Error::OutOfRange)?;
+        let place = self.map.place(block).ok_or(Error::OutOfRange)?;
         let guard = self.locks.lock(block.first()).ok_or(Error::Busy)?;
         Ok(Held {
-            words,
+            place,
             region: block.first().region_start(),
             guard,
         })
@@ -252,7 +251,7 @@ impl Glance<'_> {
 
 /// A region whose lock is held: the only way to change states (I1).
 pub(crate) struct Held<'m> {
-    words: &'m RegionWords,
+    place: Place<'m>,
     region: Frame,
     guard: Guard<'m>,
 }
@@ -269,16 +268,28 @@ impl<'m> Held<'m> {
 
     /// The states of the pages, for sure.
     pub(crate) fn states(&self) -> StateSets {
-        self.words.states()
+        self.place.words.states()
     }
 
     /// The state of one page, for sure.
     pub(crate) fn state(&self, frame: Frame) -> PageState {
-        self.words.state(frame.index_in_region())
+        self.place.words.state(frame.index_in_region())
     }
 
     pub(crate) fn record(&self, pages: &PageSet, state: PageState) {
-        self.words.record(pages, state);
+        self.place.words.record(pages, state);
+    }
+
+    /// Remembers that the guest gives pages of the region back.
+    pub(crate) fn remember_given_back(&self) {
+        if let Some(flag) = &self.place.given_back {
+            flag.set();
+        }
+    }
+
+    /// Whether the guest may have given back a page of the region.
+    pub(crate) fn maybe_given_back(&self) -> bool {
+        self.place.given_back.as_ref().is_none_or(Flag::is_set)
     }
 
     /// Turns the reason why a sweep stopped into the caller's error, and counts it.

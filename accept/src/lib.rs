@@ -23,6 +23,8 @@
 //! | `backend` | what the platform must be able to do, and how it may fail |
 //! | `sweep` | the one loop that tries 2 MiB and falls back to 4 KiB |
 //! | `engine`, `accepting`, `rescinding`, `owned` | the flows |
+//! | `ahead`, `given_back` | acceptance before the guest asks, and what it must keep off |
+//! | `view` | what others may see of the map: the EFI table's bits, totals |
 //! | `counters` | what happened, for reports |
 //!
 //! # Invariants
@@ -81,10 +83,12 @@
 #![forbid(unsafe_code)]
 
 mod accepting;
+mod ahead;
 mod backend;
 mod block;
 mod counters;
 mod engine;
+mod given_back;
 mod lock;
 mod map;
 mod owned;
@@ -92,12 +96,16 @@ mod pages;
 mod rescinding;
 mod sweep;
 mod sync;
+mod view;
 
+pub use ahead::{Order, Step, Walk};
 pub use backend::{AdjustFault, Backend, Fault, NotFlushed, Operation, ValidateFault};
 pub use block::{Block, Frame, Misaligned, PAGES_PER_REGION, PageSize};
 pub use counters::Counters;
 pub use engine::{Done, Engine, Error, FlushOwed, OnNoChange, Rescinded};
+pub use given_back::GivenBack;
 pub use lock::{BadLockCount, RegionLock, RegionLocks};
 pub use map::{BadMap, BadRange, Map, Range};
 pub use owned::{NotReturned, Role, Taken};
 pub use pages::{PageState, Region};
+pub use view::{Census, Extent};

@@ -10,6 +10,7 @@
 //! have one lock, because locks are chosen by address.
 
 use crate::block::{Block, Frame, PAGES_PER_REGION};
+use crate::given_back::{Flag, GivenBack};
 use crate::pages::{Region, RegionWords};
 
 /// A contiguous piece of guest memory and the states of its pages.
@@ -18,6 +19,7 @@ pub struct Range<'m> {
     first: Frame,
     last: Frame,
     regions: &'m [Region],
+    given_back: &'m [GivenBack],
 }
 
 /// Why [`Range::try_new`] refused.
@@ -31,6 +33,13 @@ pub enum BadRange {
     Regions {
         /// The number of regions that the range needs.
         needed: u64,
+        /// The number that was given.
+        given: usize,
+    },
+    /// Not one flag per region.
+    Flags {
+        /// The number of [`GivenBack`] that the range needs.
+        needed: usize,
         /// The number that was given.
         given: usize,
     },
@@ -56,7 +65,25 @@ impl<'m> Range<'m> {
             first,
             last,
             regions,
+            given_back: &[],
         })
+    }
+
+    /// The same range with a memory of what the guest gave back, which is what acceptance ahead of
+    /// the guest needs: a range without it is accepted on request only.
+    ///
+    /// # Errors
+    /// [`BadRange::Flags`] unless `flags` are [`GivenBack::needed`] for the range's regions.
+    pub fn with_given_back(mut self, flags: &'m [GivenBack]) -> Result<Self, BadRange> {
+        let needed = GivenBack::needed(self.regions.len());
+        if flags.len() != needed {
+            return Err(BadRange::Flags {
+                needed,
+                given: flags.len(),
+            });
+        }
+        self.given_back = flags;
+        Ok(self)
     }
 
     /// How many regions a range of `pages` pages from `first` needs, or `None` when there is no
@@ -98,6 +125,13 @@ impl<'m> Range<'m> {
     }
 }
 
+/// What is kept of one region.
+pub(crate) struct Place<'m> {
+    pub(crate) words: &'m RegionWords,
+    /// Whether the guest gave back a page of it; none where nobody wants to know.
+    pub(crate) given_back: Option<Flag<'m>>,
+}
+
 /// All memory that has a state.
 #[derive(Clone, Copy)]
 pub struct Map<'m> {
@@ -135,6 +169,12 @@ impl<'m> Map<'m> {
 
     /// The state words around `block`, or `None` unless the whole block lies in one range.
     pub(crate) fn find(&self, block: Block) -> Option<&'m RegionWords> {
+        self.place(block).map(|place| place.words)
+    }
+
+    /// All that is kept of the region around `block`, or `None` unless the whole block lies in one
+    /// range.
+    pub(crate) fn place(&self, block: Block) -> Option<Place<'m>> {
         // A handful of ranges: walking them is cheaper than anything cleverer.
         let range = self
             .ranges
@@ -144,10 +184,11 @@ impl<'m> Map<'m> {
             return None;
         }
         let index = block.first().region_number() - range.first.region_number();
-        range
-            .regions
-            .get(usize::try_from(index).ok()?)
-            .map(Region::words)
+        let index = usize::try_from(index).ok()?;
+        Some(Place {
+            words: range.regions.get(index)?.words(),
+            given_back: GivenBack::flag(range.given_back, index),
+        })
     }
 
     /// Splits `pages` pages from `first` at region boundaries and calls `visit` with the state
@@ -226,6 +267,21 @@ mod tests {
             Some(BadRange::Wraps)
         );
         assert_eq!(Range::regions_needed(frame(0x1000), u64::MAX), None);
+    }
+
+    #[test]
+    fn a_range_takes_one_flag_per_region() {
+        let regions = [const { Region::new() }; 65];
+        let flags = [const { GivenBack::new() }; 2];
+        let range = Range::try_new(frame(0), 65 * 512, &regions).expect("good");
+        assert!(range.with_given_back(&flags).is_ok());
+        assert_eq!(
+            range.with_given_back(&flags[..1]).err(),
+            Some(BadRange::Flags {
+                needed: 2,
+                given: 1
+            })
+        );
     }
 
     #[test]

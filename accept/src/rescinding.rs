@@ -53,6 +53,8 @@ impl<B: Backend> Engine<'_, B> {
         if !asked.and(&states.owned).is_empty() {
             return Ended::with(Err(Error::Owned));
         }
+        // Also when nothing changes: the guest says what it is about to do with the pages.
+        held.remember_given_back();
         let leaving = Leaving {
             accepted: asked.and(&states.accepted),
             ahead: asked.and(&states.ahead),

@@ -71,6 +71,28 @@ mod checked {
     atomic!(AtomicBool, bool);
     atomic!(AtomicU64, u64);
 
+    impl AtomicU64 {
+        #[track_caller]
+        pub(crate) fn fetch_or(&self, bits: u64, order: Ordering) -> u64 {
+            self.cell().fetch_or(bits, order)
+        }
+
+        #[track_caller]
+        pub(crate) fn fetch_add(&self, n: u64, order: Ordering) -> u64 {
+            self.cell().fetch_add(n, order)
+        }
+
+        #[track_caller]
+        pub(crate) fn fetch_update(
+            &self,
+            set: Ordering,
+            fetch: Ordering,
+            change: impl FnMut(u64) -> Option<u64>,
+        ) -> Result<u64, u64> {
+            self.cell().fetch_update(set, fetch, change)
+        }
+    }
+
     impl AtomicBool {
         #[track_caller]
         pub(crate) fn compare_exchange(

@@ -1,5 +1,6 @@
 //! What remains after a failure: at every call of the backend, once and from then on, with a
 //! strange status and with a host that takes pages away.
+#![cfg(not(loom))]
 
 mod model;
 

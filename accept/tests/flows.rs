@@ -1,4 +1,5 @@
 //! The laws of the flows, one at a time: order of the instructions, sizes, states, answers.
+#![cfg(not(loom))]
 
 mod model;
 

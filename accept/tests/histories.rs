@@ -1,5 +1,6 @@
 //! Random histories against a reference that is one line per rule, with a host that changes page
 //! sizes, fails instructions and lies.
+#![cfg(not(loom))]
 
 mod model;
 

@@ -1,4 +1,5 @@
 //! Many vCPUs at once: who wins, who waits, and for how long.
+#![cfg(not(loom))]
 
 mod model;
 

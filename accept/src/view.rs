@@ -1,0 +1,183 @@
+//! What others may see of the map: which memory is still unaccepted, and how much is what.
+//!
+//! To the guest, memory that was made ready ahead is unaccepted like the rest: it has not asked for
+//! it. So Ahead counts as unaccepted wherever the view is the guest's.
+//!
+//! The bits are those of the EFI unaccepted-memory table of Linux: one per unit of 2 MiB, least
+//! significant first, set when the unit is unaccepted. A unit is all or nothing: of a unit that is
+//! only partly accepted the guest would either accept pages twice or touch unaccepted ones. Such
+//! units (the edges of what is not a multiple of 2 MiB) are accepted up front, by
+//! [`Engine::round_out`].
+
+use crate::backend::Backend;
+use crate::block::{Block, Frame, PAGES_PER_REGION, PageSize};
+use crate::engine::{Done, Engine, Error, OnNoChange};
+use crate::pages::{PageSet, StateSets};
+
+/// The units from the lowest unaccepted one to the highest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Guest physical address of the first unit: a multiple of 2 MiB.
+    pub base: u64,
+    /// The number of units of 2 MiB.
+    pub units: u64,
+}
+
+/// How much memory is in which state, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Not valid, or given back.
+    pub unaccepted: u64,
+    /// Ready, but not asked for yet.
+    pub ahead: u64,
+    /// The guest's.
+    pub accepted: u64,
+    /// The paravisor's, or lent to it.
+    pub owned: u64,
+}
+
+/// The part of a region that belongs to one range, and its states.
+struct Piece {
+    first: Frame,
+    pages: PageSet,
+    states: StateSets,
+}
+
+impl Piece {
+    /// The pages that the guest would have to ask for.
+    fn unaccepted(&self) -> PageSet {
+        self.pages
+            .without(&self.states.accepted)
+            .without(&self.states.owned)
+    }
+
+    /// Whether the piece is a whole unit of which the guest may say that it is unaccepted.
+    fn is_unaccepted_unit(&self) -> bool {
+        self.unaccepted().is_full()
+    }
+}
+
+impl<B: Backend> Engine<'_, B> {
+    /// Accepts the rest of every unit that is unaccepted in part, so that the bits of
+    /// [`Engine::unaccepted_bits`] tell the whole truth. For the time before the guest starts.
+    ///
+    /// # Errors
+    /// Those of [`Engine::accept`]. What was accepted until then stays accepted.
+    pub fn round_out(&self) -> Result<Done, Error> {
+        let mut sum = Done::NOTHING;
+        for piece in self.pieces() {
+            let rest = piece.unaccepted();
+            if rest.is_full() {
+                continue;
+            }
+            for index in rest.indices() {
+                let page = Block::page(piece.first.at_index(index));
+                let done = self.accept(page, OnNoChange::Ignore)?;
+                sum.scrubbed_bytes += done.scrubbed_bytes;
+                sum.changed_pages += done.changed_pages;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// From the lowest to the highest unaccepted unit; none when everything is accepted.
+    #[must_use]
+    pub fn unaccepted_extent(&self) -> Option<Extent> {
+        let mut units = self
+            .pieces()
+            .filter(Piece::is_unaccepted_unit)
+            .map(|piece| piece.first.region_number());
+        let lowest = units.next()?;
+        let highest = units.last().unwrap_or(lowest);
+        Some(Extent {
+            base: lowest * PageSize::Size2M.bytes(),
+            units: highest - lowest + 1,
+        })
+    }
+
+    /// Writes the bits of the units of `extent`: a set bit is an unaccepted unit. Bits without
+    /// memory, and those that `bits` has too many, are clear; units beyond `bits` are left out.
+    pub fn unaccepted_bits(&self, extent: Extent, bits: &mut [u8]) {
+        bits.fill(0);
+        let base = extent.base / PageSize::Size2M.bytes();
+        for piece in self.pieces().filter(Piece::is_unaccepted_unit) {
+            let unit = piece.first.region_number().checked_sub(base);
+            let unit = unit.filter(|unit| *unit < extent.units);
+            if let Some(unit) = unit.and_then(|unit| usize::try_from(unit).ok())
+                && let Some(byte) = bits.get_mut(unit / 8)
+            {
+                *byte |= 1 << (unit % 8);
+            }
+        }
+    }
+
+    /// Whether the guest may not yet touch some byte of `bytes` bytes from `gpa`.
+    ///
+    /// A range that ends with a unit counts the next unit too: the guest's kernel may read a few
+    /// bytes beyond what it uses (Linux, load_unaligned_zeropad), and such a read must not fault.
+    /// Memory that has no state is not unaccepted.
+    #[must_use]
+    pub fn contains_unaccepted(&self, gpa: u64, bytes: u64) -> bool {
+        let unit = PageSize::Size2M.bytes();
+        let mut end = gpa.saturating_add(bytes);
+        if end.is_multiple_of(unit) {
+            end = end.saturating_add(unit);
+        }
+        let (first, end) = (Frame::containing(gpa).number(), end.div_ceil(1 << 12));
+        self.pieces().any(|piece| {
+            let start = piece.first.region_start().number();
+            let index = |frame: u64| {
+                let index = frame.saturating_sub(start).min(PAGES_PER_REGION as u64);
+                usize::try_from(index).unwrap_or(PAGES_PER_REGION)
+            };
+            let asked = PageSet::span(index(first), index(end));
+            !piece.unaccepted().and(&asked).is_empty()
+        })
+    }
+
+    /// How much of the memory in `regions` (numbers of 2 MiB regions from address 0) is in which
+    /// state. While others are at work the figures are those of different moments.
+    #[must_use]
+    pub fn census(&self, regions: core::ops::Range<u64>) -> Census {
+        let mut census = Census::default();
+        let bytes = |pages: &PageSet| pages.len() * PageSize::Size4K.bytes();
+        for piece in self.pieces() {
+            if regions.contains(&piece.first.region_number()) {
+                let states = &piece.states;
+                let ahead = piece.pages.and(&states.ahead);
+                census.ahead += bytes(&ahead);
+                census.accepted += bytes(&piece.pages.and(&states.accepted));
+                census.owned += bytes(&piece.pages.and(&states.owned));
+                census.unaccepted += bytes(&piece.unaccepted().without(&ahead));
+            }
+        }
+        census
+    }
+
+    /// All regions with what belongs to them, ascending.
+    fn pieces(&self) -> impl Iterator<Item = Piece> {
+        self.map().ranges().iter().flat_map(|range| {
+            let (first, last) = (range.first(), range.last());
+            let numbers = first.region_number()..=last.region_number();
+            let pieces = numbers.zip(range.regions()).map(move |(number, region)| {
+                let start = Frame::try_new(number * PAGES_PER_REGION as u64)?;
+                let from = if first > start {
+                    first.index_in_region()
+                } else {
+                    0
+                };
+                let to = if number == last.region_number() {
+                    last.index_in_region() + 1
+                } else {
+                    PAGES_PER_REGION
+                };
+                Some(Piece {
+                    first: start,
+                    pages: PageSet::span(from, to),
+                    states: region.words().states(),
+                })
+            });
+            pieces.flatten()
+        })
+    }
+}
