@@ -1,0 +1,295 @@
+//! How much of the memory's own speed is left when several vCPUs accept at once, and what two
+//! simpler designs would leave of it.
+//!
+//! `cargo bench -p accept --bench throughput [-- --memory MIB --threads N,N]`. Every figure is a
+//! ratio of times within this run: the time of filling the memory with zeros, by the same threads
+//! over the same blocks, divided by the time of accepting it. 1.00 means that accepting costs no
+//! more than the fill which it contains. Rounds of all candidates are interleaved and the best of
+//! each counts, because the machine that runs this is never quiet.
+
+use std::hint::{black_box, spin_loop};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Barrier, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use accept::{
+    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, OnNoChange, PageSize,
+    Range, Region, RegionLock, RegionLocks, ValidateFault,
+};
+
+const UNIT: usize = PageSize::Size2M.bytes() as usize;
+const PAGE: usize = PageSize::Size4K.bytes() as usize;
+const ROUNDS: usize = 7;
+
+/// Guest memory: one buffer per 2 MiB. The mutex is never contended where the design under test
+/// keeps two vCPUs off one page, and costs nothing beside a fill.
+struct Memory(Vec<Mutex<Vec<u8>>>);
+
+impl Memory {
+    fn new(units: usize) -> Self {
+        Self((0..units).map(|_| Mutex::new(vec![1; UNIT])).collect())
+    }
+
+    fn fill(&self, block: Block) {
+        let first = block.first().number() as usize;
+        let mut unit = self.0[first / 512].lock().unwrap();
+        let start = first % 512 * PAGE;
+        black_box(&mut unit[start..start + block.size().bytes() as usize]).fill(0);
+    }
+}
+
+/// What is compared: accepts a block once, and says "no" the second time.
+trait Candidate: Sync {
+    fn accept(&self, memory: &Memory, block: Block);
+}
+
+/// The fill alone.
+struct Raw;
+
+impl Candidate for Raw {
+    fn accept(&self, memory: &Memory, block: Block) {
+        memory.fill(block);
+    }
+}
+
+/// The engine, on a platform whose instructions are free but for the fill.
+struct Turnstile<'m>(Engine<'m, Scrubber<'m>>);
+
+struct Scrubber<'m>(&'m Memory);
+
+impl Backend for Scrubber<'_> {
+    fn validate(&self, block: Block) -> Result<(), ValidateFault> {
+        black_box(block);
+        Ok(())
+    }
+    fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
+        black_box(block);
+        Ok(())
+    }
+    fn scrub(&self, block: Block) -> Result<(), Fault> {
+        self.0.fill(block);
+        Ok(())
+    }
+    fn grant(&self, block: Block) -> Result<(), AdjustFault> {
+        black_box(block);
+        Ok(())
+    }
+    fn revoke(&self, block: Block) -> Result<(), AdjustFault> {
+        black_box(block);
+        Ok(())
+    }
+    fn flush(&self) -> Result<(), NotFlushed> {
+        Ok(())
+    }
+}
+
+impl Candidate for Turnstile<'_> {
+    fn accept(&self, _: &Memory, block: Block) {
+        let _ = black_box(self.0.accept(block, OnNoChange::Fail));
+    }
+}
+
+/// A spin lock of one byte, as the second baseline packs 64 of them into a cache line.
+#[derive(Default)]
+struct ByteLock(AtomicBool);
+
+impl ByteLock {
+    fn with<T>(&self, work: impl FnOnce() -> T) -> T {
+        while self.0.swap(true, Ordering::Acquire) {
+            while self.0.load(Ordering::Relaxed) {
+                spin_loop();
+            }
+        }
+        let result = work();
+        self.0.store(false, Ordering::Release);
+        result
+    }
+}
+
+/// One byte per page, which spares the baselines the masks of a bitmap.
+struct Bytes(Vec<AtomicU8>);
+
+impl Bytes {
+    fn new(units: usize) -> Self {
+        Self((0..units * 512).map(|_| AtomicU8::new(0)).collect())
+    }
+
+    /// The pages of the block, if none of them is accepted.
+    fn fresh(&self, block: Block) -> Option<&[AtomicU8]> {
+        let first = block.first().number() as usize;
+        let pages = &self.0[first..first + block.size().pages() as usize];
+        let fresh = pages.iter().all(|page| page.load(Ordering::Relaxed) == 0);
+        fresh.then_some(pages)
+    }
+
+    fn accept(&self, memory: &Memory, block: Block) {
+        if let Some(pages) = self.fresh(block) {
+            memory.fill(block);
+            for page in pages {
+                page.store(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Baseline 1: one lock for everything.
+struct GlobalLock(ByteLock, Bytes);
+
+impl Candidate for GlobalLock {
+    fn accept(&self, memory: &Memory, block: Block) {
+        self.0.with(|| self.1.accept(memory, block));
+    }
+}
+
+/// Baseline 2: 64 locks of a byte each, side by side, chosen by the unit's number modulo 64.
+struct AdjacentLocks([ByteLock; 64], Bytes);
+
+impl Candidate for AdjacentLocks {
+    fn accept(&self, memory: &Memory, block: Block) {
+        let unit = block.first().number() as usize / 512;
+        self.0[unit % 64].with(|| self.1.accept(memory, block));
+    }
+}
+
+/// Which blocks each thread asks for.
+#[derive(Clone, Copy)]
+enum Pattern {
+    /// Each thread has a part of memory of its own.
+    Disjoint,
+    /// Neighbouring blocks belong to different threads.
+    Neighbours,
+    /// Each thread's blocks are 64 units from its next: all on one of 64 modulo-chosen locks.
+    Strides,
+    /// All threads ask for all blocks in the same order.
+    Colliding,
+    /// As neighbours, with small pages: threads meet in every region.
+    SmallPages,
+}
+
+impl Pattern {
+    const ALL: [(Self, &'static str); 5] = [
+        (Self::Disjoint, "2 MiB, disjoint"),
+        (Self::Neighbours, "2 MiB, neighbours"),
+        (Self::Strides, "2 MiB, stride of 64"),
+        (Self::Colliding, "2 MiB, all the same"),
+        (Self::SmallPages, "4 KiB, interleaved"),
+    ];
+
+    fn blocks(self, units: usize, threads: usize, thread: usize) -> Vec<Block> {
+        let unit =
+            |number: usize| Block::region_around(Frame::try_new(number as u64 * 512).unwrap());
+        let page = |number: usize| Block::page(Frame::try_new(number as u64).unwrap());
+        match self {
+            Self::Disjoint => {
+                let share = units / threads;
+                (thread * share..(thread + 1) * share).map(unit).collect()
+            }
+            Self::Neighbours => (thread..units).step_by(threads).map(unit).collect(),
+            Self::Strides => {
+                let columns = (0..64).flat_map(|c| (c..units).step_by(64));
+                let mine = columns.enumerate().filter(|(n, _)| n % threads == thread);
+                mine.map(|(_, number)| unit(number)).collect()
+            }
+            Self::Colliding => (0..units).map(unit).collect(),
+            Self::SmallPages => (thread..units * 512).step_by(threads).map(page).collect(),
+        }
+    }
+}
+
+/// The time that the threads need for their blocks.
+fn time(candidate: &dyn Candidate, memory: &Memory, work: &[Vec<Block>]) -> Duration {
+    let start = Barrier::new(work.len() + 1);
+    let end = Barrier::new(work.len() + 1);
+    thread::scope(|scope| {
+        let (start, end) = (&start, &end);
+        for blocks in work {
+            scope.spawn(move || {
+                start.wait();
+                for block in blocks {
+                    candidate.accept(memory, *block);
+                }
+                end.wait();
+            });
+        }
+        start.wait();
+        let begun = Instant::now();
+        end.wait();
+        begun.elapsed()
+    })
+}
+
+/// One round of the engine on new state.
+fn time_engine(memory: &Memory, work: &[Vec<Block>]) -> Duration {
+    let units = memory.0.len();
+    let states: Vec<Region> = (0..units).map(|_| Region::new()).collect();
+    let ranges = [Range::try_new(Frame::containing(0), units as u64 * 512, &states).unwrap()];
+    let locks: Vec<RegionLock> = (0..RegionLocks::count_for(work.len()))
+        .map(|_| RegionLock::new())
+        .collect();
+    let map = Map::try_new(&ranges).unwrap();
+    let locks = RegionLocks::try_new(&locks).unwrap();
+    let engine = Engine::new(Scrubber(memory), map, locks);
+    time(&Turnstile(engine), memory, work)
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    let option = |name: &str| {
+        let at = arguments.iter().position(|argument| argument == name)?;
+        arguments.get(at + 1).cloned()
+    };
+    let mib = option("--memory").map_or(512, |mib| mib.parse().expect("--memory takes MiB"));
+    let threads = option("--threads").unwrap_or_else(|| "1,2,4".into());
+    let units = mib / 2;
+    let memory = Memory::new(units);
+
+    println!("{mib} MiB, best of {ROUNDS}: time of the fill alone / time of the candidate");
+    println!(
+        "{:<22}{:>8}{:>12}{:>12}{:>12}",
+        "pattern", "threads", "engine", "one lock", "64 locks"
+    );
+    for (pattern, name) in Pattern::ALL {
+        for threads in threads.split(',') {
+            let threads: usize = threads.parse().expect("--threads takes numbers");
+            let work: Vec<Vec<Block>> = (0..threads)
+                .map(|thread| pattern.blocks(units, threads, thread))
+                .collect();
+            // When all ask for the same, the fill is done once: the raw time is one thread's.
+            let raw_work = match pattern {
+                Pattern::Colliding => &work[..1],
+                _ => &work[..],
+            };
+            let mut best = [Duration::MAX; 4];
+            for _ in 0..ROUNDS {
+                let round = [
+                    time(&Raw, &memory, raw_work),
+                    time_engine(&memory, &work),
+                    time(
+                        &GlobalLock(ByteLock::default(), Bytes::new(units)),
+                        &memory,
+                        &work,
+                    ),
+                    time(
+                        &AdjacentLocks(
+                            std::array::from_fn(|_| ByteLock::default()),
+                            Bytes::new(units),
+                        ),
+                        &memory,
+                        &work,
+                    ),
+                ];
+                for (best, time) in best.iter_mut().zip(round) {
+                    *best = (*best).min(time);
+                }
+            }
+            let ratio = |time: Duration| best[0].as_secs_f64() / time.as_secs_f64();
+            println!(
+                "{name:<22}{threads:>8}{:>12.3}{:>12.3}{:>12.3}",
+                ratio(best[1]),
+                ratio(best[2]),
+                ratio(best[3])
+            );
+        }
+    }
+}
