@@ -204,7 +204,8 @@ impl<B: Backend> Engine<'_, B> {
     ///
     /// Where the platform refuses even that, I9 asks for the truth: a page that stays granted is
     /// Accepted (it was scrubbed before), a page that stays valid is Owned, so that nobody gets it
-    /// unscrubbed and nobody validates it again.
+    /// unscrubbed and nobody validates it again. Where only the host could make the pages invalid,
+    /// they are what pages that nobody has claimed are: ready, unless the guest could write to them.
     fn take_back(&self, held: &Held<'_>, valid: &PageSet, granted: &PageSet, grain: Grain) {
         let (region, tally) = (held.region(), held.tally());
         let not_valid = |trouble| trouble == Trouble::Contradiction;
@@ -218,6 +219,12 @@ impl<B: Backend> Engine<'_, B> {
         );
         let kept = granted.without(&revoked);
         let leaving = valid.without(&kept);
+        held.record(&kept, PageState::Accepted);
+        if B::HOST_REMOVES {
+            held.record(&leaving.without(granted), PageState::Ahead);
+            held.record(&leaving.and(granted), PageState::Owned);
+            return;
+        }
         let gone = sweep_on(
             region,
             &leaving,
@@ -226,7 +233,6 @@ impl<B: Backend> Engine<'_, B> {
             |block| self.backend.rescind(block),
             not_valid,
         );
-        held.record(&kept, PageState::Accepted);
         held.record(&gone, PageState::Unaccepted);
         held.record(&leaving.without(&gone), PageState::Owned);
     }
@@ -255,14 +261,19 @@ impl<B: Backend> Engine<'_, B> {
             |b| self.backend.revoke(b),
             not_valid,
         );
-        let gone = sweep_on(
-            region,
-            &stopped.at,
-            grain,
-            tally,
-            |b| self.backend.rescind(b),
-            not_valid,
-        );
+        let gone = if B::HOST_REMOVES {
+            // It stays valid, with a content that nobody knows.
+            PageSet::EMPTY
+        } else {
+            sweep_on(
+                region,
+                &stopped.at,
+                grain,
+                tally,
+                |b| self.backend.rescind(b),
+                not_valid,
+            )
+        };
         held.record(&stopped.at.without(&gone), PageState::Owned);
         true
     }

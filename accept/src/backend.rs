@@ -11,6 +11,12 @@ use crate::block::Block;
 /// The platform's instructions. One call is one instruction on one page of the block's size (or
 /// one fill of memory).
 pub trait Backend {
+    /// Whether a valid page stays valid until the host removes it, and is zero when it becomes
+    /// valid (TDX). [`Backend::rescind`] then has nothing to do: the host removes the page when
+    /// the guest's request is passed on to it, and a host that does not is found out by the next
+    /// [`Backend::validate`].
+    const HOST_REMOVES: bool = false;
+
     /// Makes the block valid for the guest (SNP: PVALIDATE with validate = 1).
     ///
     /// # Errors

@@ -61,5 +61,6 @@ pub mod secrets;
 pub mod snp;
 pub mod stack_trace;
 pub mod svsm;
+pub mod tdx;
 pub mod terminate;
 pub mod vmsa;

@@ -9,6 +9,8 @@
     reason = "each test file uses the part of the model that it needs"
 )]
 
+pub mod history;
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -8,6 +8,7 @@ use protocols::addr::{PageSize, Vmpl};
 
 #[cfg(target_os = "none")]
 pub mod snp;
+pub mod tdx;
 
 /// A page of either size that is mapped privately (C=1) at a virtual address.
 ///

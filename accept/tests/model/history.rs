@@ -1,0 +1,291 @@
+//! Random histories and the rules they must follow, for every platform alike: the reference is one
+//! line per rule, on nothing but an array of states.
+//!
+//! Shared: the engine's own tests run these histories on the model of SEV-SNP beside this file,
+//! those of the paravisor's TDX backend on a model of the secure EPT.
+
+use accept::{Backend, Block, Engine, Error, OnNoChange, PageState, Role, Taken};
+use proptest::prelude::*;
+
+use super::{Injected, Model, frame, large, page, with_engine};
+
+pub const REGIONS: u64 = 2;
+
+/// A platform that the histories run on. The engine's backend is a reference to it.
+pub trait Hardware {
+    /// I11: map and hardware agree on every page.
+    fn assert_agrees<B: Backend>(&self, engine: &Engine<'_, B>);
+    /// Panics with every law of the instructions that was broken.
+    fn assert_lawful(&self);
+    /// How often a valid page was validated.
+    fn double_validations(&self) -> usize;
+    /// The host breaks a large page into small ones, which changes nothing else.
+    fn smash(&self, region: usize);
+    /// The guest asks the host to take a page that it gave back. Whoever is rid of the page with
+    /// the rescind need not listen.
+    fn convert(&self, _page: usize) {}
+    /// The host removes a page and puts one there that nobody has accepted.
+    fn remove(&self, page: usize);
+    /// The host puts a page there that was accepted and granted long ago.
+    fn resurrect(&self, page: usize);
+    /// Calls fail: the one with number `n` from now, with `on_and_on` all later ones too.
+    fn fail_in(&self, n: usize, on_and_on: bool);
+    /// Calls work again.
+    fn stop_failing(&self);
+}
+
+impl Hardware for Model {
+    fn assert_agrees<B: Backend>(&self, engine: &Engine<'_, B>) {
+        Self::assert_agrees(self, engine);
+    }
+    fn assert_lawful(&self) {
+        Self::assert_lawful(self);
+    }
+    fn double_validations(&self) -> usize {
+        Self::double_validations(self)
+    }
+    fn smash(&self, region: usize) {
+        Self::smash(self, region);
+    }
+    fn remove(&self, page: usize) {
+        Self::remove(self, page);
+    }
+    fn resurrect(&self, page: usize) {
+        Self::resurrect(self, page);
+    }
+    fn fail_in(&self, n: usize, on_and_on: bool) {
+        Self::fail_in(self, n, Injected::Status, on_and_on);
+    }
+    fn stop_failing(&self) {
+        Self::stop_failing(self);
+    }
+}
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+pub enum Step {
+    Accept(Block, OnNoChange),
+    Rescind(Block, OnNoChange),
+    Prepare(Block),
+    Acquire(Block),
+    /// Take the page, and give it back a few steps later.
+    Lend(u64, Role),
+    GiveBack,
+    Smash(usize),
+}
+
+/// Pages from a few places where words, lines and regions meet, so that histories collide.
+pub fn any_page() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        0..4u64,
+        30..34u64,
+        254..258u64,
+        508..516u64,
+        Just(REGIONS * 512)
+    ]
+}
+
+fn any_block() -> impl Strategy<Value = Block> {
+    prop_oneof![3 => any_page().prop_map(page), 1 => (0..=REGIONS).prop_map(large)]
+}
+
+fn any_choice() -> impl Strategy<Value = OnNoChange> {
+    prop_oneof![Just(OnNoChange::Fail), Just(OnNoChange::Ignore)]
+}
+
+pub fn any_step() -> impl Strategy<Value = Step> {
+    let role = prop_oneof![Just(Role::Vmsa), Just(Role::CallingArea)];
+    prop_oneof![
+        6 => (any_block(), any_choice()).prop_map(|(b, c)| Step::Accept(b, c)),
+        6 => (any_block(), any_choice()).prop_map(|(b, c)| Step::Rescind(b, c)),
+        2 => any_block().prop_map(Step::Prepare),
+        1 => any_page().prop_map(|p| Step::Acquire(page(p))),
+        2 => (any_page(), role).prop_map(|(p, r)| Step::Lend(p, r)),
+        2 => Just(Step::GiveBack),
+        1 => (0..REGIONS as usize).prop_map(Step::Smash),
+    ]
+}
+
+/// The rules, on nothing but an array of states.
+struct Reference(Vec<PageState>);
+
+impl Reference {
+    fn of(&mut self, block: Block) -> Option<&mut [PageState]> {
+        let first = block.first().number() as usize;
+        self.0.get_mut(first..first + block.size().pages() as usize)
+    }
+
+    fn accept(&mut self, block: Block, choice: OnNoChange) -> Result<(), Error> {
+        let pages = self.of(block).ok_or(Error::OutOfRange)?;
+        if pages.contains(&PageState::Owned) {
+            return Err(Error::Owned);
+        }
+        if choice == OnNoChange::Fail && pages.contains(&PageState::Accepted) {
+            return Err(Error::NoChange);
+        }
+        pages.fill(PageState::Accepted);
+        Ok(())
+    }
+
+    fn rescind(&mut self, block: Block, choice: OnNoChange) -> Result<(), Error> {
+        let pages = self.of(block).ok_or(Error::OutOfRange)?;
+        if pages.contains(&PageState::Owned) {
+            return Err(Error::Owned);
+        }
+        if choice == OnNoChange::Fail && pages.iter().any(|s| *s != PageState::Accepted) {
+            return Err(Error::NoChange);
+        }
+        pages.fill(PageState::Unaccepted);
+        Ok(())
+    }
+
+    fn prepare(&mut self, block: Block) -> Result<(), Error> {
+        let pages = self.of(block).ok_or(Error::OutOfRange)?;
+        pages
+            .iter_mut()
+            .filter(|s| **s == PageState::Unaccepted)
+            .for_each(|s| {
+                *s = PageState::Ahead;
+            });
+        Ok(())
+    }
+
+    fn acquire(&mut self, block: Block) -> Result<(), Error> {
+        let pages = self.of(block).ok_or(Error::OutOfRange)?;
+        if pages.iter().any(|s| *s != PageState::Unaccepted) {
+            return Err(Error::NoChange);
+        }
+        pages.fill(PageState::Owned);
+        Ok(())
+    }
+
+    fn take(&mut self, number: u64) -> Result<(), Error> {
+        let state = self.0.get_mut(number as usize).ok_or(Error::OutOfRange)?;
+        match *state {
+            PageState::Owned => Err(Error::Owned),
+            PageState::Accepted => {
+                *state = PageState::Owned;
+                Ok(())
+            }
+            _ => Err(Error::NotAccepted),
+        }
+    }
+}
+
+/// One step on the engine; debts are paid at once.
+fn apply<B: Backend, H: Hardware>(
+    engine: &Engine<'_, B>,
+    hardware: &H,
+    step: &Step,
+    lent: &mut Vec<Taken>,
+) -> Result<(), Error> {
+    match step {
+        Step::Accept(block, choice) => engine.accept(*block, *choice).map(|_| ())?,
+        Step::Rescind(block, choice) => {
+            if let Some(owed) = engine.rescind(*block, *choice)?.flush {
+                engine.flush(owed).expect("flushed");
+            }
+            for number in block.first().number()..=block.last().number() {
+                hardware.convert(usize::try_from(number).expect("a small number"));
+            }
+        }
+        Step::Prepare(block) => engine.prepare(*block).map(|_| ())?,
+        Step::Acquire(block) => engine.acquire(*block).map(|_| ())?,
+        Step::Lend(number, role) => lent.push(engine.take(frame(*number), *role)?),
+        Step::GiveBack => {
+            if let Some(taken) = lent.pop()
+                && let Err(failed) = engine.give_back(taken)
+            {
+                lent.push(failed.taken);
+                return Err(failed.error);
+            }
+        }
+        Step::Smash(region) => hardware.smash(*region),
+    }
+    Ok(())
+}
+
+/// Runs a history and compares every answer and every state with the reference.
+pub fn follows_the_rules<H: Hardware>(hardware: &H, steps: &[Step])
+where
+    for<'a> &'a H: Backend,
+{
+    with_engine(hardware, REGIONS as usize, 1000, |engine| {
+        let mut reference = Reference(vec![PageState::Unaccepted; REGIONS as usize * 512]);
+        let mut lent = Vec::new();
+        for step in steps {
+            let returning = lent.last().map(|t: &Taken| t.frame().number() as usize);
+            let expected = match step {
+                Step::Accept(block, choice) => reference.accept(*block, *choice),
+                Step::Rescind(block, choice) => reference.rescind(*block, *choice),
+                Step::Prepare(block) => reference.prepare(*block),
+                Step::Acquire(block) => reference.acquire(*block),
+                Step::Lend(number, _) => reference.take(*number),
+                Step::GiveBack => {
+                    if let Some(number) = returning {
+                        reference.0[number] = PageState::Accepted;
+                    }
+                    Ok(())
+                }
+                Step::Smash(_) => Ok(()),
+            };
+            assert_eq!(
+                apply(engine, hardware, step, &mut lent),
+                expected,
+                "{step:?}"
+            );
+        }
+        for (number, state) in (0..).zip(&reference.0) {
+            assert_eq!(engine.state(frame(number)), Some(*state), "page {number}");
+        }
+        hardware.assert_agrees(engine);
+        hardware.assert_lawful();
+    });
+    assert_eq!(hardware.double_validations(), 0);
+}
+
+/// Runs a history in which calls fail, once or from then on to the end of the step: the map stays
+/// true.
+pub fn stays_true<H: Hardware>(hardware: &H, steps: &[(Step, Option<(usize, bool)>)])
+where
+    for<'a> &'a H: Backend,
+{
+    with_engine(hardware, REGIONS as usize, 1000, |engine| {
+        let mut lent = Vec::new();
+        for (step, failure) in steps {
+            if let Some((call, on_and_on)) = failure {
+                hardware.fail_in(*call, *on_and_on);
+            }
+            let result = apply(engine, hardware, step, &mut lent);
+            assert_ne!(result, Err(Error::HostLied), "a failure is not a lie");
+            hardware.stop_failing();
+            hardware.assert_agrees(engine);
+        }
+        hardware.assert_lawful();
+    });
+    assert_eq!(hardware.double_validations(), 0);
+}
+
+/// Runs a history in which the host lies about one page. The first answer that says so ends it;
+/// until then nothing was granted against the laws.
+pub fn a_lie_gains_nothing<H: Hardware>(hardware: &H, steps: &[Step], lie_at: usize, victim: u64)
+where
+    for<'a> &'a H: Backend,
+{
+    with_engine(hardware, REGIONS as usize, 1000, |engine| {
+        let mut lent = Vec::new();
+        for (number, step) in steps.iter().enumerate() {
+            if number == lie_at && victim < REGIONS * 512 {
+                match engine.state(frame(victim)).expect("in range") {
+                    PageState::Unaccepted => hardware.resurrect(victim as usize),
+                    _ => hardware.remove(victim as usize),
+                }
+            }
+            if apply(engine, hardware, step, &mut lent) == Err(Error::HostLied) {
+                assert!(number >= lie_at, "no lie was told yet");
+                break;
+            }
+        }
+        hardware.assert_lawful();
+    });
+}

@@ -1,0 +1,185 @@
+//! TDX: pages are accepted and given to the guest's L2 VM by TDCALL.
+//!
+//! The logic is here and knows the instruction only as the trait [`Tdcall`], so that it is tested
+//! on the host against a model of the secure EPT. Where the engine's steps have no instruction on
+//! this platform they are empty: an accept zeroes the page (no scrub), and a page is given back to
+//! the host by the host (no rescind; the next accept tells whether it really went).
+
+use accept::{AdjustFault, Backend, Block, Fault, NotFlushed, ValidateFault};
+use protocols::addr::{Gpa, PageSize};
+use protocols::tdx::{L2Vm, Leaf, MAPPING_PENDING, PageAttributes, Status, page_operand};
+
+#[cfg(test)]
+mod tests;
+
+/// How often a call is repeated that finds its operand busy. Each repetition is a trip into the
+/// module; what holds the operand for longer than so many is a host that means to.
+const BUSY_LIMIT: u32 = 10_000;
+/// How often attributes are written that do not read back as written.
+const REPEAT_LIMIT: u32 = 4;
+
+/// The operands of a call. By value: each repetition loads all of them anew.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Operands {
+    /// RCX.
+    pub rcx: u64,
+    /// RDX.
+    pub rdx: u64,
+    /// R8.
+    pub r8: u64,
+}
+
+/// What a call returned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// RAX: the completion status.
+    pub rax: u64,
+    /// RCX.
+    pub rcx: u64,
+    /// RDX.
+    pub rdx: u64,
+}
+
+/// The instruction.
+pub trait Tdcall {
+    /// Executes TDCALL once.
+    fn tdcall(&self, leaf: Leaf, operands: Operands) -> Outcome;
+}
+
+/// Makes sure that no vCPU of the guest uses an old translation any more.
+pub trait FlushOthers {
+    /// Returns when every other vCPU has left the guest since the call.
+    ///
+    /// # Errors
+    /// [`NotFlushed`] when that takes too long.
+    fn flush_others(&self) -> Result<(), NotFlushed>;
+}
+
+/// The engine's backend on TDX. The guest is L2 VM 1.
+pub struct TdxBackend<T, F> {
+    module: T,
+    others: F,
+}
+
+/// The guest's VM.
+const GUEST: L2Vm = L2Vm::Vm1;
+
+impl<T: Tdcall, F: FlushOthers> TdxBackend<T, F> {
+    /// A backend on `module`; flushes reach all other vCPUs by `others`.
+    pub const fn new(module: T, others: F) -> Self {
+        Self { module, others }
+    }
+
+    /// The instruction, for tests.
+    pub const fn module(&self) -> &T {
+        &self.module
+    }
+
+    /// Repeats a call while it finds its operand busy.
+    fn call(&self, leaf: Leaf, operands: Operands) -> (Status, Outcome) {
+        let mut outcome = self.module.tdcall(leaf, operands);
+        for _ in 0..BUSY_LIMIT {
+            if !Status::of(outcome.rax).is_busy() {
+                break;
+            }
+            core::hint::spin_loop();
+            outcome = self.module.tdcall(leaf, operands);
+        }
+        (Status::of(outcome.rax), outcome)
+    }
+
+    /// Sets what the guest's VM may do with a page, and with `flush` drops its translations.
+    fn set_access(
+        &self,
+        block: Block,
+        access: PageAttributes,
+        flush: PageAttributes,
+    ) -> Result<(), AdjustFault> {
+        let wanted = access | PageAttributes::VALID;
+        let operands = Operands {
+            rcx: operand(block),
+            rdx: GUEST.field(wanted),
+            r8: GUEST.field(PageAttributes::ALL_ACCESS | flush),
+        };
+        for _ in 0..REPEAT_LIMIT {
+            let (status, outcome) = self.call(Leaf::MEM_PAGE_ATTR_WR, operands);
+            match status {
+                Status::SUCCESS => {}
+                Status::PAGE_SIZE_MISMATCH => return Err(AdjustFault::SizeMismatch),
+                other => return Err(AdjustFault::Failed(other.0)),
+            }
+            if outcome.rcx & MAPPING_PENDING != 0 {
+                return Err(AdjustFault::NotValidated);
+            }
+            let now = GUEST.attributes(outcome.rdx) & PageAttributes::ALL_ACCESS;
+            if now == access {
+                return Ok(());
+            }
+        }
+        Err(AdjustFault::Failed(Status::PAGE_ATTR_INVALID.0))
+    }
+}
+
+impl<T: Tdcall, F: FlushOthers> Backend for TdxBackend<T, F> {
+    const HOST_REMOVES: bool = true;
+
+    /// TDG.MEM.PAGE.ACCEPT. A page that the module calls accepted is not taken for success,
+    /// whatever the level it is mapped at: who accepted it, and what it holds, is not known.
+    fn validate(&self, block: Block) -> Result<(), ValidateFault> {
+        let operands = Operands {
+            rcx: operand(block),
+            ..Operands::default()
+        };
+        match self.call(Leaf::MEM_PAGE_ACCEPT, operands).0 {
+            Status::SUCCESS => Ok(()),
+            Status::PAGE_SIZE_MISMATCH => Err(ValidateFault::SizeMismatch),
+            Status::PAGE_ALREADY_ACCEPTED => Err(ValidateFault::AlreadyDone),
+            other => Err(ValidateFault::Failed(other.0)),
+        }
+    }
+
+    /// Nothing: the host takes the page when the guest converts it. A host that does not is found
+    /// out by the next accept, which finds the page accepted already.
+    fn rescind(&self, _: Block) -> Result<(), ValidateFault> {
+        Ok(())
+    }
+
+    /// Nothing: the accept has zeroed the page.
+    fn scrub(&self, _: Block) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn grant(&self, block: Block) -> Result<(), AdjustFault> {
+        let granted = self.set_access(block, PageAttributes::ALL_ACCESS, PageAttributes::empty());
+        if granted == Err(AdjustFault::NotValidated) {
+            // The host took the page away and put another there. The module has noted the access
+            // and would give it as soon as somebody accepts that page: it is taken back.
+            let _ = self.set_access(block, PageAttributes::empty(), PageAttributes::VALID);
+        }
+        granted
+    }
+
+    fn revoke(&self, block: Block) -> Result<(), AdjustFault> {
+        self.set_access(block, PageAttributes::empty(), PageAttributes::VALID)
+    }
+
+    fn flush(&self) -> Result<(), NotFlushed> {
+        let operands = Operands {
+            rcx: GUEST.invept_bit(),
+            ..Operands::default()
+        };
+        match self.call(Leaf::VP_INVEPT, operands).0 {
+            Status::SUCCESS => self.others.flush_others(),
+            _ => Err(NotFlushed),
+        }
+    }
+}
+
+/// The operand of a page leaf.
+fn operand(block: Block) -> u64 {
+    let size = match block.size() {
+        accept::PageSize::Size4K => PageSize::Size4K,
+        accept::PageSize::Size2M => PageSize::Size2M,
+    };
+    page_operand(Gpa::new(block.gpa()), size)
+}
