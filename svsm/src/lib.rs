@@ -35,6 +35,7 @@ pub mod host_map;
 pub mod hypervisor;
 pub mod launch;
 pub mod memory;
+#[cfg(any(target_os = "none", test))]
 pub mod panic;
 pub mod platform;
 pub mod protocol;
