@@ -51,6 +51,8 @@ struct Progress {
     owed: Option<FlushOwed>,
     /// The entry that was done last by this call.
     last: Option<PvalidateEntry>,
+    /// The entry that an earlier call has done without saying so, until the first entry was read.
+    repeated: Option<PvalidateEntry>,
 }
 
 impl<'a, B: Backend, M: GuestMemory> List<'a, B, M> {
@@ -101,8 +103,9 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             any: false,
             owed: None,
             last: None,
+            repeated: None,
         };
-        self.settle(caller, &list, &mut progress)?;
+        self.settle(caller, &mut progress)?;
         let ended = self.work_off(&list, &mut progress);
         if let Err(Stop::Machine(_)) = ended {
             return ended;
@@ -131,14 +134,9 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
         owed
     }
 
-    /// Pays what an earlier call of this processor has left owing, before anything else; an entry
-    /// that was done then is not done again.
-    fn settle(
-        &self,
-        caller: VcpuIndex,
-        list: &List<'_, B, M>,
-        progress: &mut Progress,
-    ) -> Result<(), Stop> {
+    /// Pays what an earlier call of this processor has left owing, before anything else. An entry
+    /// that was done then may come again.
+    fn settle(&self, caller: VcpuIndex, progress: &mut Progress) -> Result<(), Stop> {
         let Some(Debt { flush, done }) = self.vcpus.take_debt(caller) else {
             return Ok(());
         };
@@ -146,10 +144,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             self.vcpus.put_debt(caller, Debt { flush, done });
             return Err(ResultCode::INCOMPLETE.into());
         }
-        if done.is_some() && list.entry(progress.next).ok() == done {
-            progress.next += 1;
-            progress.any = true;
-        }
+        progress.repeated = done;
         Ok(())
     }
 
@@ -157,7 +152,11 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
     fn work_off(&self, list: &List<'_, B, M>, progress: &mut Progress) -> Result<(), Stop> {
         while progress.next < list.entries {
             let done = list.entry(progress.next).and_then(|entry| {
-                let request = entry.decode().map_err(malformed)?;
+                let mut request = entry.decode().map_err(malformed)?;
+                // To be in that state already is no mistake of an entry that put it there. What
+                // another processor has made of the page since is undone: the guest may have lost
+                // interest in the old list, and means it now.
+                request.ignore_no_change |= progress.repeated.take() == Some(entry);
                 self.apply(&request, progress).map(|()| entry)
             });
             match done {

@@ -138,7 +138,7 @@ impl Sept {
         }
         let (mut mapping, mut read_back) = (operands.rcx, 0);
         for entry in &mut self.entries[pages] {
-            entry.access = entry.access - mask | wanted & mask;
+            entry.access = (entry.access - mask) | (wanted & mask);
             if !entry.mapped {
                 mapping |= MAPPING_PENDING;
             } else if !entry.access.is_empty() {

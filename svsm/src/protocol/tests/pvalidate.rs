@@ -1,7 +1,7 @@
 //! PVALIDATE, good and bad.
 
 use accept::PageSize::{Size2M, Size4K};
-use accept::PageState;
+use accept::{Block, Frame, OnNoChange, PageState};
 use protocols::svsm::{CoreCall, ResultCode};
 use protocols::terminate::TurnstileReason;
 
@@ -408,6 +408,21 @@ fn i3_what_is_owed_is_paid_by_the_next_list_whatever_it_says() {
         let log = world.machine.take_log();
         assert_eq!(log[..2], [Event::Flush, Event::Revoke(GUEST + 0x1000)]);
         assert_eq!(log[3..], [Event::Flush, Event::WriteNext(1)]);
+    });
+}
+
+#[test]
+fn what_was_done_without_saying_so_and_undone_since_is_done_again() {
+    in_world(|world| {
+        let block = Block::page(Frame::containing(GUEST));
+        world.machine.flush_fails.set(2);
+        let answer = world.pvalidate(&[rescind_4k(GUEST)]);
+        assert_eq!(answer, (ResultCode::INCOMPLETE, 0));
+        // Another processor accepts the page before this one asks again.
+        let accepted = world.engine.accept(block, OnNoChange::Fail);
+        assert_eq!(accepted.map(|done| done.changed_pages), Ok(1));
+        assert_eq!(world.pvalidate_again(LIST), (ResultCode::SUCCESS, 1));
+        assert_eq!(world.state(GUEST), Some(PageState::Unaccepted));
     });
 }
 
