@@ -43,6 +43,7 @@ pub mod layout;
 pub mod memory;
 pub mod oracle;
 pub mod platform;
+pub mod power;
 pub mod referee;
 pub mod rmp;
 pub mod samples;

@@ -7,54 +7,40 @@
 //!
 //! Every other port goes through to QEMU's devices.
 
-use alloc::format;
-
 use machine::fwcfg_filter::{
     Dma, Filter, PORT_DATA, PORT_DMA_HIGH, PORT_DMA_LOW, PORT_SELECTOR, patch_e820,
 };
 use machine::memory::PhysicalMemory;
 use machine::platform::End;
+use machine::power::{self, Power};
 use machine::types::Spa;
 
 use super::finish::EXIT_PORT;
 use super::memory::{DirectMap, Layout, Range};
 use super::{console, cpu, fwcfg};
 
-/// ACPI PM1a control register where OVMF puts it on q35; bit 13 is SLP_EN.
-const PM1A_CONTROL: u16 = 0x604;
-const SLP_EN: u32 = 1 << 13;
-/// Reset control register of the chipset; bit 2 resets.
-const RESET_CONTROL: u16 = 0xCF9;
-const RESET_CPU: u32 = 1 << 2;
-/// Command port of the keyboard controller.
-const KEYBOARD: u16 = 0x64;
-const KEYBOARD_PULSE_RESET: u32 = 0xFE;
-/// System control port A; bit 0 is a fast reset.
-const PORT_92: u16 = 0x92;
-
 /// First and last port of fw_cfg: selector, data, and the DMA address register.
 pub const FW_CFG: core::ops::RangeInclusive<u16> = 0x510..=0x51B;
 
 /// Ports whose accesses the machine has to see even if the guest may use ports directly.
 pub fn watched() -> impl Iterator<Item = u16> {
-    FW_CFG.chain([
-        console::PORT,
-        EXIT_PORT,
-        EXIT_PORT + 1,
-        EXIT_PORT + 2,
-        EXIT_PORT + 3,
-        PM1A_CONTROL,
-        PM1A_CONTROL + 1,
-        RESET_CONTROL,
-        KEYBOARD,
-        PORT_92,
-    ])
+    FW_CFG
+        .chain([
+            console::PORT,
+            EXIT_PORT,
+            EXIT_PORT + 1,
+            EXIT_PORT + 2,
+            EXIT_PORT + 3,
+        ])
+        .chain(power::WATCHED)
 }
 
 /// The state behind the ports.
 pub struct Ports {
     /// Knows what the guest reads from fw_cfg.
     filter: Filter,
+    /// Knows what ends the run.
+    power: Power,
     /// The upper half of the DMA address, in the byte order of the device.
     dma_high: u32,
     /// What no device may be told to read or write.
@@ -66,6 +52,7 @@ impl Ports {
     pub fn new(layout: &Layout) -> Self {
         Ports {
             filter: e820_filter(layout.reserved),
+            power: Power::default(),
             dma_high: 0,
             reserved: layout.reserved,
         }
@@ -82,17 +69,12 @@ impl Ports {
 
     /// A guest writes a port; some writes end the run.
     pub fn output(&mut self, port: u16, bytes: u8, value: u32) -> Option<End> {
+        if let Some(end) = self.power.write(port, bytes, value) {
+            return Some(end);
+        }
         match port {
             console::PORT => return None,
             EXIT_PORT => return Some(End::GuestExit(u64::from(value))),
-            PM1A_CONTROL if bytes >= 2 && value & SLP_EN != 0 => return Some(End::PowerOff),
-            RESET_CONTROL if value & RESET_CPU != 0 => {
-                return Some(End::Reset(format!("port {RESET_CONTROL:#x}")));
-            }
-            KEYBOARD if value & 0xFF == KEYBOARD_PULSE_RESET => {
-                return Some(End::Reset(format!("port {KEYBOARD:#x}")));
-            }
-            PORT_92 if value & 1 != 0 => return Some(End::Reset(format!("port {PORT_92:#x}"))),
             PORT_SELECTOR => self.filter.select(value as u16),
             PORT_DMA_HIGH => {
                 self.dma_high = value;
