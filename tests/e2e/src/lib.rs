@@ -7,6 +7,7 @@
 //! - [`guests`]: the kernels and firmware that are booted, by name;
 //! - [`initramfs`]: the guest's userspace;
 //! - [`stress`]: the stress program's place in it;
+//! - [`report_laws`]: what is true of every report;
 //! - [`scenario`]: what a scenario is given and what it returns;
 //! - [`scenarios`]: the scenarios, one module per intent.
 //!
@@ -18,6 +19,7 @@
 pub mod guests;
 pub mod image;
 pub mod initramfs;
+pub mod report_laws;
 pub mod scenario;
 pub mod scenarios;
 pub mod stress;

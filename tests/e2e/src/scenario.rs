@@ -198,7 +198,7 @@ impl Findings {
     }
 
     /// What every good run has in common: the machine measured the image that was built, saw no
-    /// violation, and its RMP agrees with the paravisor's map.
+    /// violation, its RMP agrees with the paravisor's map, and its figures fit each other.
     pub fn good_run(&mut self, finished: &Finished, sidecar: &Sidecar) -> Result<()> {
         let report = finished.report()?;
         self.measured(finished, sidecar);
@@ -208,6 +208,7 @@ impl Findings {
         if sidecar.map_descriptor.is_some() {
             self.referee_agrees(report);
         }
+        crate::report_laws::check(self, finished, report);
         Ok(())
     }
 

@@ -47,6 +47,7 @@ fn boot(context: &Context, settings: Settings) -> Result<Findings> {
         "dmesg; cat /proc/meminfo; mkdir /m && mount -t tmpfs -o size=100% m /m && \
          dd if=/dev/zero of=/m/f bs=1M count={USED_MIB} && echo '{AFTER}' && cat /proc/meminfo"
     );
+    let backing = settings.backing;
     let mut config = context.machine(image, &sidecar, settings);
     config.linux = Some(context.linux(&command)?);
     let finished = config.run(BOOT_LIMIT, |_| {})?;
@@ -69,6 +70,7 @@ fn boot(context: &Context, settings: Settings) -> Result<Findings> {
     ];
     findings.equal("all stages, in order", stages.as_slice(), order.as_slice());
     guest_says(&mut findings, &finished);
+    crate::report_laws::check_backing(&mut findings, finished.report()?, backing);
     let guest = finished
         .report()?
         .counters
