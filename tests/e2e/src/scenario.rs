@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use igvm_build::sidecar::Sidecar;
 use protocols::launch::Fault;
 use protocols::report::{Event, Outcome, Report};
@@ -36,8 +36,8 @@ pub struct Artefacts {
     pub firmwares: BTreeMap<Firmware, PathBuf>,
     /// The kernels that the chosen scenarios need, the default one included.
     pub kernels: BTreeMap<Kernel, PathBuf>,
-    /// The disk with a Debian, or why there is none.
-    pub disk: Result<PathBuf, String>,
+    /// The disks that the chosen scenarios need, by the kernel in them, or why one is not there.
+    pub disks: BTreeMap<Kernel, Result<PathBuf, String>>,
     /// Debian's static busybox.
     pub busybox: PathBuf,
     /// The stress program and its module, for the kernels of the chosen scenarios that run it.
@@ -53,10 +53,13 @@ impl Artefacts {
         found.with_context(|| format!("kernel {}: not fetched for this scenario", kernel.name()))
     }
 
-    /// The disk, for a scenario that said it boots from it.
-    pub fn disk(&self) -> Result<&Path> {
-        let found = self.disk.as_deref();
-        found.map_err(|reason| anyhow::anyhow!("the disk: {reason}"))
+    /// The disk with `kernel`, for a scenario that said it boots from it.
+    pub fn disk(&self, kernel: Kernel) -> Result<&Path> {
+        match self.disks.get(&kernel) {
+            Some(Ok(disk)) => Ok(disk),
+            Some(Err(reason)) => bail!("the disk with kernel {}: {reason}", kernel.name()),
+            None => bail!("the disk with kernel {}: not asked for", kernel.name()),
+        }
     }
 
     /// A firmware that the scenario said it boots.
@@ -89,7 +92,7 @@ pub struct Scenario {
     pub firmware: Firmware,
     /// Whether it runs the stress program.
     pub stress: bool,
-    /// Whether it boots from the disk.
+    /// Whether it boots its kernel from the disk.
     pub disk: bool,
     /// Does it. An error means that it could not be carried out, which is a failure as well.
     #[expect(

@@ -128,12 +128,13 @@ fn artefacts(
             place.insert(crate::stress::obtain(layout, file)?);
         }
     }
-    let disk = if scenarios.iter().any(|scenario| scenario.disk) {
-        // Not everybody may make one; whoever needs it then fails, and nobody else.
-        disk::obtain(layout, Kernel::default()).map_err(|error| format!("{error:#}"))
-    } else {
-        Err("no scenario said that it boots from it".to_owned())
-    };
+    let mut disks = BTreeMap::new();
+    for kernel in scenarios.iter().filter(|s| s.disk).map(|s| s.kernel) {
+        if let Entry::Vacant(place) = disks.entry(kernel) {
+            // Not everybody may make one; whoever needs it then fails, and nobody else.
+            place.insert(disk::obtain(layout, kernel).map_err(|error| format!("{error:#}")));
+        }
+    }
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(layout, target, &ovmf, Fault::NONE, &layout.artefacts)?;
     let tests = build::for_tests(layout, target)?;
@@ -147,7 +148,7 @@ fn artefacts(
         ovmf,
         firmwares,
         kernels,
-        disk,
+        disks,
         busybox,
         stress,
         xtask,

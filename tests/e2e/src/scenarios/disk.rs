@@ -15,6 +15,7 @@ use anyhow::{Context as _, Result, bail};
 use protocols::launch::Fault;
 use protocols::report::Outcome;
 
+use crate::guests::Kernel;
 use crate::scenario::{Context, Findings, Scenario};
 use crate::vm::{Backing, Bus, Disk, Finished, Plain, Settings, Vc};
 
@@ -30,32 +31,48 @@ const NOISE: u64 = 64 << 10;
 /// One way of booting the disk.
 #[derive(Clone, Copy, Debug)]
 struct Row {
+    kernel: Kernel,
     bus: Bus,
     backing: Backing,
     vcpus: u32,
 }
 
+impl Row {
+    /// The disk that both kinds of scenarios boot.
+    const DEFAULT: Row = Row {
+        kernel: Kernel::Cloud6_12,
+        bus: Bus::Virtio,
+        backing: Backing::Large,
+        vcpus: 1,
+    };
+}
+
 pub fn scenarios() -> Vec<Scenario> {
-    let rows = [
-        Row {
-            bus: Bus::Virtio,
-            backing: Backing::Large,
-            vcpus: 2,
-        },
-        Row {
-            bus: Bus::Nvme,
-            backing: Backing::Small,
-            vcpus: 1,
-        },
-    ];
-    let boots = rows.into_iter().map(|row| {
-        Scenario::new(format!("disk/uki-{}", row.bus.name()), move |context| {
-            uki(context, row)
-        })
-        .weighing(row.vcpus)
-    });
-    let same = Scenario::new("disk/same-image", same_image);
-    boots.chain([same]).map(Scenario::on_disk).collect()
+    let uki = |name: &str, row: Row| {
+        Scenario::new(format!("disk/{name}"), move |context| uki(context, row))
+            .booting(row.kernel)
+            .weighing(row.vcpus)
+            .on_disk()
+    };
+    let virtio = Row {
+        vcpus: 2,
+        ..Row::DEFAULT
+    };
+    let nvme = Row {
+        bus: Bus::Nvme,
+        backing: Backing::Small,
+        ..Row::DEFAULT
+    };
+    let later = Row {
+        kernel: Kernel::Cloud7_2,
+        ..virtio
+    };
+    vec![
+        uki("uki-virtio", virtio),
+        uki("uki-nvme", nvme),
+        uki("uki-virtio-7.2", later).only_in_full(),
+        Scenario::new("disk/same-image", same_image).on_disk(),
+    ]
 }
 
 /// The disk boots above the paravisor and its devices move data unharmed.
@@ -73,6 +90,12 @@ fn uki(context: &Context, row: Row) -> Result<Findings> {
         Bus::Virtio => "/dev/vda2",
         Bus::Nvme => "/dev/nvme0n1p2",
     };
+    let release = said.word("release")?;
+    findings.check(
+        "the disk's kernel runs",
+        release.starts_with(row.kernel.series()),
+        || release.to_owned(),
+    );
     findings.equal("the root file system is on", said.word("root")?, device);
     let stub = said.word("stub")?;
     findings.check(
@@ -122,16 +145,12 @@ fn uki(context: &Context, row: Row) -> Result<Findings> {
 
 /// The very same file boots above the paravisor and in plain QEMU.
 fn same_image(context: &Context) -> Result<Findings> {
-    let disk = context.artefacts.disk()?;
+    let row = Row::DEFAULT;
+    let disk = context.artefacts.disk(row.kernel)?;
     let command = "echo \"release $(uname -r)\"; echo \"machine-check $(sha256sum </boot/vmlinuz-$(uname -r) | \
                    cut -d' ' -f1)\"; dmesg | grep -e 'Memory Encryption Features' -e 'SNP running'; true";
     let before = sha256(disk)?;
     let mut findings = Findings::default();
-    let row = Row {
-        bus: Bus::Virtio,
-        backing: Backing::Large,
-        vcpus: 1,
-    };
     let confidential = confidential(context, &mut findings, row, command)?;
     findings.equal("the image after the machine", sha256(disk)?, before.clone());
 
@@ -194,7 +213,7 @@ fn confidential(
         config.low_memory = Some("1G".into());
     }
     config.disk = Some(Disk {
-        file: artefacts.disk()?.to_owned(),
+        file: artefacts.disk(row.kernel)?.to_owned(),
         bus: row.bus,
         exec: Some(script(&context.dir, command)?),
     });

@@ -37,6 +37,15 @@ pub fn scenarios() -> Vec<Scenario> {
                 &["expected"],
             )
         }),
+        Scenario::new("tools/missing-disk", |context| {
+            let file = context.dir.join("no-such-disk.img");
+            refused(
+                context,
+                &["--disk".into(), file.clone().into()],
+                &file,
+                &["expected a disk image", "debian"],
+            )
+        }),
         Scenario::new("tools/not-ovmf", |context| {
             let file = context.dir.join("zeroes.fd");
             fs::write(&file, vec![0; 1 << 20])?;
