@@ -1,7 +1,9 @@
 //! `xtask doctor`: what this machine has, what it lacks and how to get it. Changes nothing.
 
 use anyhow::Result;
+use e2e::guests::Kernel;
 
+use crate::disk;
 use crate::fetch;
 use crate::fetch::apt::is_root;
 use crate::fetch::sources::Debian;
@@ -14,6 +16,8 @@ enum State {
     Ready(String),
     /// Missing, but `xtask` gets it by itself when it is needed.
     Fetched(String),
+    /// Missing, and only some runs need it.
+    Optional(String),
     /// Missing, and somebody has to do something.
     Missing(String),
 }
@@ -79,11 +83,22 @@ pub fn run(layout: &Layout) -> Result<bool> {
         };
         lines.push((wanted.name, state));
     }
+    lines.push((
+        "disk",
+        match disk::made(layout, Kernel::default()) {
+            Some(file) => State::Ready(file.display().to_string()),
+            None if is_root() => {
+                State::Fetched("made when --disk debian or a test needs it".into())
+            }
+            None => State::Optional("--disk debian and tests disk/*: made once, by root".into()),
+        },
+    ));
     let mut good = true;
     for (name, state) in lines {
         let (mark, text) = match state {
             State::Ready(text) => ("ready", text),
             State::Fetched(text) => ("will be fetched", text),
+            State::Optional(text) => ("not needed", text),
             State::Missing(text) => {
                 good = false;
                 ("MISSING", text)

@@ -34,16 +34,24 @@ use tools::Tools;
 /// Counts the ways in which a recipe was turned into an image; a new one makes old images stale.
 const MAKING: u32 = 1;
 
+/// Where the disk with `kernel` is, made or not.
+fn place(layout: &Layout, recipe: &Recipe) -> PathBuf {
+    let (kernel, key) = (recipe.kernel.name(), recipe.key(MAKING));
+    layout
+        .cache
+        .join("disks")
+        .join(format!("debian-{kernel}-{key}.img"))
+}
+
+/// The disk with `kernel`, if it was made before.
+pub fn made(layout: &Layout, kernel: Kernel) -> Option<PathBuf> {
+    Some(place(layout, &Recipe { kernel })).filter(|disk| disk.is_file())
+}
+
 /// The disk with `kernel`, made if need be.
 pub fn obtain(layout: &Layout, kernel: Kernel) -> Result<PathBuf> {
     let recipe = Recipe { kernel };
-    let dir = layout.cache.join("disks");
-    create_dir(&dir)?;
-    let disk = dir.join(format!(
-        "debian-{}-{}.img",
-        kernel.name(),
-        recipe.key(MAKING)
-    ));
+    let disk = place(layout, &recipe);
     if disk.is_file() {
         return Ok(disk);
     }
@@ -55,6 +63,8 @@ pub fn obtain(layout: &Layout, kernel: Kernel) -> Result<PathBuf> {
         );
     }
     let tools = Tools::obtain(layout)?;
+    let dir = layout.cache.join("disks");
+    create_dir(&dir)?;
     // One process makes disks at a time; held until the file is dropped.
     let lock = dir.join("lock");
     let making = fs::File::create(&lock).with_context(|| format!("{}", lock.display()))?;
