@@ -58,7 +58,7 @@ pub fn scenarios() -> Vec<Scenario> {
             ],
         ),
         Scenario::new("observe/gdb", gdb),
-        Scenario::new("observe/trace", trace),
+        Scenario::new("observe/files", files),
     ]
 }
 
@@ -103,15 +103,34 @@ fn entry_point(elf: &Path) -> Result<u64> {
     Ok(u64::from_le_bytes(entry.context("no ELF file")?))
 }
 
-/// The trace of a boot shows its calls with their results, and each switch in both directions.
-fn trace(context: &Context) -> Result<Findings> {
-    let file = context.dir.join("trace.txt");
-    let name = file.to_string_lossy();
+/// The files that a run is asked to write tell what happened in it.
+fn files(context: &Context) -> Result<Findings> {
+    let file = |name: &str| context.dir.join(name).to_string_lossy().into_owned();
+    let (trace, report, plot) = (file("trace.txt"), file("report.json"), file("plot.svg"));
     // It ends at the first page above 16 MiB: long enough for firmware that makes calls.
-    let fault = ["--fault", "panic", "--exec", "true", "--trace", &name];
-    xtask(context, &fault)?;
-    let text = fs::read_to_string(&file).context("no trace")?;
+    xtask(
+        context,
+        &[
+            "--fault", "panic", "--exec", "true", "--trace", &trace, "--report", &report, "--plot",
+            &plot,
+        ],
+    )?;
+    let read = |path: &str| fs::read_to_string(path).with_context(|| path.to_owned());
     let mut findings = Findings::default();
+    in_trace(&mut findings, &read(&trace)?);
+    in_report(&mut findings, &serde_json::from_str(&read(&report)?)?);
+    let drawing = read(&plot)?;
+    for words in ["Memory accepted", "CORE/PVALIDATE (", "firmware", "</svg>"] {
+        let so = drawing.contains(words);
+        findings.check(format!("the plot has {words:?}"), so, || {
+            drawing.chars().take(2000).collect()
+        });
+    }
+    Ok(findings)
+}
+
+/// The trace shows calls with their results, and each switch in both directions.
+fn in_trace(findings: &mut Findings, text: &str) {
     for words in [
         "VMPL0  0x8000000 ",
         "enter from VMPL0, result",
@@ -120,17 +139,49 @@ fn trace(context: &Context) -> Result<Findings> {
         "VMGEXIT MSR PageState",
         "VMGEXIT MSR Terminate",
     ] {
-        findings.check(format!("has {words:?}"), text.contains(words), || {
+        let so = text.contains(words);
+        findings.check(format!("the trace has {words:?}"), so, || {
             text.chars().take(2000).collect()
         });
     }
-    let (down, up) = (
-        text.matches("enter from VMPL0").count(),
-        text.matches("enter from VMPL1").count(),
-    );
-    // It ended at VMPL0.
+    let down = text.matches("enter from VMPL0").count();
+    let up = text.matches("enter from VMPL1").count();
+    // The firmware is entered once before its first call, and its last call is not answered.
     findings.equal("every call but the last returned", up, down);
-    Ok(findings)
+}
+
+/// The report names what was run and how it went.
+fn in_report(findings: &mut Findings, report: &serde_json::Value) {
+    let text = |pointer: &str| {
+        let value = report.pointer(pointer).and_then(serde_json::Value::as_str);
+        value.unwrap_or_default().to_owned()
+    };
+    let number = |pointer: &str| {
+        let value = report.pointer(pointer).and_then(serde_json::Value::as_u64);
+        value.unwrap_or_default()
+    };
+    findings.equal(
+        "it tells the outcome",
+        text("/report/outcome"),
+        "terminated".into(),
+    );
+    for input in ["rom", "image", "paravisor", "kernel", "initrd"] {
+        let hash = text(&format!("/inputs/{input}/sha256"));
+        findings.check(
+            format!("it identifies the {input}"),
+            hash.len() == 64,
+            || hash,
+        );
+    }
+    let calls = number("/figures/calls");
+    findings.check("it counts calls", calls > 0, || report.to_string());
+    // The last call has met the panic.
+    let unanswered = number("/report/calls/0/unanswered");
+    findings.equal("one of them was not answered", unanswered, 1);
+    let accepted = number("/figures/accepted_bytes");
+    findings.check("it tells what was accepted", accepted > 0, || {
+        report.to_string()
+    });
 }
 
 /// A child that never outlives its scenario.
