@@ -11,8 +11,9 @@
 //! unless the point is that the value survived. One line per case goes to the second serial
 //! port, then a summary; a write to port 0xF4 ends the run.
 //!
-//! A guest runs on one virtual processor with interrupts off. Everything here relies on that:
-//! the modules keep their state in plain atomics and are not meant for more processors.
+//! A guest runs its cases on one virtual processor with interrupts off. Everything here relies
+//! on that: the modules keep their state in plain atomics and are not meant for more processors.
+//! What a second processor does is in [`reader`] and uses nothing else.
 
 #![cfg_attr(not(test), no_std)]
 #![expect(
@@ -33,6 +34,8 @@ pub mod memory;
 pub mod oracle;
 #[cfg(target_os = "none")]
 mod panic;
+#[cfg(target_os = "none")]
+pub mod reader;
 #[cfg(target_os = "none")]
 pub mod svsm;
 pub mod text;

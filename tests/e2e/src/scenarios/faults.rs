@@ -25,7 +25,7 @@ struct Expectation {
     reported: fn(&Report, &Transcript) -> bool,
 }
 
-const EXPECTATIONS: [Expectation; 7] = [
+const EXPECTATIONS: [Expectation; 10] = [
     Expectation {
         name: "skip-scrub",
         fault: Fault::SKIP_SCRUB,
@@ -71,6 +71,24 @@ const EXPECTATIONS: [Expectation; 7] = [
             let ended = report.termination.as_ref().map(|t| explain(t.set, t.code));
             ended == Some(met) || disagreements(report) > 0
         },
+    },
+    Expectation {
+        name: "missing-flush",
+        fault: Fault::MISSING_FLUSH,
+        witness: "the machine sees an answer while another processor may still use the page",
+        reported: |report, _| report.violations.stale_translation > 0,
+    },
+    Expectation {
+        name: "remote-stale-translation",
+        fault: Fault::REMOTE_STALE_TRANSLATION,
+        witness: "the machine sees an answer while another processor may still use the page",
+        reported: |report, _| report.violations.stale_translation > 0,
+    },
+    Expectation {
+        name: "in-use-vmsa",
+        fault: Fault::IN_USE_VMSA,
+        witness: "the referee finds a VMSA where the map says guest memory",
+        reported: |report, _| disagreements(report) > 0,
     },
 ];
 

@@ -1,39 +1,27 @@
 //! A second processor that is inside the guest while this one changes the RMP: what it may
 //! still use of what was withdrawn, what ends that, and who may touch its VMSA meanwhile.
 //!
-//! The second processor runs at VMPL1 and does one thing: it reads the word that [`MAILBOX`]
-//! names, over and over, without an instruction that would make it leave. An exception ends
-//! the reading and is put into the mailbox. It has an interrupt table of its own, because
-//! [`guest::trap`] keeps the exceptions of one processor.
-
-#![expect(
-    unsafe_code,
-    reason = "the code of another processor, and its interrupt table"
-)]
-
-use core::cell::UnsafeCell;
-use core::mem::offset_of;
-use core::sync::atomic::{AtomicU64, Ordering};
+//! The second processor runs [`guest::reader`] at VMPL1.
 
 use guest::ghcb::Reply;
 use guest::harness::{Case, Finding, Verdict, case, expect};
 use guest::insn::{Pvalidated, SIZE_4K, attributes, rmpadjust};
 use guest::memory;
 use guest::oracle;
-use guest::trap::CODE_SELECTOR;
+use guest::reader::{self, expect_trap, reads, traps, wait_for_reads};
 use protocols::addr::{Gpa, PAGE_SIZE, Vmpl};
 use protocols::exit_code::ExitCode;
 use protocols::ghcb::PageOperation;
 use protocols::ghcb::event::{ApCreation, ApRequest};
 use protocols::ghcb::page::{Field, MalformedReason};
 use protocols::oracle::{Counter, HostAct};
-use protocols::snp::{Permissions, ReturnCode, VC_VECTOR};
-use protocols::vmsa::{Segment, SegmentAttributes, SevFeatures, Vmsa};
+use protocols::snp::{Permissions, ReturnCode};
+use protocols::vmsa::SevFeatures;
 use spin::Once;
 
 use crate::setup::{FULL, RESCIND, expect_pvalidate, expect_rmpadjust, ghcb_page, valid_page};
 use crate::start;
-use crate::vmpl1::{at_vmpl1, granted_page, make_vmsa, vmsa_page};
+use crate::vmpl1::{at_vmpl1, granted_page, vmsa_page};
 
 /// The table. VMPL1 exists on the first processor; the first case starts the second one, the
 /// last one ends it.
@@ -73,87 +61,6 @@ pub const CASES: &[Case] = &[
     case("cpu2_destroyed", "ghcb.md §7 DESTROY", destroyed),
 ];
 
-/// What the two processors tell each other. All fields are one word, written whole.
-#[repr(C)]
-struct Mailbox {
-    /// Address to read; 0 for none.
-    target: AtomicU64,
-    /// Reads so far.
-    reads: AtomicU64,
-    /// Exceptions so far.
-    traps: AtomicU64,
-    /// Error code of the last exception.
-    error: AtomicU64,
-    /// CR2 at the last exception.
-    address: AtomicU64,
-}
-
-static MAILBOX: Mailbox = Mailbox {
-    target: AtomicU64::new(0),
-    reads: AtomicU64::new(0),
-    traps: AtomicU64::new(0),
-    error: AtomicU64::new(0),
-    address: AtomicU64::new(0),
-};
-
-/// The second processor's program. Its stack is used by exceptions only.
-#[unsafe(naked)]
-extern "C" fn read_on_and_on() -> ! {
-    core::arch::naked_asm!(
-        "2:",
-        "mov rax, [rip + {mailbox} + {target}]",
-        "test rax, rax",
-        "jz 2b",
-        "mov rcx, [rax]",
-        "lock inc qword ptr [rip + {mailbox} + {reads}]",
-        "jmp 2b",
-        mailbox = sym MAILBOX,
-        target = const offset_of!(Mailbox, target),
-        reads = const offset_of!(Mailbox, reads),
-    )
-}
-
-/// Its handler of #VC.
-#[unsafe(naked)]
-extern "C" fn on_vc() -> ! {
-    core::arch::naked_asm!(
-        "pop rax",
-        "mov [rip + {mailbox} + {error}], rax",
-        "mov rax, cr2",
-        "mov [rip + {mailbox} + {address}], rax",
-        "mov qword ptr [rip + {mailbox} + {target}], 0",
-        "lea rax, [rip + {program}]",
-        "mov [rsp], rax",
-        "lock inc qword ptr [rip + {mailbox} + {traps}]",
-        "iretq",
-        mailbox = sym MAILBOX,
-        error = const offset_of!(Mailbox, error),
-        address = const offset_of!(Mailbox, address),
-        target = const offset_of!(Mailbox, target),
-        traps = const offset_of!(Mailbox, traps),
-        program = sym read_on_and_on,
-    )
-}
-
-const VECTORS: usize = VC_VECTOR as usize + 1;
-const STACK_SIZE: usize = 4096;
-
-/// What the second processor has for itself.
-#[repr(C, align(16))]
-struct Own {
-    gates: UnsafeCell<[[u64; 2]; VECTORS]>,
-    stack: UnsafeCell<[u8; STACK_SIZE]>,
-}
-
-// SAFETY: the gates are written once, before the processor starts; nothing but its stack
-// pointer refers to the stack.
-unsafe impl Sync for Own {}
-
-static OWN: Own = Own {
-    gates: UnsafeCell::new([[0; 2]; VECTORS]),
-    stack: UnsafeCell::new([0; STACK_SIZE]),
-};
-
 /// Where the second processor's state is kept.
 static VMSA: Once<Gpa> = Once::new();
 
@@ -163,34 +70,12 @@ fn vmsa() -> Result<Gpa, Finding> {
         .ok_or_else(|| Finding::new(format_args!("the second processor did not start")))
 }
 
-/// How often [`wait_for`] looks: minutes, if the other processor gets no time at all.
-const LOOKS: u64 = 1 << 33;
-
-/// Waits without leaving the guest. PAUSE would not do: every emulated one takes QEMU's big lock.
-fn wait_for(what: &str, so: impl Fn() -> bool) -> Verdict {
-    for _ in 0..LOOKS {
-        if so() {
-            return Ok(());
-        }
-    }
-    Err(Finding::new(format_args!("{what}: never happened")))
-}
-
-/// Waits until the second processor has read its target often again.
-fn wait_for_reads() -> Verdict {
-    let before = MAILBOX.reads.load(Ordering::SeqCst);
-    wait_for("reads by the second processor", || {
-        MAILBOX.reads.load(Ordering::SeqCst) > before + 1000
-    })
-}
-
 /// A page that VMPL1 may read and write, and that the second processor reads from now on.
 fn page_in_use() -> Result<Gpa, Finding> {
     vmsa()?;
     let rights = Permissions::READ | Permissions::WRITE;
     let page = granted_page(rights.bits().into())?;
-    MAILBOX.target.store(page.get(), Ordering::SeqCst);
-    wait_for_reads()?;
+    reader::read_from(page)?;
     Ok(page)
 }
 
@@ -213,22 +98,6 @@ fn flush() -> Verdict {
     )
 }
 
-/// The second processor meets an exception for which it had `traps` before.
-fn expect_trap(traps: u64, error: u64, address: u64) -> Verdict {
-    wait_for("an exception", || {
-        MAILBOX.traps.load(Ordering::SeqCst) > traps
-    })?;
-    let met = (
-        MAILBOX.error.load(Ordering::SeqCst),
-        MAILBOX.address.load(Ordering::SeqCst),
-    );
-    expect("error code and CR2", met, (error, address))
-}
-
-fn traps() -> u64 {
-    MAILBOX.traps.load(Ordering::SeqCst)
-}
-
 const NOT_VALIDATED: u64 = ExitCode::PAGE_NOT_VALIDATED.0;
 
 fn ask(request: ApRequest, vmsa: Gpa) -> Reply {
@@ -245,45 +114,13 @@ fn ask(request: ApRequest, vmsa: Gpa) -> Reply {
     )
 }
 
-/// Writes the second processor's interrupt table.
-fn write_gates() {
-    let gate = on_vc as *const () as u64;
-    let mut gates = [[0; 2]; VECTORS];
-    // Present, DPL 0, 64-bit interrupt gate, no stack switch.
-    gates[usize::from(VC_VECTOR)] = [
-        (gate & 0xFFFF)
-            | u64::from(CODE_SELECTOR) << 16
-            | 0x8E00 << 32
-            | (gate >> 16 & 0xFFFF) << 48,
-        gate >> 32,
-    ];
-    // SAFETY: no reference to the table exists, and the processor that uses it does not run.
-    unsafe { OWN.gates.get().write(gates) };
-}
-
-fn second_vmsa() -> Vmsa {
-    let program = read_on_and_on as *const () as u64;
-    let mut vmsa = make_vmsa(program, OWN.stack.get() as u64 + STACK_SIZE as u64);
-    let table = |base, limit| Segment {
-        selector: 0,
-        attributes: SegmentAttributes::default(),
-        limit,
-        base,
-    };
-    let gdt = x86_64::instructions::tables::sgdt();
-    vmsa.gdtr = table(gdt.base.as_u64(), gdt.limit.into());
-    let limit = size_of::<[[u64; 2]; VECTORS]>() as u32 - 1;
-    vmsa.idtr = table(OWN.gates.get() as u64, limit);
-    vmsa
-}
-
 fn starts() -> Verdict {
     let params = start::launch();
     for gpa in (params.region_gpa..params.image_end).step_by(PAGE_SIZE as usize) {
         expect_rmpadjust(gpa, SIZE_4K, attributes(1, FULL, false), 0)?;
     }
-    write_gates();
-    let page = vmsa_page(&second_vmsa())?;
+    reader::prepare();
+    let page = vmsa_page(&reader::vmsa())?;
     expect("reply", ask(ApRequest::CREATE, page), Reply::DONE)?;
     VMSA.call_once(|| page);
     page_in_use().map(drop)
@@ -396,7 +233,7 @@ fn vmsa_before_the_flush() -> Verdict {
 /// A running processor is given another state: the old VMSA is free, the new one in use.
 fn replaced() -> Verdict {
     let old = vmsa()?;
-    let new = vmsa_page(&second_vmsa())?;
+    let new = vmsa_page(&reader::vmsa())?;
     page_in_use()?;
     expect("reply", ask(ApRequest::CREATE, new), Reply::DONE)?;
     wait_for_reads()?;
@@ -417,10 +254,10 @@ fn replaced() -> Verdict {
 fn destroyed() -> Verdict {
     page_in_use()?;
     expect("reply", ask(ApRequest::DESTROY, vmsa()?), Reply::DONE)?;
-    let reads = MAILBOX.reads.load(Ordering::SeqCst);
+    let before = reads();
     let adjust = rmpadjust(vmsa()?.get(), SIZE_4K, attributes(1, 0, false));
     expect("RMPADJUST of its VMSA", adjust, Ok(0))?;
-    expect("reads since", MAILBOX.reads.load(Ordering::SeqCst), reads)?;
+    expect("reads since", reads(), before)?;
     // Without its mark it is no VMSA any more.
     let refused = Reply::malformed(MalformedReason::INVALID_INPUT);
     expect("reply", ask(ApRequest::CREATE, vmsa()?), refused)

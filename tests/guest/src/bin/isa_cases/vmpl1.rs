@@ -153,8 +153,7 @@ pub fn at_vmpl1<T>(job: impl FnOnce() -> T) -> Result<T, Finding> {
     result.ok_or_else(|| Finding::new(format_args!("VMPL1 returned without doing its work")))
 }
 
-/// The state of a processor that starts at `rip` at VMPL1, like VMPL0 as regards memory.
-pub fn make_vmsa(rip: u64, rsp: u64) -> Vmsa {
+fn make_vmsa() -> Vmsa {
     let code = Segment {
         selector: CODE_SELECTOR,
         attributes: SegmentAttributes::CODE64,
@@ -176,8 +175,8 @@ pub fn make_vmsa(rip: u64, rsp: u64) -> Vmsa {
     vmsa.cr0 = 0x8001_0031;
     vmsa.cr4 = 1 << 5;
     vmsa.cr3 = start::page_table_root();
-    vmsa.rip = rip;
-    vmsa.rsp = rsp;
+    vmsa.rip = entry as *const () as u64;
+    vmsa.rsp = STACK.0.get() as u64 + STACK_SIZE as u64;
     vmsa.vmpl = 1;
     vmsa.sev_features = SevFeatures::SNP_ACTIVE;
     vmsa
@@ -199,8 +198,7 @@ fn starts() -> Verdict {
     for gpa in (params.region_gpa..params.image_end).step_by(PAGE_SIZE as usize) {
         expect_rmpadjust(gpa, SIZE_4K, attributes(1, FULL, false), 0)?;
     }
-    let stack_end = STACK.0.get() as u64 + STACK_SIZE as u64;
-    let page = vmsa_page(&make_vmsa(entry as *const () as u64, stack_end))?;
+    let page = vmsa_page(&make_vmsa())?;
     let info = ApCreation {
         request: ApRequest::CREATE_ON_INIT,
         vmpl: Vmpl::VMPL1,

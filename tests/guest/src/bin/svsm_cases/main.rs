@@ -34,6 +34,8 @@ mod remap_ca;
 #[cfg(target_os = "none")]
 mod reset;
 #[cfg(target_os = "none")]
+mod running_vcpu;
+#[cfg(target_os = "none")]
 mod setup;
 #[cfg(target_os = "none")]
 mod vcpus;
@@ -55,6 +57,7 @@ extern "C" fn main() -> ! {
             bad_entries::CASES,
             remap_ca::CASES,
             vcpus::CASES,
+            running_vcpu::CASES,
         ],
         setup::audit,
         &mut Console,

@@ -195,11 +195,13 @@ pub fn unchanged(pages: &[Gpa], request: impl FnOnce() -> Verdict) -> Verdict {
 }
 
 /// The rules whose breaking the machine counts.
-const VIOLATIONS: [Counter; 4] = [
+const VIOLATIONS: [Counter; 6] = [
     Counter::DOUBLE_VALIDATION,
     Counter::UNSCRUBBED_GRANT,
     Counter::LIVE_RESCIND,
     Counter::IMPLICIT_CONVERSION,
+    Counter::STALE_TRANSLATION,
+    Counter::IN_USE_RESCIND,
 ];
 
 /// What must hold after every case, in the machine's eyes: map and RMP agree on every page

@@ -92,7 +92,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A processor of the machine that nobody has started.
-const APIC_ID: u64 = 1;
+pub const APIC_ID: u64 = 1;
 
 const PARAMETER: ResultCode = ResultCode::INVALID_PARAMETER;
 const ADDRESS: ResultCode = ResultCode::INVALID_ADDRESS;
@@ -105,7 +105,7 @@ fn good_vmsa() -> Vmsa {
 }
 
 /// Fills the page at `gpa`, which is the guest's, with a VMSA.
-fn put_vmsa(gpa: Gpa, vmsa: &Vmsa) -> Verdict {
+pub fn put_vmsa(gpa: Gpa, vmsa: &Vmsa) -> Verdict {
     for (index, word) in vmsa.as_bytes().chunks_exact(8).enumerate() {
         let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
         memory::write(gpa.get() + index as u64 * 8, word)?;
@@ -120,7 +120,7 @@ fn vmsa_page() -> Result<Gpa, Finding> {
     Ok(page)
 }
 
-fn create(vmsa: u64, area: u64, apic_id: u64) -> Result<ResultCode, Finding> {
+pub fn create(vmsa: u64, area: u64, apic_id: u64) -> Result<ResultCode, Finding> {
     let registers = Registers {
         rcx: vmsa,
         rdx: area,
@@ -130,7 +130,7 @@ fn create(vmsa: u64, area: u64, apic_id: u64) -> Result<ResultCode, Finding> {
     Ok(call(CallId::core(CoreCall::CREATE_VCPU), registers)?.result())
 }
 
-fn delete(vmsa: u64) -> Result<ResultCode, Finding> {
+pub fn delete(vmsa: u64) -> Result<ResultCode, Finding> {
     Ok(call(CallId::core(CoreCall::DELETE_VCPU), Registers::rcx(vmsa))?.result())
 }
 
