@@ -163,7 +163,7 @@ pub fn vmsa() -> Vmsa {
 
 /// How often [`wait_for`] looks, which takes seconds. Both processors get their share of the
 /// host's time, so the number of looks is also a measure of what the other one could do.
-const LOOKS: u64 = 1 << 30;
+const LOOKS: u64 = 1 << 28;
 
 /// Waits without leaving the guest. PAUSE would not do: every emulated one takes QEMU's big lock.
 fn wait_for(what: &str, so: impl Fn() -> bool) -> Verdict {

@@ -148,6 +148,31 @@ pub fn port_out(port: u16, size: u8, value: u32) {
     }
 }
 
+/// Waiting for another CPU, one turn at a time.
+///
+/// PAUSE takes QEMU's big lock (facts: tcg-svm.md §7), so it is not what a short wait is made
+/// of. A long one means that the host of this machine runs something else in the place of the
+/// CPU that is waited for; then PAUSE lets it have the processor.
+#[derive(Default)]
+pub struct Wait {
+    turns: u32,
+}
+
+impl Wait {
+    /// Turns between two PAUSEs; some tens of microseconds.
+    const SPIN: u32 = 1 << 13;
+
+    /// Lets a moment pass.
+    pub fn turn(&mut self) {
+        self.turns = self.turns.wrapping_add(1);
+        if self.turns.is_multiple_of(Self::SPIN) {
+            core::hint::spin_loop();
+        } else {
+            core::hint::black_box(());
+        }
+    }
+}
+
 /// Stops this CPU for good.
 pub fn stop() -> ! {
     loop {

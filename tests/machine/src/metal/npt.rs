@@ -9,6 +9,8 @@
 //! * a leaf is installed only from a [`Mapping`] that the platform has just granted for that VMPL
 //!   and alias, and withdrawn by [`Tables::forget`] when the platform says so;
 //! * tables come from the pool alone, so no guest page is ever a nested table;
+//! * a table that goes out of use is not used anew before every CPU that was inside the guest
+//!   has left it: its page walk may be in the middle of the table;
 //! * when the pool is empty all views are dropped at once and grow again by faults. No CPU may
 //!   be inside a guest then: see [`Tables::is_exhausted`].
 
@@ -18,9 +20,11 @@ use alloc::vec::Vec;
 
 use machine::access::Mapping;
 use machine::platform::Invalidation;
-use machine::types::{PageSize, Vmpl};
+use machine::stale::Stay;
+use machine::types::{PageSize, VcpuId, Vmpl};
 
 use super::memory::{self, Range};
+use super::smp;
 
 /// The C-bit of this machine, as an address bit.
 pub const C_BIT: u64 = 1 << 47;
@@ -104,6 +108,8 @@ pub struct Tables {
     pool: Range,
     next: u64,
     free: Vec<u64>,
+    /// Tables that went out of use, with the stays whose walks may still be in them.
+    retired: Vec<(u64, Vec<Stay>)>,
     roots: [[Option<u64>; 2]; Vmpl::COUNT],
 }
 
@@ -117,20 +123,41 @@ impl Tables {
             pool,
             next: pool.start,
             free: Vec::new(),
+            retired: Vec::new(),
             roots: Default::default(),
         }
     }
 
     /// Whether the next fault may find the pool empty. The caller then gets every CPU out of
     /// its guest and calls [`Tables::recycle`].
-    pub fn is_exhausted(&self) -> bool {
-        (self.free.len() as u64) < PER_FAULT && self.pool.end - self.next < PER_FAULT * 4096
+    pub fn is_exhausted(&mut self) -> bool {
+        let scarce = |tables: &Self| {
+            let untouched = tables.pool.end - tables.next;
+            (tables.free.len() as u64) < PER_FAULT && untouched < PER_FAULT * 4096
+        };
+        if scarce(self) {
+            self.reclaim();
+        }
+        scarce(self)
+    }
+
+    /// Makes the retired tables free that nobody can be walking any more.
+    fn reclaim(&mut self) {
+        let free = &mut self.free;
+        self.retired.retain(|(table, stays)| {
+            let walked = stays.iter().any(|&stay| smp::is_inside(stay));
+            if !walked {
+                free.push(*table);
+            }
+            walked
+        });
     }
 
     /// Drops all views.
     pub fn recycle(&mut self) {
         self.next = self.pool.start;
         self.free.clear();
+        self.retired.clear();
         self.roots = Default::default();
     }
 
@@ -212,14 +239,22 @@ impl Tables {
         LeafTable(table)
     }
 
-    /// Maps the 2 MiB at `address` by one leaf.
-    pub fn map_large(&mut self, vmpl: Vmpl, mode: Mode, address: u64, mapping: Mapping) {
+    /// Maps the 2 MiB at `address` by one leaf. `this` is the CPU that does it.
+    pub fn map_large(
+        &mut self,
+        this: VcpuId,
+        vmpl: Vmpl,
+        mode: Mode,
+        address: u64,
+        mapping: Mapping,
+    ) {
         let root = self.root(vmpl, mode);
         let directory = self.grow_directory(root, address);
         let old = get(directory, index(address, 2));
         set(directory, index(address, 2), leaf(mapping) | bits::LARGE);
         if old & bits::PRESENT != 0 && old & bits::LARGE == 0 {
-            self.free.push(old & bits::ADDRESS);
+            let stays = smp::inside(this).map(|(stay, _)| stay).collect();
+            self.retired.push((old & bits::ADDRESS, stays));
         }
     }
 

@@ -14,8 +14,8 @@ use machine::{Platform, Verdict};
 use protocols::report::Event;
 use spin::Once;
 use spin::mutex::{Mutex, MutexGuard};
-use spin::relax::Loop;
 
+use super::cpu::Wait;
 use super::memory::DirectMap;
 use super::npt::{C_BIT, Mode, Slot, Tables};
 use super::ports::Ports;
@@ -33,8 +33,7 @@ pub struct Machine {
     pub cpuid: Table,
 }
 
-// A plain spin: PAUSE takes QEMU's big lock (facts: tcg-svm.md §7).
-static MACHINE: Once<Mutex<Machine, Loop>> = Once::new();
+static MACHINE: Once<Mutex<Machine>> = Once::new();
 
 /// Makes the machine. Called once, before any guest runs.
 pub fn init(machine: Machine) {
@@ -50,10 +49,14 @@ pub struct Guard {
 /// Takes the lock.
 pub fn lock(rip: u64) -> Guard {
     let machine = MACHINE.get().expect("init ran before any guest");
-    Guard {
-        inner: machine.lock(),
-        rip,
-    }
+    let mut wait = Wait::default();
+    let inner = loop {
+        match machine.try_lock() {
+            Some(inner) => break inner,
+            None => wait.turn(),
+        }
+    };
+    Guard { inner, rip }
 }
 
 impl Deref for Guard {
@@ -175,7 +178,8 @@ impl Machine {
         if alias == seen_as
             && let Region::Uniform(block) = self.platform.peek_region(vmpl, alias, gpa)
         {
-            self.tables.map_large(vmpl, mode, address, block);
+            self.tables
+                .map_large(this_cpu(), vmpl, mode, address, block);
             return;
         }
         if !matches!(self.tables.slot(vmpl, mode, address), Slot::Table(_)) {

@@ -31,6 +31,7 @@ use spin::{Mutex, Once};
 
 use super::boot::{self, Page, TRAMPOLINE};
 use super::console::log;
+use super::cpu::Wait;
 use super::cpu::{self, msr};
 use super::permissions::Permissions;
 use super::vcpu::Vcpu;
@@ -202,9 +203,9 @@ pub fn shoot_down(id: VcpuId, concerned: impl Fn(VcpuId, usize) -> bool) {
         kick(stay.cpu.index());
     }
     for stay in waiting {
-        // A plain spin: PAUSE takes QEMU's big lock (facts: tcg-svm.md §7).
+        let mut wait = Wait::default();
         while is_inside(stay) {
-            hint::black_box(());
+            wait.turn();
         }
     }
 }
@@ -262,8 +263,9 @@ fn ask(from: VcpuId, to: VcpuId, request: Request) {
         }
     }
     kick(to.index());
+    let mut wait = Wait::default();
     while slot.pending.load(Ordering::SeqCst) && !self::slot(from).pending.load(Ordering::SeqCst) {
-        hint::black_box(());
+        wait.turn();
     }
 }
 
