@@ -184,13 +184,12 @@ fn latency(area: &DrawingArea<SVGBackend<'_>, Shift>, figures: &Figures) -> Draw
         .build_cartesian_2d((least..most).log_scale(), (0.5..height).log_scale())?;
     chart
         .configure_mesh()
-        .x_desc(if figures.ticks {
-            "TSC ticks"
-        } else {
-            "microseconds"
-        })
+        .x_desc(if figures.ticks { "TSC ticks" } else { "" })
         .y_desc("calls")
-        .x_label_formatter(&|x| plain(*x))
+        .x_label_formatter(&|x| match figures.ticks {
+            true => plain(*x),
+            false => duration(*x),
+        })
         .y_label_formatter(&|y| plain(*y))
         .light_line_style(WHITE)
         .label_style((FONT, 15))
@@ -217,6 +216,15 @@ fn latency(area: &DrawingArea<SVGBackend<'_>, Shift>, figures: &Figures) -> Draw
     Ok(())
 }
 
+/// Microseconds in the unit that makes them short.
+fn duration(us: f64) -> String {
+    match us {
+        us if us < 1e3 => format!("{} us", plain(us)),
+        us if us < 1e6 => format!("{} ms", plain(us / 1e3)),
+        us => format!("{} s", plain(us / 1e6)),
+    }
+}
+
 /// A number without digits that nobody reads.
 fn plain(value: f64) -> String {
     if value >= 10.0 || value.fract() == 0.0 {
@@ -229,6 +237,18 @@ fn plain(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_are_short() {
+        for (us, text) in [
+            (0.5, "0.5 us"),
+            (100.0, "100 us"),
+            (1e4, "10 ms"),
+            (2e6, "2 s"),
+        ] {
+            assert_eq!(duration(us), text);
+        }
+    }
 
     #[test]
     fn a_histogram_becomes_steps() {
