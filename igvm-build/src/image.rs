@@ -19,7 +19,9 @@ use igvm_defs::{
     IgvmPageDataType, IgvmPlatformType,
 };
 use protocols::addr::PAGE_SIZE;
-use protocols::launch::{AcceptPolicy, Fault, GENERAL_VP_COUNT_OFFSET, MEMORY_MAP_SIZE};
+use protocols::launch::{
+    AcceptPolicy, Fault, GENERAL_VP_COUNT_OFFSET, MEMORY_MAP_SIZE, REGION_GPA,
+};
 use protocols::measure::Digest;
 use zerocopy::IntoBytes;
 
@@ -75,6 +77,9 @@ pub struct Image {
     pub layout: Layout,
     /// Guest-physical address of the paravisor's map descriptor, if it has one.
     pub map_descriptor: Option<u64>,
+    /// Where the host has to end the memory below 4 GiB that it tells the firmware about, if the
+    /// firmware takes no memory map from the paravisor.
+    pub low_end: Option<u64>,
 }
 
 /// Builds the image of a paravisor with or without a firmware.
@@ -143,6 +148,9 @@ pub fn build(
         digest,
         layout,
         map_descriptor: program.symbol(protocols::map::SYMBOL),
+        low_end: firmware
+            .filter(|firmware| firmware.igvm_parameter_gpa() == 0)
+            .map(|_| REGION_GPA),
     })
 }
 

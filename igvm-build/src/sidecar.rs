@@ -22,6 +22,10 @@ pub struct Sidecar {
     pub image_bytes: u64,
     /// Guest-physical address of the paravisor's map descriptor, if it has one.
     pub map_descriptor: Option<u64>,
+    /// Where the host has to end the memory below 4 GiB that it tells the firmware about
+    /// (`etc/e820`), if the firmware takes no memory map from the paravisor.
+    #[serde(default)]
+    pub low_end: Option<u64>,
     /// Position of the C-bit the image was built for.
     pub c_bit: u32,
     /// File name of the firmware, without its directory.
@@ -39,6 +43,7 @@ impl Sidecar {
             launched_size: image.layout.image_end - REGION_GPA,
             image_bytes: image.bytes.len() as u64,
             map_descriptor: image.map_descriptor,
+            low_end: image.low_end,
             c_bit,
             firmware,
         }

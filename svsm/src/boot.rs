@@ -38,7 +38,7 @@ use crate::hypervisor::{Hypervisor, Start, VcpuRequest, msr};
 use crate::launch::Launch;
 use crate::memory::layout::{GUEST_WINDOW, MAX_VCPUS, OWN_WINDOW, PageRange};
 use crate::memory::page_tables::{self, Owner};
-use crate::memory::plan::{Plan, regions_before, regions_touched};
+use crate::memory::plan::{CarveOut, Plan, regions_before, regions_touched};
 use crate::memory::pool::Pool;
 use crate::platform::snp::{self, Snp};
 use crate::platform::{MappedBlock, Platform, ValidateError};
@@ -99,12 +99,17 @@ fn start(
     let mut region_pool = validate_region(&platform, &launch, ghcbs)?;
     let locks = RegionLocks::count_for(vp_count);
     let others = locks * size_of::<RegionLock>() + vp_count * BYTES_PER_VCPU as usize;
+    let place = match launch.params().igvm_parameter_gpa {
+        0 => CarveOut::WithRegion,
+        _ => CarveOut::Highest,
+    };
     let plan = Plan::make(
         &host_map,
         launch.region(),
         ghcbs,
         launch.firmware(),
         others as u64,
+        place,
     )?;
     let mut pool = validate_carve_out(&platform, &plan, &mut region_pool)?;
     map_guest_memory(&plan, &launch, &mut pool)?;

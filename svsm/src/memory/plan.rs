@@ -34,6 +34,16 @@ const _: () = {
     assert!(size_of::<accept::Region>() as u64 == BYTES_PER_REGION);
 };
 
+/// Where the carve-out may lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CarveOut {
+    /// At the top of the highest memory that has room.
+    Highest,
+    /// At the top of the memory around the region: for a firmware that takes no map from us. The
+    /// host ends that memory, as far as the firmware can see, at the region.
+    WithRegion,
+}
+
 /// Where everything goes.
 #[derive(Debug)]
 pub struct Plan {
@@ -60,6 +70,7 @@ impl Plan {
         ghcbs: PageRange,
         firmware: PageRange,
         others: u64,
+        place: CarveOut,
     ) -> Result<Self, TurnstileReason> {
         let mut plan = Self {
             ranges: [PageRange::EMPTY; MapDescriptor::MAX_RANGES],
@@ -88,6 +99,7 @@ impl Plan {
         plan.carve_out = host_map
             .memory()
             .rev()
+            .filter(|memory| place == CarveOut::Highest || memory.contains(region))
             .filter_map(|memory| memory.large_pages_at_end(bytes))
             .find(|carve_out| !carve_out.overlaps(region))
             .ok_or(TurnstileReason::OUT_OF_MEMORY)?;
@@ -222,7 +234,12 @@ mod tests {
     }
 
     fn plan(entries: &[(u64, u64)]) -> Result<Plan, TurnstileReason> {
-        Plan::make(&host_map(entries), region(), ghcbs(), firmware(), 100 << 10)
+        plan_with(entries, CarveOut::Highest)
+    }
+
+    fn plan_with(entries: &[(u64, u64)], place: CarveOut) -> Result<Plan, TurnstileReason> {
+        let map = host_map(entries);
+        Plan::make(&map, region(), ghcbs(), firmware(), 100 << 10, place)
     }
 
     #[test]
@@ -238,6 +255,14 @@ mod tests {
             ]
         );
         assert_eq!(plan.carve_out, pages(6142 * MIB, 6144 * MIB));
+    }
+
+    #[test]
+    fn with_a_firmware_that_takes_no_map_nothing_is_carved_above_4_gib() {
+        let memory = [(0, 1952 * MIB), (4096 * MIB, 6144 * MIB)];
+        let plan = plan_with(&memory, CarveOut::WithRegion).unwrap();
+        assert_eq!(plan.carve_out.end_frame(), 1952 * MIB);
+        assert!(!plan.carve_out.overlaps(region()));
     }
 
     #[test]
@@ -261,7 +286,7 @@ mod tests {
     #[test]
     fn the_map_costs_at_most_64_kib_per_gib() {
         let map = host_map(&[(0, 1952 * MIB), (4096 * MIB, 4096 * MIB + (64 << 18))]);
-        let plan = Plan::make(&map, region(), ghcbs(), firmware(), 0).unwrap();
+        let plan = Plan::make(&map, region(), ghcbs(), firmware(), 0, CarveOut::Highest).unwrap();
         let states: u64 = plan
             .ranges()
             .iter()

@@ -308,6 +308,7 @@ impl Context {
             image,
             settings: Settings {
                 map_descriptor: sidecar.map_descriptor,
+                low_end: sidecar.low_end,
                 ..settings
             },
             memory: "4G".into(),

@@ -113,6 +113,8 @@ pub struct Settings {
     pub reflection: Reflection,
     /// `referee=0xGPA`: the paravisor's map descriptor.
     pub referee: Option<Gpa>,
+    /// `low-end=0xGPA`: where memory below 4 GiB ends for firmware that asks fw_cfg.
+    pub low_end: Option<Gpa>,
     /// `oracle=on|off`.
     pub oracle: bool,
     /// `hostile=NAME[,NAME…]`.
@@ -204,6 +206,7 @@ impl Settings {
                 }
             }
             "referee" => self.referee = Some(parse_gpa(value)?),
+            "low-end" => self.low_end = Some(parse_gpa(value)?),
             "oracle" => self.oracle = on_off(value)?,
             "trace" => {
                 self.trace = match value {
@@ -222,7 +225,7 @@ impl Settings {
                 }
             }
             "hostile" => self.hostile = parse_hostile(value)?,
-            _ => return Err("one of backing, vc, referee, oracle, trace, hostile, break"),
+            _ => return Err("one of backing, vc, referee, low-end, oracle, trace, hostile, break"),
         }
         Ok(())
     }
@@ -259,6 +262,9 @@ impl Settings {
         ]);
         if let Some(gpa) = self.referee {
             echo.insert("referee".to_string(), format!("{gpa:#x}"));
+        }
+        if let Some(gpa) = self.low_end {
+            echo.insert("low-end".to_string(), format!("{gpa:#x}"));
         }
         if let Some(breakage) = self.breakage {
             let name = match breakage {

@@ -148,13 +148,15 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
     };
     let built = build::for_run(layout, target, &firmware, options.observe.fault(), &dir)?;
     observe::keep_programs(&built, &dir)?;
+    let sidecar = image::sidecar(&built.image)?;
     Ok(Config {
         qemu,
         rom: built.rom,
         settings: Settings {
             backing: options.backing,
             vc: options.vc,
-            map_descriptor: image::sidecar(&built.image)?.map_descriptor,
+            map_descriptor: sidecar.map_descriptor,
+            low_end: sidecar.low_end,
             breakage: options.observe.breakage(),
             trace: options.observe.traced(),
             ..Settings::default()

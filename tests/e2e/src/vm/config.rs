@@ -113,6 +113,8 @@ pub struct Settings {
     pub vc: Vc,
     /// GPA of the paravisor's map descriptor; makes the machine compare it with its RMP.
     pub map_descriptor: Option<u64>,
+    /// Where memory below 4 GiB ends for a firmware that asks fw_cfg instead of the paravisor.
+    pub low_end: Option<u64>,
     /// Whether a test guest may ask the machine about its state.
     pub oracle: bool,
     /// Misbehaviour of the host.
@@ -130,6 +132,9 @@ impl Settings {
         // Writing to a String cannot fail.
         if let Some(gpa) = self.map_descriptor {
             let _ = writeln!(text, "referee={gpa:#x}");
+        }
+        if let Some(gpa) = self.low_end {
+            let _ = writeln!(text, "low-end={gpa:#x}");
         }
         if self.oracle {
             text.push_str("oracle=on\n");
@@ -336,6 +341,7 @@ mod tests {
         assert_eq!(Settings::default().text(), "backing=4k\nvc=strict\n");
         let settings = Settings {
             map_descriptor: Some(0x810_0000),
+            low_end: Some(0x800_0000),
             oracle: true,
             hostile: Some("map-wrap".into()),
             trace: Trace::All,
@@ -345,7 +351,7 @@ mod tests {
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\noracle=on\nhostile=map-wrap\ntrace=all\nbreak=panic\n"
+                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nhostile=map-wrap\ntrace=all\nbreak=panic\n"
             ),
             "{text}"
         );

@@ -13,7 +13,7 @@ use machine::fwcfg_filter::{
 use machine::memory::PhysicalMemory;
 use machine::platform::End;
 use machine::power::{self, Power};
-use machine::types::Spa;
+use machine::types::{Gpa, Spa};
 
 use super::finish::EXIT_PORT;
 use super::memory::{DirectMap, Layout, Range};
@@ -48,10 +48,10 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// The ports of a machine with this memory.
-    pub fn new(layout: &Layout) -> Self {
+    /// The ports of a machine with this memory; a guest that asks finds none from `low_end` to 4 GiB.
+    pub fn new(layout: &Layout, low_end: Option<Gpa>) -> Self {
         Ports {
-            filter: e820_filter(layout.reserved),
+            filter: e820_filter(layout.reserved, low_end),
             power: Power::default(),
             dma_high: 0,
             reserved: layout.reserved,
@@ -112,12 +112,14 @@ impl Ports {
     }
 }
 
-/// The filter that shortens QEMU's own memory map by the machine's memory.
-fn e820_filter(reserved: Range) -> Filter {
+/// The filter that shortens QEMU's own memory map by the machine's memory, and by all from `low_end`
+/// on, if that is less.
+fn e820_filter(reserved: Range, low_end: Option<Gpa>) -> Filter {
     const FILE: &str = "etc/e820";
     let selector = fwcfg::selector(FILE);
+    let start = low_end.map_or(reserved.start, |end| end.get().min(reserved.start));
     let patched =
-        fwcfg::file(FILE).and_then(|table| patch_e820(&table, reserved.start, reserved.len()));
+        fwcfg::file(FILE).and_then(|table| patch_e820(&table, start, reserved.end - start));
     match (selector, patched) {
         (Some(selector), Some(patched)) => Filter::new(selector, patched),
         // Without the file there is nothing to hide.

@@ -51,6 +51,7 @@ pub fn launch(layout: &Layout) {
         tsc_hz: clock::tsc_hz(),
         settings: settings.echo(),
     }));
+    let low_end = settings.low_end;
     let platform = Platform::new(DirectMap, settings, u32::from(vcpus), cpu::tsc);
     let native = |leaf, subleaf| {
         let [eax, ebx, ecx, edx] = cpu::cpuid(leaf, subleaf);
@@ -59,7 +60,7 @@ pub fn launch(layout: &Layout) {
     shared::init(Machine {
         platform,
         tables: Tables::new(layout.tables),
-        ports: Ports::new(layout),
+        ports: Ports::new(layout, low_end),
         cpuid: Table::build(&native, u32::from(vcpus)),
     });
     if let Some(error) = bad {
