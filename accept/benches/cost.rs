@@ -106,5 +106,8 @@ fn main() {
     with_engine(true, |engine| {
         let both = measure(|block| there_and_back(engine, block));
         println!("accept and rescind of 2 MiB, small pages: {both:8.1} ns");
+        // One small page in each region.
+        let both = measure(|block| there_and_back(engine, Block::page(block.first())));
+        println!("accept and rescind of 4 KiB:              {both:8.1} ns");
     });
 }

@@ -107,16 +107,16 @@ impl<B: Backend> Engine<'_, B> {
     /// The test under the lock, and the work.
     fn accept_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
         let asked = PageSet::of(block);
-        let states = held.states();
-        if !asked.and(&states.owned).is_empty() {
+        let states = held.states(&asked);
+        if !states.owned.is_empty() {
             return Ended::with(Err(Error::Owned));
         }
-        let accepted = asked.and(&states.accepted);
+        let accepted = states.accepted;
         if on_no_change == OnNoChange::Fail && !accepted.is_empty() {
             held.tally().no_change_slow.add(1);
             return Ended::with(Err(Error::NoChange));
         }
-        let ready = asked.and(&states.ahead);
+        let ready = states.ahead;
         let fresh = asked.without(&accepted).without(&ready);
         if fresh.is_empty() && ready.is_empty() {
             held.tally().no_change_slow.add(1);
@@ -281,8 +281,9 @@ impl<B: Backend> Engine<'_, B> {
 
 /// The pages of the block that the map calls Unaccepted.
 fn unaccepted_of(held: &Held<'_>, block: Block) -> PageSet {
-    let states = held.states();
-    PageSet::of(block)
+    let block = PageSet::of(block);
+    let states = held.states(&block);
+    block
         .without(&states.ahead)
         .without(&states.accepted)
         .without(&states.owned)

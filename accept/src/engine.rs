@@ -266,9 +266,9 @@ impl<'m> Held<'m> {
         self.guard.tally()
     }
 
-    /// The states of the pages, for sure.
-    pub(crate) fn states(&self) -> StateSets {
-        self.place.words.states()
+    /// The pages of `pages` by their states, for sure.
+    pub(crate) fn states(&self, pages: &PageSet) -> StateSets {
+        self.place.words.states(pages)
     }
 
     /// The state of one page, for sure.

@@ -96,15 +96,20 @@ impl RegionWords {
         PageState::from_bits(word >> (2 * (index % PAGES_PER_WORD)))
     }
 
-    /// The pages in each state. A consistent picture only while the region's lock is held.
-    pub(crate) fn states(&self) -> StateSets {
+    /// The pages of `pages` by their states. A consistent picture only while the region's lock is
+    /// held.
+    pub(crate) fn states(&self, pages: &PageSet) -> StateSets {
         let mut sets = StateSets::default();
-        for (index, word) in self.0.iter().enumerate() {
-            let word = word.load(Ordering::Acquire);
-            let (low, high) = (word & EVEN, word >> 1 & EVEN);
-            sets.ahead.0[index] = low & !high;
-            sets.accepted.0[index] = high & !low;
-            sets.owned.0[index] = high & low;
+        for set in [&mut sets.ahead, &mut sets.accepted, &mut sets.owned] {
+            set.touched = pages.touched;
+        }
+        for index in pages.touched.indices() {
+            let word = self.0[index].load(Ordering::Acquire);
+            let asked = pages.words[index];
+            let (low, high) = (word & asked, word >> 1 & asked);
+            sets.ahead.words[index] = low & !high;
+            sets.accepted.words[index] = high & !low;
+            sets.owned.words[index] = high & low;
         }
         sets
     }
@@ -129,7 +134,8 @@ impl RegionWords {
 
     /// Writes `state` for every page of `pages`. The caller holds the region's lock.
     pub(crate) fn record(&self, pages: &PageSet, state: PageState) {
-        for (word, set) in self.0.iter().zip(pages.0) {
+        for index in pages.touched.indices() {
+            let (word, set) = (&self.0[index], pages.words[index]);
             if set != 0 {
                 // Plain load and store: the lock keeps other writers away. Release, so that who
                 // reads Accepted without the lock also sees the scrubbed page.
@@ -149,14 +155,64 @@ pub(crate) struct StateSets {
 }
 
 /// A set of pages of one region.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct PageSet([u64; WORDS]);
+///
+/// It remembers between which words its pages lie, so that work on one page costs one word and not
+/// sixteen. Words outside are zero.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PageSet {
+    words: [u64; WORDS],
+    touched: Touched,
+}
+
+/// Words `from..to` of a set; at most [`WORDS`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Touched {
+    from: u8,
+    to: u8,
+}
+
+impl Touched {
+    const ALL: Self = Self {
+        from: 0,
+        to: WORDS as u8,
+    };
+
+    fn indices(self) -> core::ops::Range<usize> {
+        usize::from(self.from)..usize::from(self.to).min(WORDS)
+    }
+
+    /// The smallest that holds both.
+    fn around(self, other: Self) -> Self {
+        match (self.from < self.to, other.from < other.to) {
+            (false, _) => other,
+            (true, false) => self,
+            (true, true) => Self {
+                from: self.from.min(other.from),
+                to: self.to.max(other.to),
+            },
+        }
+    }
+}
+
+impl PartialEq for PageSet {
+    fn eq(&self, other: &Self) -> bool {
+        self.words == other.words
+    }
+}
+
+impl Eq for PageSet {}
 
 impl PageSet {
     /// No page.
-    pub(crate) const EMPTY: Self = Self([0; WORDS]);
+    pub(crate) const EMPTY: Self = Self {
+        words: [0; WORDS],
+        touched: Touched { from: 0, to: 0 },
+    };
     /// Every page of the region.
-    pub(crate) const FULL: Self = Self([EVEN; WORDS]);
+    pub(crate) const FULL: Self = Self {
+        words: [EVEN; WORDS],
+        touched: Touched::ALL,
+    };
 
     /// The one page at `index` (0 to 511).
     pub(crate) fn single(index: usize) -> Self {
@@ -168,7 +224,12 @@ impl PageSet {
     /// Adds the page at `index` (0 to 511).
     pub(crate) fn insert(&mut self, index: usize) {
         let index = index % PAGES_PER_REGION;
-        self.0[index / PAGES_PER_WORD] |= 1 << (2 * (index % PAGES_PER_WORD));
+        let word = index / PAGES_PER_WORD;
+        self.words[word] |= 1 << (2 * (index % PAGES_PER_WORD));
+        self.touched = self.touched.around(Touched {
+            from: word as u8,
+            to: word as u8 + 1,
+        });
     }
 
     /// The pages of `block`, within its region.
@@ -189,55 +250,76 @@ impl PageSet {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.iter().all(|word| *word == 0)
+        self.touched.indices().all(|index| self.words[index] == 0)
     }
 
     pub(crate) fn is_full(&self) -> bool {
-        self.0.iter().all(|word| *word == EVEN)
+        let indices = self.touched.indices();
+        indices.len() == WORDS && self.words.iter().all(|word| *word == EVEN)
     }
 
     /// The number of pages.
     pub(crate) fn len(&self) -> u64 {
-        self.0.iter().map(|word| u64::from(word.count_ones())).sum()
+        self.touched
+            .indices()
+            .map(|index| u64::from(self.words[index].count_ones()))
+            .sum()
     }
 
     /// The pages in `self` or `other`.
     pub(crate) fn with(&self, other: &Self) -> Self {
-        self.zip(other, |a, b| a | b)
+        let mut result = *self;
+        result.touched = self.touched.around(other.touched);
+        for index in other.touched.indices() {
+            result.words[index] |= other.words[index];
+        }
+        result
     }
 
     /// The pages in both.
     pub(crate) fn and(&self, other: &Self) -> Self {
-        self.zip(other, |a, b| a & b)
+        let mut result = *self;
+        for index in self.touched.indices() {
+            result.words[index] &= other.words[index];
+        }
+        result
     }
 
     /// The pages of `self` that are not in `other`.
     pub(crate) fn without(&self, other: &Self) -> Self {
-        self.zip(other, |a, b| a & !b)
+        let mut result = *self;
+        for index in self.touched.indices() {
+            result.words[index] &= !other.words[index];
+        }
+        result
+    }
+
+    /// The pages with smaller indices than `index` (0 to 511).
+    pub(crate) fn below(&self, index: usize) -> Self {
+        let mut result = *self;
+        let (word, bit) = (index / PAGES_PER_WORD, 2 * (index % PAGES_PER_WORD));
+        for at in self.touched.indices() {
+            if at == word {
+                result.words[at] &= (1 << bit) - 1;
+            } else if at > word {
+                result.words[at] = 0;
+            }
+        }
+        result
     }
 
     /// The indices of the pages, ascending.
     pub(crate) fn indices(&self) -> impl Iterator<Item = usize> + use<> {
-        self.0
-            .into_iter()
-            .enumerate()
-            .flat_map(|(word_index, word)| {
-                let mut rest = word;
-                core::iter::from_fn(move || {
-                    let bit = rest.trailing_zeros() as usize;
-                    // Clears the lowest set bit; an empty word ends the walk.
-                    rest = rest.checked_sub(1)? & rest;
-                    Some(word_index * PAGES_PER_WORD + bit / 2)
-                })
+        let words = self.words;
+        self.touched.indices().flat_map(move |word_index| {
+            let mut rest = words[word_index];
+            core::iter::from_fn(move || {
+                let bit = rest.trailing_zeros() as usize;
+                // Clears the lowest set bit; an empty word ends the walk.
+                rest = rest.checked_sub(1)? & rest;
+                Some(word_index * PAGES_PER_WORD + bit / 2)
             })
-    }
-
-    fn zip(&self, other: &Self, combine: impl Fn(u64, u64) -> u64) -> Self {
-        let mut result = Self::EMPTY;
-        for (out, (a, b)) in result.0.iter_mut().zip(self.0.iter().zip(other.0)) {
-            *out = combine(*a, b);
-        }
-        result
+        })
     }
 }
 
@@ -267,7 +349,7 @@ mod tests {
                 );
             }
         }
-        assert!(words.states().owned.is_full());
+        assert!(words.states(&PageSet::FULL).owned.is_full());
     }
 
     #[test]
@@ -290,7 +372,7 @@ mod tests {
                 .words()
                 .record(&PageSet::single(index), STATES[index % 4]);
         }
-        let sets = region.words().states();
+        let sets = region.words().states(&PageSet::FULL);
         for (offset, set) in [(1, sets.ahead), (2, sets.accepted), (3, sets.owned)] {
             assert!(set.indices().eq((offset..512).step_by(4)));
             assert_eq!(set.len(), 128);
@@ -313,6 +395,32 @@ mod tests {
                 .collect::<Vec<_>>(),
             [30, 33]
         );
+    }
+
+    #[test]
+    fn a_part_is_asked_for_and_told_alone() {
+        let region = Region::new();
+        region.words().record(&PageSet::FULL, PageState::Accepted);
+        region
+            .words()
+            .record(&PageSet::single(100), PageState::Owned);
+        let asked = PageSet::span(99, 102);
+        let sets = region.words().states(&asked);
+        assert!(sets.accepted.indices().eq([99, 101]));
+        assert_eq!(sets.owned, PageSet::single(100));
+        assert!(sets.ahead.is_empty());
+        // Sets are equal when their pages are, wherever these were looked for.
+        assert_eq!(PageSet::FULL.and(&PageSet::single(7)), PageSet::single(7));
+        assert_eq!(PageSet::FULL.without(&PageSet::FULL), PageSet::EMPTY);
+        assert_eq!(PageSet::EMPTY.with(&asked), asked);
+        assert_eq!(asked.with(&PageSet::EMPTY), asked);
+        for index in [0, 31, 32, 99, 100, 101, 102, 511] {
+            let below = PageSet::span(0, index).and(&asked);
+            assert_eq!(asked.below(index), below, "{index}");
+        }
+        let far = PageSet::single(0).with(&PageSet::single(511));
+        assert!(far.indices().eq([0, 511]));
+        assert_eq!(far.len(), 2);
     }
 
     #[test]

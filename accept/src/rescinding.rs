@@ -49,15 +49,15 @@ impl<B: Backend> Engine<'_, B> {
 
     fn rescind_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
         let asked = PageSet::of(block);
-        let states = held.states();
-        if !asked.and(&states.owned).is_empty() {
+        let states = held.states(&asked);
+        if !states.owned.is_empty() {
             return Ended::with(Err(Error::Owned));
         }
         // Also when nothing changes: the guest says what it is about to do with the pages.
         held.remember_given_back();
         let leaving = Leaving {
-            accepted: asked.and(&states.accepted),
-            ahead: asked.and(&states.ahead),
+            accepted: states.accepted,
+            ahead: states.ahead,
         };
         if on_no_change == OnNoChange::Fail && leaving.accepted != asked {
             held.tally().no_change_slow.add(1);

@@ -39,7 +39,6 @@ pub(crate) fn sweep<F: Into<Trouble>>(
     tally: &Tally,
     instruction: impl Fn(Block) -> Result<(), F>,
 ) -> Swept {
-    let mut done = PageSet::EMPTY;
     if *grain == Grain::Large && pages.is_full() {
         match instruction(Block::region_around(region)).map_err(Into::into) {
             Ok(()) => {
@@ -54,7 +53,7 @@ pub(crate) fn sweep<F: Into<Trouble>>(
             }
             Err(trouble) => {
                 return Swept {
-                    done,
+                    done: PageSet::EMPTY,
                     stopped: Some(Stopped {
                         at: PageSet::FULL,
                         trouble,
@@ -70,14 +69,13 @@ pub(crate) fn sweep<F: Into<Trouble>>(
                 trouble: fault.into(),
             };
             return Swept {
-                done,
+                done: pages.below(index),
                 stopped: Some(stopped),
             };
         }
-        done.insert(index);
     }
     Swept {
-        done,
+        done: *pages,
         stopped: None,
     }
 }

@@ -144,11 +144,10 @@ impl<B: Backend> Engine<'_, B> {
         for piece in self.pieces() {
             if regions.contains(&piece.first.region_number()) {
                 let states = &piece.states;
-                let ahead = piece.pages.and(&states.ahead);
-                census.ahead += bytes(&ahead);
-                census.accepted += bytes(&piece.pages.and(&states.accepted));
-                census.owned += bytes(&piece.pages.and(&states.owned));
-                census.unaccepted += bytes(&piece.unaccepted().without(&ahead));
+                census.ahead += bytes(&states.ahead);
+                census.accepted += bytes(&states.accepted);
+                census.owned += bytes(&states.owned);
+                census.unaccepted += bytes(&piece.unaccepted().without(&states.ahead));
             }
         }
         census
@@ -171,10 +170,11 @@ impl<B: Backend> Engine<'_, B> {
                 } else {
                     PAGES_PER_REGION
                 };
+                let pages = PageSet::span(from, to);
                 Some(Piece {
                     first: start,
-                    pages: PageSet::span(from, to),
-                    states: region.words().states(),
+                    pages,
+                    states: region.words().states(&pages),
                 })
             });
             pieces.flatten()
