@@ -26,16 +26,22 @@ pub enum Job {
     TestHost,
     /// Do the host tests of the bare-metal crates' libraries pass?
     TestBare,
+    /// Does the engine hold under every interleaving that the model checker tries?
+    Interleavings,
+    /// Do the engine's tests find the bugs that are put into copies of it?
+    Mutants,
 }
 
 impl Job {
     /// In the order in which they are done.
-    pub const ALL: [Job; 5] = [
+    pub const ALL: [Job; 7] = [
         Job::Format,
         Job::LintHost,
         Job::LintBare,
         Job::TestHost,
         Job::TestBare,
+        Job::Interleavings,
+        Job::Mutants,
     ];
 
     /// The name for `--filter` and `--list`.
@@ -46,6 +52,8 @@ impl Job {
             Job::LintBare => "lint/bare",
             Job::TestHost => "unit/host",
             Job::TestBare => "unit/bare",
+            Job::Interleavings => "unit/interleavings",
+            Job::Mutants => "unit/mutants",
         }
     }
 
@@ -93,6 +101,24 @@ impl Job {
                 cargo.args(BARE_PACKAGES.iter().flat_map(|name| ["--package", name]));
                 vec![cargo]
             }
+            Job::Interleavings => {
+                let mut cargo = host(&["test", "--package", "accept", "--release"]);
+                cargo
+                    .args(["--test", "interleavings"])
+                    .env("RUSTFLAGS", "--cfg loom")
+                    // Other flags, other builds: they must not push each other out.
+                    .env("CARGO_TARGET_DIR", layout.root.join("target/loom"));
+                vec![cargo]
+            }
+            Job::Mutants => vec![host(&[
+                "test",
+                "--package",
+                "accept",
+                "--test",
+                "mutants",
+                "--",
+                "--ignored",
+            ])],
         }
     }
 
@@ -115,7 +141,9 @@ impl Job {
         }
         write(&log, &output)?;
         let mut checks = match self {
-            Job::TestHost | Job::TestBare => unit_tests(&output),
+            Job::TestHost | Job::TestBare | Job::Interleavings | Job::Mutants => {
+                unit_tests(&output)
+            }
             Job::Format | Job::LintHost | Job::LintBare => Vec::new(),
         };
         let accounted = checks.iter().any(|check| check.failure.is_some());
