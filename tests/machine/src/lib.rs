@@ -10,7 +10,8 @@
 //!                      ──► Platform ──► access · isa · ghcb · launch · referee · oracle
 //!                                    │             └────────────┬───────────┘
 //!                                    │                    host_memory ──► rmp
-//!                                    └── report, settings      └── layout, memory (bytes)
+//!                                    ├── counters, calls, samples   └── layout, memory (bytes)
+//!                                    └── settings
 //! ```
 //!
 //! Rules of the house:
