@@ -32,9 +32,9 @@ use super::cpu;
 
 /// Where all physical memory is mapped.
 pub const DIRECT_MAP: u64 = 0xFFFF_8000_0000_0000;
-/// Physical bytes mapped there: the guest's address width (46 bits) would be 64 TiB; devices
-/// and memory of QEMU's q35 lie far below 8 TiB unless told otherwise.
-pub const DIRECT_SPAN: u64 = 8 << 40;
+/// Physical bytes mapped there: all of the guest's address width (46 bits). OVMF puts devices
+/// with 64-bit addresses into its last eighth, from 56 TiB.
+pub const DIRECT_SPAN: u64 = 64 << 40;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
