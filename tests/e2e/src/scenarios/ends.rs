@@ -63,7 +63,7 @@ const ENDS: [End; 9] = [
     },
     End {
         name: "paravisor",
-        arguments: &["--exec", "true", "--fault", "skip-validate"],
+        arguments: &["--exec", "true", "--fault", "panic"],
         status: 83,
         says: "VMPL0 ended the guest: turnstile",
     },
