@@ -1,7 +1,8 @@
 //! Do all the guests boot, on any number of processors and on both backings?
 //!
 //! `matrix/KERNEL-BACKING-Ncpu` for every kernel of Debian's, 1, 2, 4 and 8 processors and both
-//! backings, everything reflected (`vc=strict`); one row with the older firmware. A part of it is
+//! backings, everything reflected (`vc=strict`). The older firmware has no row yet: it does not come as
+//! far as userspace (docs/known-limits.md). A part of the matrix is
 //! enough for every day, all of it runs with `--full`: see [`every_day`].
 
 use anyhow::Result;
