@@ -103,6 +103,7 @@ reasons! {
         VC_UNEXPECTED = 27, "a #VC with an exit code the paravisor does not handle";
         GUEST_VMSA = 28, "the guest's VMSA has state the paravisor does not accept";
         GUEST_LOST = 29, "the guest's VMSA cannot be stopped or restarted";
+        APIC_IDS = 30, "the host's list of APIC ids does not fit its virtual processors";
     }
 }
 

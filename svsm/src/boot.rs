@@ -17,6 +17,8 @@ use accept::{Engine, Frame, Map, PageState, Range, Region, RegionLock, RegionLoc
 use log::info;
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
 use protocols::cpuid::CpuidPage;
+use protocols::ghcb::HypervisorFeatures;
+use protocols::ghcb::msr::CpuidRegister;
 use protocols::igvm_map::MemoryMapEntry;
 use protocols::launch::{GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE};
 use protocols::map::{MapDescriptor, MapRange};
@@ -33,7 +35,7 @@ use crate::guest::parameters::guest_memory_map;
 use crate::guest::prepare::{GUEST_SEV_FEATURES, Preparation};
 use crate::guest::vmsa::VmsaWindow;
 use crate::host_map::HostMap;
-use crate::hypervisor::ghcb::Ghcb;
+use crate::hypervisor::ghcb::{self, Ghcb};
 use crate::hypervisor::{Hypervisor, Start, VcpuRequest, msr};
 use crate::launch::Launch;
 use crate::memory::layout::{GUEST_WINDOW, MAX_VCPUS, OWN_WINDOW, PageRange};
@@ -46,10 +48,12 @@ use crate::secondary::{self, vmsa_page};
 use crate::system::{self, GuestEngine, GuestRegistry, System};
 use crate::terminate::terminate;
 use crate::vcpus::{RECORDS_PER_VCPU, Record, Registry, Shown, Tables, Vcpu};
-use crate::{console, descriptor, exceptions, percpu, requests};
+use crate::{apic_ids, console, descriptor, exceptions, percpu, requests};
 
 /// Bytes of the carve-out for each processor: its context, and its share of tables, generously.
 const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 1024;
+/// CPUID leaf whose EDX is the x2APIC id of the processor that executes it.
+const X2APIC_ID_LEAF: u32 = 0xB;
 
 /// Where the entry point continues.
 ///
@@ -81,9 +85,9 @@ fn start(
     page_tables::unmap(Gpa::new(boot_stack_guard()))?;
 
     msr::negotiate_version()?;
-    msr::negotiate_features()?;
+    let features = msr::negotiate_features()?;
     let vp_count = check_vp_count(params)?;
-    let ghcbs = ghcb_pages(&launch, vp_count)?;
+    let ghcbs = shared_pages(&launch, vp_count)?;
     // SAFETY: the pages at the end of the region were not launched, nothing validates them, and
     // the first is the boot processor's.
     let ghcb = unsafe { Ghcb::establish(ghcbs.start()) }?;
@@ -98,7 +102,9 @@ fn start(
     let host_map = read_host_map(&launch)?;
     let mut region_pool = validate_region(&platform, &launch, ghcbs)?;
     let locks = RegionLocks::count_for(vp_count);
-    let others = locks * size_of::<RegionLock>() + vp_count * BYTES_PER_VCPU as usize;
+    let others = locks * size_of::<RegionLock>()
+        + vp_count * BYTES_PER_VCPU as usize
+        + secondary::bytes_of_tables(vp_count) as usize;
     let place = match launch.params().igvm_parameter_gpa {
         0 => CarveOut::WithRegion,
         _ => CarveOut::Highest,
@@ -120,7 +126,13 @@ fn start(
         #[cfg(feature = "faults")]
         fault: params.fault,
     };
-    let vcpus = make_vcpus(vp_count, vmsas, &mut pool)?;
+    let apic_ids = if features.contains(HypervisorFeatures::APIC_ID_LIST) {
+        read_apic_ids(ghcb, list_page(ghcbs)?, vp_count, &mut pool)?
+    } else {
+        // QEMU and KVM number processors from 0 as long as the topology has no gaps.
+        pool.slice(vp_count, |index| index as u32)?.1
+    };
+    let vcpus = make_vcpus(apic_ids, vmsas, &mut pool)?;
     let engine = make_engine(&platform, &launch, &plan, locks, vcpus.registry, &mut pool)?;
     let system = system::publish(System {
         engine,
@@ -152,7 +164,10 @@ fn start(
         .registry
         .record_startup(Frame::containing(vmsa.get()), calling_area);
     ghcb.create_vcpu(VcpuRequest {
-        apic_id: 0,
+        apic_id: system
+            .registry
+            .apic_id(0)
+            .ok_or(TurnstileReason::INTERNAL)?,
         vmpl: GUEST_VMPL,
         vmsa,
         sev_features: GUEST_SEV_FEATURES.bits(),
@@ -226,12 +241,39 @@ fn check_vp_count(params: &LaunchParams) -> Result<usize, TurnstileReason> {
     }
 }
 
-/// The pages at the end of the region, one per processor, that are shared and not validated.
-fn ghcb_pages(launch: &Launch<'_>, vp_count: usize) -> Result<PageRange, TurnstileReason> {
+/// The pages at the end of the region that are shared and not validated: a GHCB per processor,
+/// and one for the list of APIC ids.
+fn shared_pages(launch: &Launch<'_>, vp_count: usize) -> Result<PageRange, TurnstileReason> {
     let end = launch.region().end_frame();
-    PageRange::try_from_frames(end - vp_count as u64, end)
+    PageRange::try_from_frames(end - 1 - vp_count as u64, end)
         .filter(|pages| launch.unlaunched().contains(*pages))
         .ok_or(TurnstileReason::LAUNCH_PARAMS)
+}
+
+/// The last of [`shared_pages`].
+fn list_page(shared: PageRange) -> Result<Gpa, TurnstileReason> {
+    shared.frames().next_back().ok_or(TurnstileReason::INTERNAL)
+}
+
+/// Asks the host for the APIC ids, and checks them.
+fn read_apic_ids(
+    host: &impl Hypervisor,
+    list: Gpa,
+    vp_count: usize,
+    pool: &mut Pool,
+) -> Result<&'static [u32], TurnstileReason> {
+    const { assert!((1 + MAX_VCPUS) * size_of::<u32>() <= PAGE_SIZE as usize) };
+    // SAFETY: the page is the one of the region that is set aside for the list.
+    unsafe { ghcb::share(list) }?;
+    host.list_apic_ids(list)?;
+    // Read once each: the host may change them at any time.
+    // SAFETY: inside the page, which is mapped; any bytes are a number.
+    let word = |index: usize| unsafe { (list.get() as *const u32).add(index).read_volatile() };
+    let claimed = word(0);
+    let (_, ids) = pool.slice(vp_count, |index| word(1 + index))?;
+    let own = msr::cpuid(X2APIC_ID_LEAF, CpuidRegister::Edx)?;
+    apic_ids::check(ids, claimed, own)?;
+    Ok(ids)
 }
 
 /// Checks the host's memory map.
@@ -319,12 +361,14 @@ struct MadeVcpus {
 }
 
 fn make_vcpus(
-    vp_count: usize,
+    apic_ids: &[u32],
     vmsas: VmsaWindow,
     pool: &mut Pool,
 ) -> Result<MadeVcpus, TurnstileReason> {
-    // QEMU and KVM number processors by APIC id from 0 as long as the topology has no gaps.
-    let (_, vcpus) = pool.slice(vp_count, |index| Vcpu::new(index as u32))?;
+    let vp_count = apic_ids.len();
+    let (_, vcpus) = pool.slice(vp_count, |index| {
+        Vcpu::new(apic_ids.get(index).copied().unwrap_or_default())
+    })?;
     let (_, slots) = pool.slice(vp_count * RECORDS_PER_VCPU, |_| Record::none())?;
     let (table, shown) = pool.slice(vp_count * RECORDS_PER_VCPU, |_| Shown::none())?;
     let registry = Registry::new(

@@ -6,7 +6,7 @@
 //! serve a call, and until then it costs nothing.
 #![expect(unsafe_code, reason = "the start of a processor on memory made for it")]
 
-use protocols::addr::{Gpa, PAGE_SIZE, PageSize, Vmpl};
+use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize, Vmpl};
 use protocols::terminate::TurnstileReason;
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, Vmsa};
 use x86_64::registers::control::{Cr0, Cr3, Cr4, Efer as ProcessorEfer};
@@ -14,6 +14,8 @@ use x86_64::registers::control::{Cr0, Cr3, Cr4, Efer as ProcessorEfer};
 use crate::guest::prepare::GUEST_SEV_FEATURES;
 use crate::hypervisor::ghcb::Ghcb;
 use crate::hypervisor::{Hypervisor, Start, VcpuRequest};
+use crate::memory::layout::STACK_WINDOW;
+use crate::memory::page_tables;
 use crate::memory::pool::Pool;
 use crate::percpu::PerCpu;
 use crate::platform::{MappedBlock, Platform, Rights};
@@ -31,6 +33,31 @@ pub const BYTES_PER_PROCESSOR: u64 =
 const CODE_SELECTOR: u16 = 8;
 /// Selector of the data segments.
 const DATA_SELECTOR: u16 = 16;
+
+/// Bytes from one stack to the next: the stack, and the page below it that is not mapped.
+const STACK_STRIDE: u64 = STACK_SIZE + PAGE_SIZE;
+
+/// Bytes of page tables that the stacks of `vcpus` processors need.
+#[must_use]
+pub const fn bytes_of_tables(vcpus: usize) -> u64 {
+    // One table of each of the upper levels, and the lowest ones.
+    let lowest = (vcpus as u64 * STACK_STRIDE).div_ceil(LARGE_PAGE_SIZE);
+    (2 + lowest) * PAGE_SIZE
+}
+
+/// Maps a stack for processor `index`; returns its upper end. An overflow meets the page below,
+/// which is not mapped, and ends with a double fault on the emergency stack.
+fn map_stack(index: usize, pool: &mut Pool) -> Result<u64, TurnstileReason> {
+    let memory = pool.bytes(STACK_SIZE)?;
+    let bottom = STACK_WINDOW + index as u64 * STACK_STRIDE + PAGE_SIZE;
+    for offset in (0..STACK_SIZE).step_by(PAGE_SIZE as usize) {
+        let page = memory
+            .checked_add(offset)
+            .ok_or(TurnstileReason::INTERNAL)?;
+        page_tables::map_page(bottom + offset, page, pool)?;
+    }
+    Ok(bottom + STACK_SIZE)
+}
 
 /// Makes the context of processor `index` and tells the host about it.
 ///
@@ -50,8 +77,7 @@ pub fn announce(
         .apic_id(index)
         .ok_or(TurnstileReason::INTERNAL)?;
     let percpu = pool.leak(PerCpu::new(index))?;
-    let stack = pool.bytes(STACK_SIZE)?;
-    let stack_top = pool.address(stack) + STACK_SIZE;
+    let stack_top = map_stack(index, pool)?;
     let vmsa = vmsa_page(platform, &start_state(percpu, stack_top), Vmpl::VMPL1, pool)?;
     host.create_vcpu(VcpuRequest {
         apic_id,

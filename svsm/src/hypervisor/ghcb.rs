@@ -28,6 +28,23 @@ pub struct Ghcb {
     gpa: Gpa,
 }
 
+/// Turns a page of the region into zeroed memory that the host reads and writes, too.
+///
+/// # Errors
+///
+/// One of the GHCB reasons: the host refused or lied.
+///
+/// # Safety
+///
+/// `gpa` is a page of the region that was never validated and is nobody else's.
+pub unsafe fn share(gpa: Gpa) -> Result<(), TurnstileReason> {
+    msr::share_page(gpa)?;
+    page_tables::set_alias(gpa, Alias::Shared)?;
+    // SAFETY: the page is mapped writable and, by the contract, nobody else's.
+    unsafe { ptr::write_bytes(gpa.get() as *mut u8, 0, PAGE_SIZE as usize) };
+    Ok(())
+}
+
 impl Ghcb {
     /// Turns a page of the region into the running processor's GHCB.
     ///
@@ -39,10 +56,8 @@ impl Ghcb {
     ///
     /// `gpa` is a page of the region that was never validated and is nobody else's.
     pub unsafe fn establish(gpa: Gpa) -> Result<Self, TurnstileReason> {
-        msr::share_page(gpa)?;
-        page_tables::set_alias(gpa, Alias::Shared)?;
-        // SAFETY: the page is mapped writable and, by the contract, nobody else's.
-        unsafe { ptr::write_bytes(gpa.get() as *mut u8, 0, PAGE_SIZE as usize) };
+        // SAFETY: the caller's promise.
+        unsafe { share(gpa) }?;
         msr::register_ghcb(gpa)?;
         let ghcb = Self { gpa };
         ghcb.select();
@@ -143,6 +158,23 @@ impl Hypervisor for Ghcb {
             Some(request.sev_features),
             TurnstileReason::AP_CREATION,
         )
+    }
+
+    fn list_apic_ids(&self, list: Gpa) -> Result<(), TurnstileReason> {
+        let pages = 1;
+        self.request(
+            ExitCode::GET_APIC_IDS,
+            list.get(),
+            0,
+            Some(pages),
+            TurnstileReason::APIC_IDS,
+        )?;
+        // The host answers with the number of pages that it needs.
+        if self.read::<u64>(Field::RAX.offset()) == pages {
+            Ok(())
+        } else {
+            Err(TurnstileReason::APIC_IDS)
+        }
     }
 
     fn write_port(&self, port: u16, value: u8) -> Result<(), TurnstileReason> {

@@ -53,6 +53,14 @@ pub trait Hypervisor {
     /// [`TurnstileReason::AP_CREATION`] or one of the GHCB reasons.
     fn create_vcpu(&self, request: VcpuRequest) -> Result<(), TurnstileReason>;
 
+    /// Has the host write the APIC ids of all processors to the shared page `list`: their number,
+    /// then the ids, 32 bits each.
+    ///
+    /// # Errors
+    ///
+    /// [`TurnstileReason::APIC_IDS`] if a page is not enough, or one of the GHCB reasons.
+    fn list_apic_ids(&self, list: Gpa) -> Result<(), TurnstileReason>;
+
     /// Writes a byte to an I/O port.
     ///
     /// # Errors

@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "leaves to the host")]
 
 use protocols::addr::Gpa;
-use protocols::ghcb::msr::{Request, Response};
+use protocols::ghcb::msr::{CpuidRegister, Request, Response};
 use protocols::ghcb::{HypervisorFeatures, PROTOCOL_VERSION, PageOperation};
 use protocols::terminate::TurnstileReason;
 
@@ -55,6 +55,22 @@ pub fn negotiate_features() -> Result<HypervisorFeatures, TurnstileReason> {
                 Err(TurnstileReason::GHCB_FEATURES)
             }
         }
+        _ => Err(TurnstileReason::GHCB_REPLY),
+    }
+}
+
+/// Asks the host for one register of a CPUID leaf (subleaf 0). For what is different on each
+/// processor: everything else is in the CPUID page.
+///
+/// # Errors
+///
+/// [`TurnstileReason::GHCB_REPLY`].
+pub fn cpuid(function: u32, register: CpuidRegister) -> Result<u32, TurnstileReason> {
+    match exchange(Request::Cpuid { function, register }) {
+        Response::Cpuid {
+            value,
+            register: answered,
+        } if answered == register => Ok(value),
         _ => Err(TurnstileReason::GHCB_REPLY),
     }
 }

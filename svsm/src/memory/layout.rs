@@ -5,6 +5,7 @@
 //! | GPA of the region | the paravisor's region, one to one | W^X by segment, supervisor |
 //! | [`GUEST_WINDOW`] + GPA | all of the guest's memory, 2 MiB leaves | user (behind SMAP), NX |
 //! | [`OWN_WINDOW`] + GPA | the carve-out at the top of memory | supervisor, NX |
+//! | [`STACK_WINDOW`] | stacks of secondary processors, 4 KiB leaves, nothing between them | supervisor, NX |
 //!
 //! Invariants: the windows do not overlap, the guest window never shows the region (but for
 //! single pages asked for by name) nor the carve-out, and no page is writable and executable.
@@ -12,17 +13,22 @@
 use core::fmt;
 
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PAGES_PER_LARGE_PAGE};
+use protocols::launch::{REGION_GPA, REGION_SIZE};
 
 /// Where guest-physical address 0 appears for access to guest memory.
 pub const GUEST_WINDOW: u64 = 0xFFFF_8000_0000_0000;
 /// Where guest-physical address 0 would appear for the paravisor's own memory outside its
 /// region.
 pub const OWN_WINDOW: u64 = 0xFFFF_C000_0000_0000;
+/// Where the stacks of secondary processors appear, each above a page that is not mapped: below
+/// all canonical addresses of the other windows, above the region.
+pub const STACK_WINDOW: u64 = 0x0000_4000_0000_0000;
 /// Size in bytes of each window: 46 bits, what is left below the lowest C-bit in use (47) with
 /// one bit of address-space reduction.
 pub const WINDOW_SIZE: u64 = 1 << 46;
 
 const _: () = assert!(GUEST_WINDOW + WINDOW_SIZE == OWN_WINDOW);
+const _: () = assert!(REGION_GPA + REGION_SIZE < STACK_WINDOW && STACK_WINDOW < 1 << 47);
 
 /// How many virtual processors a guest may have. Sets the size of nothing but tables: memory
 /// is taken for as many as there are.

@@ -122,6 +122,29 @@ pub fn map_large(
     Ok(())
 }
 
+/// Maps the page at `gpa`, which is the paravisor's, at `address`. Missing tables come from
+/// `pool`.
+///
+/// # Errors
+///
+/// [`TurnstileReason::OUT_OF_MEMORY`] if the pool is empty, [`TurnstileReason::INTERNAL`] if
+/// something is mapped there already.
+pub fn map_page(address: u64, gpa: Gpa, pool: &mut Pool) -> Result<(), TurnstileReason> {
+    let guard = TABLES.lock();
+    let tables = guard.as_ref().ok_or(TurnstileReason::INTERNAL)?;
+    let address = VirtAddr::try_new(address).map_err(|_| TurnstileReason::INTERNAL)?;
+    let mut table = tables.root;
+    for index in [address.p4_index(), address.p3_index(), address.p2_index()] {
+        table = tables.descend_or_create(table, index, pool)?;
+    }
+    if tables.read(table, address.p1_index()) != 0 {
+        return Err(TurnstileReason::INTERNAL);
+    }
+    let leaf = gpa.get() | tables.c_bit | OWN_DATA.bits();
+    tables.write(table, address.p1_index(), leaf);
+    Ok(())
+}
+
 /// Calls `change` with the leaf entry of a page of the region and flushes its translation.
 fn with_leaf(gpa: Gpa, change: impl FnOnce(&mut u64, &Tables)) -> Result<(), TurnstileReason> {
     let guard = TABLES.lock();
