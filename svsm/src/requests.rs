@@ -96,8 +96,9 @@ fn answer(
     arrived: Service,
 ) -> Result<(), TurnstileReason> {
     let vmsa = system.vmsas.vmsa(arrived.vmsa);
-    if vmsa.is_awaited() {
-        // It runs, on another processor, or has not been run yet: nobody has called.
+    if vmsa.is_awaited() || vmsa.is_untouched() {
+        // It runs, on another processor, or has not been run yet: nobody has called. One that was
+        // never run stays as it is: the host was not asked to run it, so it may be deleted.
         system.registry.end_service(index, arrived);
         return Ok(());
     }

@@ -330,7 +330,7 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
             match slot.begin_delete(own) {
                 Ok(()) => return Ok(()),
                 Err(Kept::Absent) => return Err(DeleteRefusal::Unknown),
-                Err(Kept::Deleting) => return Err(DeleteRefusal::InUse),
+                Err(Kept::Deleting) => return Err(DeleteRefusal::Busy),
                 // A call is long; a look whether there is one is short.
                 Err(Kept::Serving | Kept::Pinned) => core::hint::spin_loop(),
             }
@@ -477,7 +477,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         let mut count = 0;
         let live = self
             .records_of(owner)
-            .filter(|(_, record)| record.slot.is_live());
+            .filter(|&(slot, record)| slot != STARTUP && record.slot.is_live());
         for ((slot, record), place) in live.zip(&mut by_age) {
             // The count of those made may wrap: what matters is how many came after this one.
             *place = (made.wrapping_sub(record.age.load(Ordering::Relaxed)), slot);

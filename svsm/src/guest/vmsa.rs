@@ -66,6 +66,12 @@ impl GuestVmsa {
         self.exit_code() == NOT_STOPPED
     }
 
+    /// Whether it has never been run: then it has no exit code but the one of its making.
+    #[must_use]
+    pub fn is_untouched(self) -> bool {
+        self.exit_code() == ExitCode(0)
+    }
+
     /// Makes the processor runnable again. Everything the guest shall see is written already.
     pub fn release(self) {
         on_record(access::set_bits(

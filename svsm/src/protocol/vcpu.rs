@@ -20,6 +20,9 @@ use super::{Finished, LOST, Service, Stop, pending_flag, stop_for};
 /// How often a page is tried to be given back although another processor holds the lock.
 const RETURN_TRIES: u32 = 64;
 
+/// How often room is made for a VMSA: others may take what was made.
+const REGISTER_TRIES: u32 = 16;
+
 /// EAX of RMPADJUST: the VMSA is running (APM 15.36.12).
 const STATUS_IN_USE: u32 = 3;
 
@@ -84,11 +87,11 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
         let (pages, stop) = match made {
             Ok(()) => match self.register(caller, apic_id, pages)? {
                 Ok(()) => return Ok(()),
-                Err(NoRoom(pages)) => {
+                Err((NoRoom(pages), code)) => {
                     self.vmsa_pages
                         .unmake_vmsa(vmsa_frame)
                         .map_err(stop_for_adjust)?;
-                    (pages, ResultCode::INVALID_REQUEST.into())
+                    (pages, code.into())
                 }
             },
             Err(stop @ Stop::Machine(_)) => return Err(stop),
@@ -136,13 +139,17 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
         caller: VcpuIndex,
         apic_id: u32,
         pages: VcpuPages,
-    ) -> Result<Result<(), NoRoom>, Stop> {
+    ) -> Result<Result<(), (NoRoom, ResultCode)>, Stop> {
         let mut refused = match self.vcpus.register(apic_id, pages) {
             Ok(()) => return Ok(Ok(())),
             Err(refused) => refused,
         };
         let mut kept = 0;
-        while let Some(old) = self.vcpus.replaced(apic_id, kept) {
+        let mut code = ResultCode::INVALID_REQUEST;
+        for _ in 0..REGISTER_TRIES {
+            let Some(old) = self.vcpus.replaced(apic_id, kept) else {
+                return Ok(Err((refused, code)));
+            };
             if self.vcpus.runs_from(caller, old) {
                 kept += 1;
                 continue;
@@ -150,7 +157,12 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             match self.delete(caller, old) {
                 Ok(()) => {}
                 Err(stop @ Stop::Machine(_)) => return Err(stop),
-                Err(Stop::Result(_)) => {
+                Err(Stop::Result(refusal)) => {
+                    // Others make and delete VMSAs of this processor: that passes.
+                    let passes = [ResultCode::BUSY, ResultCode::INVALID_PARAMETER];
+                    if passes.contains(&refusal) {
+                        code = ResultCode::BUSY;
+                    }
                     kept += 1;
                     continue;
                 }
@@ -160,7 +172,8 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
                 Err(refused) => refused,
             };
         }
-        Ok(Err(refused))
+        // Others were quicker each time.
+        Ok(Err((refused, ResultCode::BUSY)))
     }
 
     /// Whether the page, which the guest cannot reach any more, would make a good VMSA.

@@ -310,7 +310,7 @@ fn a_deletion_in_progress_keeps_its_processor_waiting() {
     let world = world(2);
     world.register(1, 1);
     let deletion = world.begin(0, 1).unwrap();
-    assert_eq!(world.delete(0, 1), Err(DeleteRefusal::InUse));
+    assert_eq!(world.delete(0, 1), Err(DeleteRefusal::Busy));
     assert!(!world.registry.has_vmsa(1));
     let slot = world.registry.slots_of(1).next().unwrap();
     assert!(matches!(

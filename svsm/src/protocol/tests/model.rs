@@ -365,7 +365,10 @@ impl Vcpus for &Machine {
 
     fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame> {
         let records = self.records.borrow();
-        let of_it: Vec<_> = records.iter().filter(|r| r.apic_id == apic_id).collect();
+        let of_it: Vec<_> = records
+            .iter()
+            .filter(|r| r.apic_id == apic_id && !r.startup)
+            .collect();
         Some(of_it.split_last()?.1.get(nth)?.frame)
     }
 
