@@ -99,7 +99,11 @@ fn exit_with(rax: u64, registers: Registers) -> (u64, Registers) {
 
 /// Atomically takes `call_pending` and leaves 0 (svsm.md §2 step 7).
 fn take_pending() -> u8 {
-    let address = memory::private(calling_area()) + CallingArea::CALL_PENDING_OFFSET as u64;
+    take_pending_of(calling_area())
+}
+
+fn take_pending_of(area: Gpa) -> u8 {
+    let address = memory::private(area) + CallingArea::CALL_PENDING_OFFSET as u64;
     let mut value = 0_u8;
     // SAFETY: the calling area is the guest's memory and holds no Rust object.
     unsafe {
@@ -110,9 +114,61 @@ fn take_pending() -> u8 {
 }
 
 fn set_pending(value: u8) {
-    let address = memory::private(calling_area()) + CallingArea::CALL_PENDING_OFFSET as u64;
+    set_pending_of(calling_area(), value);
+}
+
+fn set_pending_of(area: Gpa, value: u8) {
+    let address = memory::private(area) + CallingArea::CALL_PENDING_OFFSET as u64;
     // SAFETY: as in `take_pending`.
     unsafe { (address as *mut u8).write_volatile(value) };
+}
+
+/// A processor that calls through a calling area of its own, at the same time as others.
+///
+/// It uses nothing that processors share: neither the calling area in use nor the exceptions
+/// that are kept as values.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller(pub Gpa);
+
+impl Caller {
+    /// Makes a call, again and again while it is answered BUSY or INCOMPLETE.
+    ///
+    /// # Errors
+    ///
+    /// A finding when the call was not taken.
+    pub fn call(self, call: CoreCall, registers: Registers) -> Result<ResultCode, Finding> {
+        loop {
+            match self.call_once(call, registers)? {
+                ResultCode::BUSY | ResultCode::INCOMPLETE => {}
+                code => return Ok(code),
+            }
+        }
+    }
+
+    /// Makes a call once.
+    ///
+    /// # Errors
+    ///
+    /// A finding when the call was not taken.
+    pub fn call_once(self, call: CoreCall, registers: Registers) -> Result<ResultCode, Finding> {
+        set_pending_of(self.0, 1);
+        ghcb::set_msr(Request::RunVmpl { vmpl: 0 }.encode());
+        let (rax, _) = exit_with(CallId::core(call).encode(), registers);
+        expect("call_pending", take_pending_of(self.0), 0)?;
+        Ok(ResultCode::decode(rax))
+    }
+
+    /// PVALIDATE of a list in the calling area.
+    ///
+    /// # Errors
+    ///
+    /// A finding when the call was not taken.
+    pub fn pvalidate(self, entries: &[PvalidateEntry]) -> Result<ResultCode, Finding> {
+        let list = List::at(Gpa::new(self.0.get() + CallingArea::BUFFER_OFFSET as u64));
+        list.put_entries(entries)?;
+        list.put_head(entries.len() as u16, 0)?;
+        self.call(CoreCall::PVALIDATE, Registers::rcx(list.0.get()))
+    }
 }
 
 /// Makes a call with the given `call_pending`, through the GHCB MSR.

@@ -8,40 +8,49 @@ use protocols::launch::Fault;
 
 use super::cases;
 use crate::scenario::{Context, Findings, GUEST_LIMIT, Scenario};
-use crate::vm::{Backing, Settings, Vc};
+use crate::vm::{Backing, Config, Settings, Vc};
 
 /// The table has at least so many cases.
-pub const LEAST_CASES: usize = 40;
+pub const LEAST_CASES: usize = 50;
 
 pub fn scenarios() -> Vec<Scenario> {
-    [
+    let with_two = [
         (Backing::Small, Vc::Direct),
         (Backing::Large, Vc::Direct),
         (Backing::Small, Vc::Strict),
-    ]
-    .into_iter()
-    .map(|(backing, vc)| {
-        Scenario::new(
-            format!("svsm_calls/{}-{}", backing.name(), vc.name()),
-            move |context| {
-                go_through(
-                    context,
-                    Settings {
-                        backing,
-                        vc,
-                        ..Settings::default()
-                    },
-                )
-            },
-        )
-    })
-    .collect()
+    ];
+    let with_four = [(Backing::Small, Vc::Strict), (Backing::Large, Vc::Strict)];
+    let scenario = |(backing, vc): (Backing, Vc), name: String, vcpus| {
+        Scenario::new(name, move |context| {
+            let settings = Settings {
+                backing,
+                vc,
+                ..Settings::default()
+            };
+            go_through_on(context, settings, vcpus)
+        })
+        .weighing(vcpus)
+    };
+    let name = |backing: Backing, vc: Vc| format!("svsm_calls/{}-{}", backing.name(), vc.name());
+    let with_two = with_two
+        .into_iter()
+        .map(|how| scenario(how, name(how.0, how.1), 2));
+    let with_four = with_four
+        .into_iter()
+        .map(|how| scenario(how, name(how.0, how.1) + "-4cpu", 4));
+    with_two.chain(with_four).collect()
 }
 
 /// The whole table under `settings`; a good run.
 pub fn go_through(context: &Context, settings: Settings) -> Result<Findings> {
+    go_through_on(context, settings, 2)
+}
+
+/// The same on so many processors: the cases use as many as there are, up to four.
+fn go_through_on(context: &Context, settings: Settings, vcpus: u32) -> Result<Findings> {
     let paravisor = &context.artefacts.paravisor;
     let (config, sidecar) = context.svsm_cases(paravisor, Fault::NONE, settings)?;
+    let config = Config { vcpus, ..config };
     let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
     cases::judge(&mut findings, &finished, LEAST_CASES)?;

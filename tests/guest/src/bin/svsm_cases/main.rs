@@ -9,8 +9,8 @@
 //! must not have seen the paravisor break a rule (a double validation, a grant of a page that
 //! was not scrubbed, a rescind of a page in use).
 //!
-//! The machine must be run with `oracle=on`, `referee=` and two processors; any
-//! `backing` and `vc` will do.
+//! The machine must be run with `oracle=on`, `referee=` and two processors or more; any
+//! `backing` and `vc` will do. The cases of `smp` use up to four.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 #![cfg_attr(
@@ -38,6 +38,10 @@ mod running_vcpu;
 #[cfg(target_os = "none")]
 mod setup;
 #[cfg(target_os = "none")]
+mod smp;
+#[cfg(target_os = "none")]
+mod team;
+#[cfg(target_os = "none")]
 mod vcpus;
 
 #[cfg(target_os = "none")]
@@ -58,6 +62,7 @@ extern "C" fn main() -> ! {
             remap_ca::CASES,
             vcpus::CASES,
             running_vcpu::CASES,
+            smp::CASES,
         ],
         setup::audit,
         &mut Console,

@@ -34,6 +34,11 @@ pub const CASES: &[Case] = &[
         "svsm.md §4.2",
         area_open,
     ),
+    case(
+        "create_forgets_where_it_ran",
+        "snp-isa.md §4 (APM 15.36.15), design.md I3",
+        forgets_where_it_ran,
+    ),
     case("create_again_after_delete", "svsm.md §4.3", again),
     case("delete_stops_the_vmsa", "svsm.md §4.3", delete_stops),
     case("create_vmsa_misaligned", "svsm.md §3", vmsa_misaligned),
@@ -97,7 +102,7 @@ pub const APIC_ID: u64 = 1;
 const PARAMETER: ResultCode = ResultCode::INVALID_PARAMETER;
 const ADDRESS: ResultCode = ResultCode::INVALID_ADDRESS;
 
-fn good_vmsa() -> Vmsa {
+pub fn good_vmsa() -> Vmsa {
     let mut vmsa = Vmsa::at_reset(0xFFFF_FFF0);
     vmsa.vmpl = Vmpl::VMPL1.number();
     vmsa.sev_features = SevFeatures::SNP_ACTIVE;
@@ -188,6 +193,23 @@ fn area_open() -> Verdict {
         memory::fill(area.get() + 8, PAGE_SIZE - 64, 0x3434)?;
         memory::expect_filled(area.get() + 8, PAGE_SIZE - 64, 0x3434)
     })
+}
+
+/// The attack: a VMSA that says it ran last on this CPU goes on with the translations another
+/// VMSA has left there, because VMRUN flushes only for a PCPU_ID of 0.
+fn forgets_where_it_ran() -> Verdict {
+    let (vmsa, area) = (accepted_page()?, accepted_page()?);
+    let mut content = good_vmsa();
+    (content.tlb_id, content.pcpu_id) = (1, 1);
+    put_vmsa(vmsa, &content)?;
+    expect(
+        "CREATE_VCPU",
+        create(vmsa.get(), area.get(), APIC_ID)?,
+        ResultCode::SUCCESS,
+    )?;
+    let pcpu_id = memory::read(vmsa.get() + offset_of!(Vmsa, pcpu_id) as u64)?;
+    expect("DELETE_VCPU", delete(vmsa.get())?, ResultCode::SUCCESS)?;
+    expect("PCPU_ID", pcpu_id, 0)
 }
 
 fn again() -> Verdict {
