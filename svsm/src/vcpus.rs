@@ -571,7 +571,9 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
     }
 
     fn put_debt(&self, VcpuIndex(index): VcpuIndex, debt: Debt) {
-        if let Some(mut place) = self.vcpus.get(index).and_then(|vcpu| vcpu.debt.try_lock()) {
+        let place = self.vcpus.get(index).and_then(|vcpu| vcpu.debt.try_lock());
+        debug_assert!(place.is_some(), "nobody but processor {index} looks");
+        if let Some(mut place) = place {
             *place = Some(debt);
         }
     }

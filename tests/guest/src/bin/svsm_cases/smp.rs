@@ -10,7 +10,7 @@ use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
 use protocols::svsm::{CoreCall, PvalidateEntry, ResultCode};
 
 use crate::setup::{
-    accepted_page, done, expect_guests, expect_not_accepted, ignoring, rescind, validate,
+    accepted_region, done, expect_guests, expect_not_accepted, ignoring, rescind, validate,
 };
 use crate::team::{Member, Team, create_ok, meet};
 use crate::vcpus::{delete, good_vmsa, put_vmsa};
@@ -263,16 +263,15 @@ fn start_anew() -> Verdict {
 }
 
 fn create_without_delete() -> Verdict {
-    const COUNT: usize = 40;
-    let mut pages: [Option<(Gpa, Gpa)>; COUNT] = [None; COUNT];
-    for slot in &mut pages {
-        let pair = (accepted_page()?, accepted_page()?);
-        put_vmsa(pair.0, &good_vmsa())?;
-        create_ok(pair.0, pair.1, 1)?;
-        *slot = Some(pair);
+    const COUNT: u64 = 40;
+    let region = accepted_region()?;
+    let pages = || (0..COUNT).map(|n| (page_of(region, 1 + 2 * n), page_of(region, 2 + 2 * n)));
+    for (vmsa, area) in pages() {
+        put_vmsa(vmsa, &good_vmsa())?;
+        create_ok(vmsa, area, 1)?;
     }
     let mut deleted = 0;
-    for (vmsa, area) in pages.into_iter().flatten() {
+    for (vmsa, area) in pages() {
         match delete(vmsa.get())? {
             ResultCode::SUCCESS => deleted += 1,
             code => expect("DELETE_VCPU", code, ResultCode::INVALID_PARAMETER)?,

@@ -19,7 +19,7 @@ use protocols::ghcb::msr::Request;
 use protocols::ghcb::page::Field;
 use protocols::svsm::{CoreCall, ResultCode};
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, SevFeatures, Vmsa};
-use spin::Mutex;
+use spin::{Mutex, Once};
 use x86_64::instructions::tables::{sgdt, sidt};
 use x86_64::registers::control::{Cr0, Cr3, Cr4, Efer as ProcessorEfer};
 
@@ -146,8 +146,15 @@ fn start_state(number: usize, home: Gpa) -> Vmsa {
 
 /// Asks the host for AP creation or destruction at VMPL1.
 fn ask_host(request: ApRequest, number: usize, vmsa: Gpa) -> Verdict {
-    let page = memory::fresh_page();
-    change_page_state(page, PageOperation::SHARED)?;
+    static PAGE: Once<Gpa> = Once::new();
+    let page = match PAGE.get() {
+        Some(page) => *page,
+        None => {
+            let page = memory::fresh_page();
+            change_page_state(page, PageOperation::SHARED)?;
+            *PAGE.call_once(|| page)
+        }
+    };
     let page = Page::at(page);
     page.register()?;
     let info = ApCreation {
