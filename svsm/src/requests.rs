@@ -115,10 +115,14 @@ fn answer(
         Answer::Return(_) | Answer::Resume if vmsa.is_runnable() => {
             return Err(TurnstileReason::GUEST_LOST);
         }
-        Answer::Return(registers) => vmsa.set_registers(&registers),
-        Answer::Resume => {}
+        Answer::Return(registers) => {
+            vmsa.set_registers(&registers);
+            vmsa.resume();
+        }
+        // As it was, with its exit code: it may be one that stands beside the one that called,
+        // which the guest may delete.
+        Answer::Resume => vmsa.release(),
     }
-    vmsa.resume();
     system.registry.end_service(index, arrived);
     Ok(())
 }

@@ -5,7 +5,7 @@
 //! the host again and again, as an idle processor does. Workers use no exceptions as values and
 //! no console: both are the first processor's.
 
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use guest::ghcb::{self, Page, Reply, change_page_state};
 use guest::harness::{Finding, Verdict, expect};
@@ -61,6 +61,8 @@ static DESKS: [Desk; MAX_WORKERS] = [const {
 }; MAX_WORKERS];
 /// First page of each worker's region.
 static HOMES: [Mutex<Gpa>; MAX_WORKERS] = [const { Mutex::new(Gpa::new(0)) }; MAX_WORKERS];
+/// Workers that may be stopped.
+static PARKED: [AtomicBool; MAX_WORKERS] = [const { AtomicBool::new(false) }; MAX_WORKERS];
 /// Members of the team, the first processor included.
 static MEMBERS: AtomicUsize = AtomicUsize::new(1);
 /// How often a member has come to a meeting.
@@ -89,6 +91,14 @@ pub fn meet() {
     let mine = ARRIVALS.fetch_add(1, Ordering::SeqCst);
     let all = (mine / members + 1) * members;
     wait_until(|| ARRIVALS.load(Ordering::SeqCst) >= all);
+}
+
+/// Where a worker waits for its end, without any lock in its hands.
+fn park(member: Member) -> Verdict {
+    PARKED[member.number - 1].store(true, Ordering::SeqCst);
+    loop {
+        breathe();
+    }
 }
 
 /// Where worker `number` (from 1) starts.
@@ -252,6 +262,10 @@ impl Team {
 
     /// Has the host stop a worker. Its VMSA stays.
     pub fn stop(&self, number: usize) -> Verdict {
+        let parked = &PARKED[number - 1];
+        parked.store(false, Ordering::SeqCst);
+        *DESKS[number - 1].job.lock() = Some(park);
+        wait_until(|| parked.load(Ordering::SeqCst));
         ask_host(ApRequest::DESTROY, number, self.vmsa(number))
     }
 
