@@ -19,7 +19,6 @@ pub fn scenarios() -> Vec<Scenario> {
         (Backing::Large, Vc::Direct),
         (Backing::Small, Vc::Strict),
     ];
-    let with_four = [(Backing::Small, Vc::Strict), (Backing::Large, Vc::Strict)];
     let scenario = |(backing, vc): (Backing, Vc), name: String, vcpus| {
         Scenario::new(name, move |context| {
             let settings = Settings {
@@ -35,10 +34,7 @@ pub fn scenarios() -> Vec<Scenario> {
     let with_two = with_two
         .into_iter()
         .map(|how| scenario(how, name(how.0, how.1), 2));
-    let with_four = with_four
-        .into_iter()
-        .map(|how| scenario(how, name(how.0, how.1) + "-4cpu", 4));
-    with_two.chain(with_four).collect()
+    with_two.collect()
 }
 
 /// The whole table under `settings`; a good run.

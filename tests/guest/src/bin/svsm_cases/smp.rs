@@ -39,7 +39,6 @@ pub const CASES: &[Case] = &[
         "svsm.md §4.3",
         delete_while_running,
     ),
-    case("smp_start_anew", "svsm.md §4.2, guests.md §7", start_anew),
     case(
         "create_without_delete",
         "svsm.md §4.2",
@@ -235,30 +234,6 @@ fn delete_while_running() -> Verdict {
         });
         STOP.store(true, Ordering::SeqCst);
         verdict.and(team.collect())
-    })
-}
-
-fn start_anew() -> Verdict {
-    Team::with(|team| {
-        for round in 0..6 {
-            for number in team.workers() {
-                let old = team.vmsa(number);
-                team.stop(number)?;
-                team.start_anew(number)?;
-                // As Linux: the old one is deleted when the new one runs already.
-                let code = delete(old.get())?;
-                expect("DELETE_VCPU", (round, code), (round, ResultCode::SUCCESS))?;
-                expect_guests(old)?;
-            }
-            let region = share(1);
-            team.all(|Member { number, caller }| {
-                let page = page_of(shared(), 10 + number as u64);
-                expect_done(caller, &[validate(page, PageSize::Size4K)])?;
-                memory::expect_zero(page.get(), PAGE_SIZE)
-            })?;
-            expect_guests(page_of(region, 10))?;
-        }
-        Ok(())
     })
 }
 

@@ -269,14 +269,6 @@ impl Team {
         ask_host(ApRequest::DESTROY, number, self.vmsa(number))
     }
 
-    /// Starts a stopped worker anew: with another VMSA, and the calling area it has.
-    pub fn start_anew(&mut self, number: usize) -> Verdict {
-        let current = &mut self.current[number - 1];
-        *current = (*current + 1) % VMSA_PAGES.len();
-        let started = self.launch(number)?;
-        expect("started anew", started, true)
-    }
-
     /// Gives all workers a job.
     pub fn give(&self, job: Job) {
         for number in self.workers() {
