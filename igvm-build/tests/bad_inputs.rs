@@ -37,7 +37,7 @@ fn assert_helpful(error: &Error) {
 fn programs_that_break_the_rules_are_refused() {
     type Row = (&'static str, fn() -> Vec<Load>, fn(&Error) -> bool);
     let end = REGION_GPA + REGION_SIZE;
-    assert_eq!(end, 0x840_0000);
+    assert_eq!(end, 0x3040_0000);
     let rows: [Row; 7] = [
         (
             "below the region",
@@ -85,7 +85,7 @@ fn programs_that_break_the_rules_are_refused() {
                     Load::new(REGION_GPA + 0xFFF, RODATA, vec![1], 1),
                 ]
             },
-            |e| matches!(e, Error::SegmentsOverlap { page: 0x800_0000 }),
+            |e| matches!(e, Error::SegmentsOverlap { page: REGION_GPA }),
         ),
         (
             "entry in data",
@@ -191,7 +191,7 @@ fn files_that_are_no_firmware_are_refused() {
         ),
         (
             "in our region",
-            areas(|a| a[0] = (0x7FF_F000, 0x2000, 1)),
+            areas(|a| a[0] = (0x2FFF_F000, 0x2000, 1)),
             bad_metadata,
         ),
         (

@@ -13,7 +13,7 @@ pub use crate::ovmf::SectionKind;
 
 /// Where the paravisor's region begins (Turnstile, docs/protocol-notes.md). The ELF is linked
 /// at this address and mapped one to one.
-pub const REGION_GPA: u64 = 0x0800_0000;
+pub const REGION_GPA: u64 = 0x3000_0000;
 /// Size of the paravisor's region in bytes.
 pub const REGION_SIZE: u64 = 4 << 20;
 /// Bytes of the parameter area that receives the host's memory map.
