@@ -103,6 +103,20 @@ pub fn scenarios() -> Vec<Scenario> {
         let said = xtask(context, &arguments)?;
         Ok(judge(&said, 85, "VMPL1 triple fault"))
     }));
+    // 7.2 jumps, and its successor calls through the calling area that the secrets page names, which
+    // its predecessor has moved away from. Not strict: there it does not get so far, because it
+    // writes DR7 once it has no GHCB any more (docs/known-limits.md).
+    scenarios.push(Scenario::new("ends/kexec-7.2", |context| {
+        let arguments = [
+            "--kernel", "7.2", "--vc", "direct", "--kexec", "--exec", KEXEC,
+        ];
+        let said = xtask(context, &arguments.map(OsString::from))?;
+        Ok(judge(
+            &said,
+            82,
+            "VMPL1 ended the guest: linux 11 (SVSM_CA_REMAP_FAIL)",
+        ))
+    }));
     scenarios
 }
 
@@ -126,14 +140,17 @@ fn judge(said: &Said, status: i32, says: &str) -> Findings {
     findings
 }
 
-/// `xtask run`, everything reflected, with 2 MiB backing and its logs in the scenario's directory.
+/// `xtask run` with 2 MiB backing and its logs in the scenario's directory; everything reflected
+/// and ten minutes unless `arguments` say otherwise.
 fn xtask(context: &Context, arguments: &[OsString]) -> Result<Said> {
     let program = &context.artefacts.xtask;
     let mut command = Command::new(program);
-    command.args(["run", "--backing", "2m", "--vc", "strict", "--out"]);
+    command.args(["run", "--backing", "2m", "--out"]);
     command.arg(&context.dir);
-    if !arguments.iter().any(|argument| argument == "--timeout") {
-        command.args(["--timeout", "600"]);
+    for (option, default) in [("--vc", "strict"), ("--timeout", "600")] {
+        if !arguments.iter().any(|argument| argument == option) {
+            command.args([option, default]);
+        }
     }
     let output = command
         .args(arguments)
