@@ -132,7 +132,8 @@ fn files(context: &Context) -> Result<Findings> {
 /// The trace shows calls with their results, and each switch in both directions.
 fn in_trace(findings: &mut Findings, text: &str) {
     for words in [
-        "VMPL0  0x30000000 ",
+        // An address in the paravisor's region.
+        "VMPL0  0x300",
         "enter from VMPL0, result",
         "enter from VMPL1, call CORE/PVALIDATE",
         "VMGEXIT RUN_VMPL",
