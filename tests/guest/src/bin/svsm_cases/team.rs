@@ -260,6 +260,13 @@ impl Team {
         Ok(true)
     }
 
+    /// Starts a worker again whose VMSA was deleted in the middle of `job`, with the same pages.
+    pub fn revive(&self, number: usize, job: Job) -> Verdict {
+        *DESKS[number - 1].job.lock() = Some(job);
+        let started = self.launch(number)?;
+        expect("started again", started, true)
+    }
+
     /// Has the host stop a worker. Its VMSA stays.
     pub fn stop(&self, number: usize) -> Verdict {
         let parked = &PARKED[number - 1];
