@@ -375,6 +375,9 @@ impl<P: PhysicalMemory> Platform<P> {
             let cause = Cause::Instruction(vmpl);
             self.host.invalidate(gpa, size, Views::ALL, cause);
         }
+        if validate {
+            self.stale.validated(gpa, size.bytes());
+        }
         self.book_validated(size.bytes(), validate);
         complete(status::SUCCESS)
     }
@@ -432,6 +435,9 @@ impl<P: PhysicalMemory> Platform<P> {
         if !permissions.contains(had) {
             let cause = Cause::Instruction(vmpl);
             self.host.invalidate(gpa, size, Views::of(target), cause);
+        }
+        if permissions == Permissions::FULL && !vmsa {
+            self.stale.restored(target, gpa, size.bytes());
         }
         complete(status::SUCCESS)
     }

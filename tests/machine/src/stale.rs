@@ -15,7 +15,7 @@
 
 use alloc::vec::Vec;
 
-use crate::types::{Gpa, VcpuId};
+use crate::types::{Gpa, VcpuId, Vmpl};
 
 /// One stay of a CPU inside the guest: from an entry to the exit that follows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -24,6 +24,8 @@ pub struct Stay {
     pub cpu: VcpuId,
     /// Its exits before this stay.
     pub exits: u64,
+    /// The level that runs.
+    pub vmpl: Vmpl,
 }
 
 /// What one CPU may still use.
@@ -34,6 +36,10 @@ struct Record {
     by: VcpuId,
     start: u64,
     end: u64,
+    /// The pages were validated since, so to have the right again is not to have had it always.
+    anew: bool,
+    /// The right is back, and nothing happened in between.
+    undone: bool,
 }
 
 /// A stale translation that somebody relied on being gone.
@@ -64,6 +70,7 @@ impl Stale {
         let same = |record: &&mut Record| {
             record.holder == holder
                 && record.by == by
+                && !(record.anew || record.undone)
                 && record.start <= start
                 && start <= record.end
         };
@@ -74,6 +81,8 @@ impl Stale {
                 by,
                 start,
                 end,
+                anew: false,
+                undone: false,
             }),
         }
     }
@@ -81,6 +90,38 @@ impl Stale {
     /// Drops the records of stays that are over.
     pub fn forget_those_who_left(&mut self, is_inside: impl Fn(Stay) -> bool) {
         self.records.retain(|record| is_inside(record.holder));
+    }
+
+    /// `[gpa, gpa + bytes)` was validated: whoever holds an old translation could have written
+    /// to what is scrubbed from now on, whatever rights are granted later.
+    pub fn validated(&mut self, gpa: Gpa, bytes: u64) {
+        let (start, end) = (gpa.get(), gpa.get() + bytes);
+        for record in &mut self.records {
+            record.anew |= record.start < end && start < record.end;
+        }
+    }
+
+    /// Level `target` has all rights to `[gpa, gpa + bytes)` again. Where they were only
+    /// withdrawn in between (a flush was in vain, and the withdrawal undone), a translation that
+    /// outlived that allows no more than a new one, and nobody was told that it is gone. It stays
+    /// on record: the next withdrawal has to get rid of it, and may find no mapping to note.
+    pub fn restored(&mut self, target: Vmpl, gpa: Gpa, bytes: u64) {
+        let (start, end) = (gpa.get(), gpa.get() + bytes);
+        for record in &mut self.records {
+            let inside = start <= record.start && record.end <= end;
+            record.undone |= inside && record.holder.vmpl == target && !record.anew;
+        }
+    }
+
+    /// VMPL0 of `by` withdraws rights to `[gpa, gpa + bytes)`, mapped or not: what was undone
+    /// counts again.
+    pub fn withdrawn(&mut self, by: VcpuId, gpa: Gpa, bytes: u64) {
+        let (start, end) = (gpa.get(), gpa.get() + bytes);
+        for record in &mut self.records {
+            if record.undone && record.start < end && start < record.end {
+                (record.undone, record.by) = (false, by);
+            }
+        }
     }
 
     /// A page of `[gpa, gpa + bytes)` that some CPU may still use.
@@ -110,12 +151,13 @@ impl Stale {
         let first = self
             .records
             .iter()
-            .find(|record| record.by == by)
+            .find(|record| record.by == by && !record.undone)
             .map(|record| Finding {
                 holder: record.holder.cpu,
                 gpa: Gpa::new(record.start),
             });
-        self.records.retain(|record| record.by != by);
+        self.records
+            .retain(|record| record.by != by || record.undone);
         first
     }
 }
@@ -129,6 +171,7 @@ mod tests {
     const B: Stay = Stay {
         cpu: VcpuId(1),
         exits: 7,
+        vmpl: Vmpl::VMPL1,
     };
     const PAGE: Gpa = Gpa::new(0x20_0000);
 
@@ -147,6 +190,36 @@ mod tests {
         };
         assert_eq!(stale.settle(A), Some(found));
         assert_eq!(stale.settle(A), None);
+    }
+
+    #[test]
+    fn a_withdrawal_that_was_undone_is_none() {
+        let noted = || {
+            let mut stale = Stale::default();
+            stale.note(A, B, page(2), PAGE_SIZE);
+            stale
+        };
+        let mut stale = noted();
+        stale.restored(Vmpl::VMPL2, page(2), PAGE_SIZE);
+        stale.restored(Vmpl::VMPL1, page(3), PAGE_SIZE);
+        assert!(!stale.is_empty(), "another level, another page");
+        stale.restored(Vmpl::VMPL1, page(2), PAGE_SIZE);
+        assert_eq!(stale.settle(A), None);
+        assert!(stale.find(page(2), PAGE_SIZE).is_some(), "not for a VMSA");
+        // Withdrawn again, by another CPU: nothing was mapped, so nothing is noted anew.
+        stale.withdrawn(VcpuId(2), page(2), PAGE_SIZE);
+        assert_eq!(stale.settle(A), None);
+        assert!(stale.settle(VcpuId(2)).is_some());
+        // Validated, scrubbed and granted: the old translation could have been used meanwhile.
+        let mut stale = noted();
+        stale.validated(page(0), 8 * PAGE_SIZE);
+        stale.restored(Vmpl::VMPL1, page(2), PAGE_SIZE);
+        assert!(stale.settle(A).is_some());
+        // Part of what was withdrawn is not all of it.
+        let mut stale = noted();
+        stale.note(A, B, page(3), PAGE_SIZE);
+        stale.restored(Vmpl::VMPL1, page(2), PAGE_SIZE);
+        assert!(stale.settle(A).is_some());
     }
 
     #[test]

@@ -387,6 +387,7 @@ mod tests {
         let other = Stay {
             cpu: VcpuId(1),
             exits: 3,
+            vmpl: Vmpl::VMPL1,
         };
         let answer = |platform: &mut Platform<Sparse>| {
             let before = platform.counters.violations.stale_translation;

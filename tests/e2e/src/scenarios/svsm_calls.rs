@@ -34,7 +34,9 @@ pub fn scenarios() -> Vec<Scenario> {
     let with_two = with_two
         .into_iter()
         .map(|how| scenario(how, name(how.0, how.1), 2));
-    with_two.collect()
+    let with_four = (Backing::Large, Vc::Strict);
+    let with_four = scenario(with_four, name(with_four.0, with_four.1) + "-4cpu", 4);
+    with_two.chain([with_four]).collect()
 }
 
 /// The whole table under `settings`; a good run.

@@ -405,6 +405,7 @@ fn rmpadjust_of_a_vmsa_that_somebody_may_still_write_is_a_violation() {
     let other = Stay {
         cpu: VcpuId(1),
         exits: 9,
+        vmpl: Vmpl::VMPL1,
     };
     let vmsa = 1 << 16 | 1;
     for index in 1..4 {
@@ -420,6 +421,24 @@ fn rmpadjust_of_a_vmsa_that_somebody_may_still_write_is_a_violation() {
     platform.stale().forget_those_who_left(|_| false);
     assert_eq!(platform.adjust(page(3), SMALL, vmsa), 0);
     assert_eq!(violations(&platform), 1);
+}
+
+/// A revocation whose flush was in vain is undone, and the guest told to try again.
+#[test]
+fn rmpadjust_gives_back_what_was_withdrawn_and_pvalidate_does_not() {
+    let mut platform = platform("");
+    let other = Stay {
+        cpu: VcpuId(1),
+        exits: 9,
+        vmpl: Vmpl::VMPL1,
+    };
+    platform.accept(page(1), FULL_TO_1);
+    platform.stale().note(CPU0, other, page(1), PAGE_SIZE);
+    assert_eq!(platform.adjust(page(1), SMALL, FULL_TO_1), 0);
+    assert_eq!(platform.stale().settle(CPU0), None);
+    platform.stale().note(CPU0, other, page(2), PAGE_SIZE);
+    platform.accept(page(2), FULL_TO_1);
+    assert!(platform.stale().settle(CPU0).is_some());
 }
 
 #[test]

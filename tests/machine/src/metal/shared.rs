@@ -130,6 +130,8 @@ impl Machine {
                 // VMPL0 on another CPU has no business with the page; what it still holds is
                 // dropped with its next instruction of this kind.
                 Cause::Instruction(Vmpl::VMPL0) => {
+                    let book = self.platform.stale();
+                    book.withdrawn(this, range.gpa, range.bytes);
                     for (stay, level) in smp::inside(this) {
                         if level != Vmpl::VMPL0.index() && changed[level] {
                             let book = self.platform.stale();

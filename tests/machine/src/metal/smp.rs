@@ -180,8 +180,9 @@ pub fn inside(id: VcpuId) -> impl Iterator<Item = (Stay, usize)> {
             let stay = Stay {
                 cpu: VcpuId(n),
                 exits: slot.exits.load(Ordering::SeqCst),
+                vmpl: Vmpl::ALL[slot.vmpl.load(Ordering::SeqCst)],
             };
-            (stay, slot.vmpl.load(Ordering::SeqCst))
+            (stay, stay.vmpl.index())
         })
 }
 
