@@ -69,7 +69,7 @@ pub fn scenarios() -> Vec<Scenario> {
     };
     vec![
         uki("uki-virtio", virtio),
-        uki("uki-nvme", nvme),
+        uki("uki-nvme", nvme).only_in_full(),
         uki("uki-virtio-7.2", later).only_in_full(),
         Scenario::new("disk/same-image", same_image).on_disk(),
     ]
