@@ -11,8 +11,10 @@
 //!   cleared after the exit: a CPU seen outside needs the lock before it can use any mapping;
 //! * `exits` changes with every exit, so `in_guest` with the same `exits` is the same stay, with
 //!   the translations it began to collect at its entry;
-//! * a request to a CPU is answered (its slot is empty again) before the requester goes on, so
-//!   a VMSA that was stopped or replaced is at rest when the guest hears so.
+//! * a request to a CPU is carried out before the requester goes on, so a VMSA that was stopped
+//!   or replaced is at rest when the guest hears so; only a requester that is itself asked for
+//!   something gives way, and then its request waits at the other CPU;
+//! * no request is lost: each waits in its CPU's queue until it is carried out.
 
 #![expect(
     unsafe_code,
@@ -20,6 +22,7 @@
 )]
 
 use alloc::boxed::Box;
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::hint;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -64,9 +67,13 @@ struct Slot {
     kicked: AtomicBool,
     /// Parked, or held by a HLT with interrupts off: only another CPU can wake it.
     asleep: AtomicBool,
-    /// Looked at before the lock of `request` is taken.
+    /// Whether a request waits; looked at before the lock of `requests` is taken.
     pending: AtomicBool,
-    request: Mutex<Option<Request>>,
+    /// What this CPU is asked to do, by any number of others, in the order they asked.
+    requests: Mutex<VecDeque<Request>>,
+    /// How many were carried out, which tells each asker when its own was. Changed with the
+    /// lock of `requests` held.
+    answered: AtomicU64,
 }
 
 static SLOTS: Once<Vec<Slot>> = Once::new();
@@ -229,43 +236,42 @@ pub fn is_alone_awake(id: VcpuId) -> bool {
         .all(|(n, slot)| n == id.index() || slot.asleep.load(Ordering::SeqCst))
 }
 
-/// The request to this CPU, if there is one. It stays in the slot until [`answer`].
+/// The first request to this CPU, if there is one. It stays in the queue until [`answer`].
 pub fn request(id: VcpuId) -> Option<Request> {
     let slot = slot(id);
     if !slot.pending.load(Ordering::SeqCst) {
         return None;
     }
-    *slot.request.lock()
+    slot.requests.lock().front().copied()
 }
 
-/// Says that the request has been carried out.
+/// Says that the first request has been carried out.
 pub fn answer(id: VcpuId) {
     let slot = slot(id);
-    *slot.request.lock() = None;
-    slot.pending.store(false, Ordering::SeqCst);
+    let mut requests = slot.requests.lock();
+    if requests.pop_front().is_some() {
+        slot.answered.fetch_add(1, Ordering::SeqCst);
+    }
+    let more = !requests.is_empty();
+    slot.pending.store(more, Ordering::SeqCst);
 }
 
-/// Asks a CPU and waits until it has answered. Never with the machine's lock held.
+/// Asks a CPU and waits until it has answered, or this CPU is asked something itself: two that
+/// ask each other would wait for ever. Never with the machine's lock held.
 fn ask(from: VcpuId, to: VcpuId, request: Request) {
     let Some(slot) = slots().get(to.index()).filter(|_| to != from) else {
         return;
     };
-    loop {
-        let mut pending = slot.request.lock();
-        if pending.is_none() {
-            *pending = Some(request);
-            slot.pending.store(true, Ordering::SeqCst);
-            break;
-        }
-        drop(pending);
-        if self::slot(from).pending.load(Ordering::SeqCst) {
-            // Two CPUs ask each other: give way, or neither would ever answer.
-            return;
-        }
-    }
+    let mine = {
+        let mut requests = slot.requests.lock();
+        requests.push_back(request);
+        slot.pending.store(true, Ordering::SeqCst);
+        slot.answered.load(Ordering::SeqCst) + requests.len() as u64
+    };
     kick(to.index());
     let mut wait = Wait::default();
-    while slot.pending.load(Ordering::SeqCst) && !self::slot(from).pending.load(Ordering::SeqCst) {
+    let is_asked = || self::slot(from).pending.load(Ordering::SeqCst);
+    while slot.answered.load(Ordering::SeqCst) < mine && !is_asked() {
         wait.turn();
     }
 }

@@ -73,6 +73,8 @@ pub struct Vcpu {
     reflection: Reflection,
     /// What is traced.
     pub trace: Trace,
+    /// A level that was to be started while a more privileged one ran, and has not run since.
+    due: Option<Vmpl>,
     /// Interrupts of each level that wait for RFLAGS.IF, as the VMCB has them.
     interrupts: [u64; Vmpl::COUNT],
     /// The level left last did so by a HLT with interrupts off.
@@ -103,6 +105,7 @@ impl Vcpu {
             permissions,
             reflection: settings.reflection,
             trace: settings.trace,
+            due: None,
             interrupts: [0; Vmpl::COUNT],
             halted: false,
             nmi_due: false,
@@ -248,26 +251,38 @@ impl Vcpu {
             .then_some(Flow::Run(Vmpl::VMPL0, intr))
     }
 
-    /// Does what another CPU asked for, if it changes what this one runs.
+    /// Does what other CPUs asked for, up to what changes what this one runs.
     ///
     /// A level that is more privileged than the one to be started is not interrupted: it finds
-    /// the new VMSA when it asks for that level.
+    /// the new VMSA when it asks for that level, or when it gives the processor back.
     fn serve_request(&mut self) -> Option<Flow> {
         let nothing = Reason {
             code: ExitCode::NMI.0,
             info_1: 0,
             info_2: 0,
         };
-        match smp::request(self.id)? {
-            Request::Start(vmpl) if !self.vmpl.is_more_privileged_than(vmpl) => {
-                // The answer follows when the old world has been left.
-                Some(Flow::Run(vmpl, nothing))
+        while let Some(request) = smp::request(self.id) {
+            match request {
+                Request::Start(vmpl) if !self.vmpl.is_more_privileged_than(vmpl) => {
+                    // The answer follows when the old world has been left.
+                    return Some(Flow::Run(vmpl, nothing));
+                }
+                Request::Stop(vmpl) if vmpl == self.vmpl => return Some(Flow::Hold(nothing)),
+                request => self.note(request),
             }
-            Request::Stop(vmpl) if vmpl == self.vmpl => Some(Flow::Hold(nothing)),
-            Request::Start(_) | Request::Stop(_) | Request::Startup => {
-                smp::answer(self.id);
-                None
-            }
+            smp::answer(self.id);
+        }
+        None
+    }
+
+    /// Keeps in mind what a request means for a level that does not run now.
+    fn note(&mut self, request: Request) {
+        match request {
+            // Forgotten, it would never run: VMPL0 may have found nothing to run a moment ago
+            // and be about to give the processor back.
+            Request::Start(vmpl) => self.due = Some(vmpl),
+            Request::Stop(vmpl) if self.due == Some(vmpl) => self.due = None,
+            Request::Stop(_) | Request::Startup => {}
         }
     }
 
@@ -275,22 +290,11 @@ impl Vcpu {
     ///
     /// A level that halted with interrupts off goes on when an NMI arrives.
     pub fn wait_for_start(&mut self) -> Vmpl {
-        if smp::request(self.id).is_some_and(|request| matches!(request, Request::Stop(_))) {
-            smp::answer(self.id);
-        }
         smp::set_asleep(self.id, true);
         self.init_park();
         let next = loop {
-            let started = match smp::request(self.id) {
-                Some(Request::Start(vmpl)) => Some(vmpl),
-                Some(Request::Startup) => smp::released_by_startup(self.id),
-                Some(Request::Stop(_)) | None => None,
-            };
-            if let Some(vmpl) = started {
+            if let Some(vmpl) = self.started() {
                 break vmpl;
-            }
-            if smp::request(self.id).is_some() {
-                smp::answer(self.id);
             }
             let at = self.vmcb.physical();
             // SAFETY: (1) the parked guest's nested tables map one page of its own code; (2) and
@@ -304,6 +308,24 @@ impl Vcpu {
         };
         smp::set_asleep(self.id, false);
         next
+    }
+
+    /// What a parked CPU is to run, if others have said so by now. The request to start a level
+    /// is answered when that has been entered.
+    fn started(&mut self) -> Option<Vmpl> {
+        while let Some(request) = smp::request(self.id) {
+            match request {
+                Request::Start(vmpl) => return Some(vmpl),
+                Request::Startup => {
+                    if let Some(vmpl) = smp::released_by_startup(self.id) {
+                        return Some(vmpl);
+                    }
+                }
+                Request::Stop(_) => self.note(request),
+            }
+            smp::answer(self.id);
+        }
+        self.due.take()
     }
 
     /// The state of a CPU that waits for an NMI in real mode.
@@ -353,6 +375,9 @@ impl Vcpu {
         let vmsa = world::read(spa);
         let (left, left_rax) = (self.vmpl, self.save().rax);
         self.vmpl = vmpl;
+        if self.due == Some(vmpl) {
+            self.due = None;
+        }
         self.vmsa = spa;
         self.strict = vmpl == Vmpl::VMPL0 || self.reflection != Reflection::Direct;
         // A request to start this level, or to replace its VMSA, has now been carried out.
