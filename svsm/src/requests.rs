@@ -22,7 +22,7 @@ use crate::hypervisor::{Hypervisor, msr};
 use crate::protocol::{Answer, VcpuIndex};
 use crate::system::{GuestService, System};
 use crate::terminate::terminate;
-use crate::vcpus::{Arrival, Service};
+use crate::vcpus::{Arrival, Presence, Service};
 
 /// How often a processor looks whether a deletion of its VMSA is over, before it gives way.
 const LOOKS_BEFORE_GIVING_WAY: u32 = 1 << 10;
@@ -47,9 +47,13 @@ pub fn serve_after_call(system: &'static System, index: usize, ghcb: &'static Gh
 
 /// Lets the host run the guest until it comes back.
 fn run_guest(system: &System, index: usize, ghcb: &Ghcb) -> Result<(), TurnstileReason> {
-    if !system.registry.has_vmsa(index) {
-        // It has deleted itself: there is nothing to run until it is created anew.
-        return msr::wait_for_start();
+    match system.registry.presence(index) {
+        Presence::Live => {}
+        // Looked at again: a processor that is given back now would not be started again if the
+        // VMSA stays. The host gets it meanwhile, so whoever deletes comes to an end.
+        Presence::Leaving => return msr::give_way(),
+        // Deleted: there is nothing to run until it is created anew.
+        Presence::None => return msr::wait_for_start(),
     }
     match ghcb.run_vmpl(GUEST_VMPL) {
         // Another processor of the guest may have had the host forget the VMSA, or may have

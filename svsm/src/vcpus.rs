@@ -210,10 +210,19 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     }
 
     /// Whether processor `index` has any VMSA that could run.
+    ///
+    /// One that somebody is deleting may stay: the deleter has yet to find out whether it is about
+    /// to run. A processor that takes it for gone gives itself back, and nobody starts it again.
     #[must_use]
-    pub fn has_vmsa(&self, index: usize) -> bool {
+    pub fn presence(&self, index: usize) -> Presence {
         self.records_of(index)
-            .any(|(_, record)| record.slot.is_live())
+            .map(|(_, record)| match record.slot.glance() {
+                Look::Absent => Presence::None,
+                Look::Leaving => Presence::Leaving,
+                Look::Here(()) => Presence::Live,
+            })
+            .max()
+            .unwrap_or(Presence::None)
     }
 
     /// The VMSAs of processor `index` by number, for [`Registry::begin_service`].
@@ -342,6 +351,17 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
             Err(_) => Err(DeleteRefusal::Busy),
         }
     }
+}
+
+/// What there is to run on a processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Presence {
+    /// Nothing.
+    None,
+    /// Only what is being deleted: it goes soon, or it stays.
+    Leaving,
+    /// A VMSA.
+    Live,
 }
 
 /// What a processor that has come back finds in one of its slots.

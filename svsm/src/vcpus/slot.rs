@@ -95,9 +95,14 @@ impl Slot {
         self.0.fetch_and(!CLAIMED, Ordering::SeqCst);
     }
 
+    /// What is there at this moment.
+    pub fn glance(&self) -> Look<()> {
+        Look::of(self.0.load(Ordering::SeqCst))
+    }
+
     /// Whether it is on record, and not on its way out.
     pub fn is_live(&self) -> bool {
-        self.0.load(Ordering::SeqCst) & (LIVE | DELETING) == LIVE
+        self.glance() == Look::Here(())
     }
 
     /// Keeps the VMSA on record for a moment.
@@ -155,10 +160,9 @@ impl Slot {
     }
 
     fn look(&self, next: impl Fn(u32) -> Result<u32, ()>) -> Look<()> {
-        let changed = self.change(|word| match word & (LIVE | DELETING) {
-            LIVE => next(word).map_err(|()| Look::Absent),
-            0 | DELETING => Err(Look::Absent),
-            _ => Err(Look::Leaving),
+        let changed = self.change(|word| match Look::of(word) {
+            Look::Here(()) => next(word).map_err(|()| Look::Absent),
+            nothing => Err(nothing),
         });
         match changed {
             Ok(()) => Look::Here(()),
@@ -178,6 +182,17 @@ impl Slot {
                 Ok(_) => return Ok(()),
                 Err(now) => word = now,
             }
+        }
+    }
+}
+
+impl Look<()> {
+    /// What a slot's word says.
+    const fn of(word: u32) -> Self {
+        match word & (LIVE | DELETING) {
+            LIVE => Self::Here(()),
+            0 | DELETING => Self::Absent,
+            _ => Self::Leaving,
         }
     }
 }
