@@ -13,7 +13,7 @@ pub enum Kernel {
     Cloud6_12,
     /// 6.12, the build for everything.
     Generic6_12,
-    /// 7.2, the build for clouds. Its SVSM client differs from 6.12's in all that matters here:
+    /// 7.2, the build for clouds; where Debian has left 7.2, what came after it. Its SVSM client differs from 6.12's in all that matters here:
     /// early calls, calling areas of secondary processors, kexec.
     Cloud7_2,
     /// 7.2, the build for everything.
@@ -39,11 +39,15 @@ impl Kernel {
         }
     }
 
-    /// What the kernel's version begins with, the dot after it included.
-    pub const fn series(self) -> &'static str {
+    /// Whether a kernel that calls itself `release` is this one.
+    pub fn is_release(self, release: &str) -> bool {
+        let mut numbers = release.split(['.', '-', '+', '~']).map(str::parse::<u32>);
+        let (Some(Ok(major)), Some(Ok(minor))) = (numbers.next(), numbers.next()) else {
+            return false;
+        };
         match self {
-            Kernel::Cloud6_12 | Kernel::Generic6_12 => "6.12.",
-            Kernel::Cloud7_2 | Kernel::Generic7_2 => "7.2.",
+            Kernel::Cloud6_12 | Kernel::Generic6_12 => (major, minor) == (6, 12),
+            Kernel::Cloud7_2 | Kernel::Generic7_2 => (major, minor) >= (7, 2),
         }
     }
 }
@@ -101,6 +105,22 @@ impl FromStr for Firmware {
 #[cfg(test)]
 mod tests {
     use super::{Firmware, Kernel, Unknown};
+
+    #[test]
+    fn a_kernel_is_known_by_what_it_calls_itself() {
+        for (release, earlier, later) in [
+            ("6.12.95+deb12-cloud-amd64", true, false),
+            ("7.2.12+deb14-cloud-amd64", false, true),
+            ("7.3.4+deb13-amd64", false, true),
+            ("6.1.0-12-amd64", false, false),
+            ("7.1.9+deb14-amd64", false, false),
+            ("6.120.1", false, false),
+            ("", false, false),
+        ] {
+            assert_eq!(Kernel::Cloud6_12.is_release(release), earlier, "{release}");
+            assert_eq!(Kernel::Generic7_2.is_release(release), later, "{release}");
+        }
+    }
 
     #[test]
     fn every_name_is_read_back() {

@@ -15,7 +15,7 @@ use crate::layout::Layout;
 /// Suites with 6.12. Debian 12's backports come first: their kernel is the oldest, so the one with
 /// the most that has been mended since.
 const SUITES_6_12: &[&str] = &["bookworm-backports", "trixie"];
-/// Suites with 7.2.
+/// Suites with 7.2, or what came after it.
 const SUITES_7_2: &[&str] = &["trixie-backports", "forky"];
 /// Where the kernel lies in packages up to 7.0, and from then on.
 const IN_BOOT: Cow<'static, str> = Cow::Borrowed("boot/vmlinuz-*");
@@ -41,7 +41,7 @@ static CLOUD_7_2: Wanted = Wanted {
     name: "kernel-7.2",
     package: "linux-image-cloud-amd64",
     suites: SUITES_7_2,
-    version: Version::Series(Cow::Borrowed("7.2.")),
+    version: Version::SeriesOrLater("7.2"),
     keep: IN_MODULES,
     purpose: "the guest's kernel 7.2",
 };
@@ -49,7 +49,7 @@ static GENERIC_7_2: Wanted = Wanted {
     name: "kernel-7.2-generic",
     package: "linux-image-amd64",
     suites: SUITES_7_2,
-    version: Version::Series(Cow::Borrowed("7.2.")),
+    version: Version::SeriesOrLater("7.2"),
     keep: IN_MODULES,
     purpose: "the guest's generic kernel 7.2",
 };

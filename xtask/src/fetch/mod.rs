@@ -49,6 +49,8 @@ pub enum Version {
     AtLeast(&'static str),
     /// One that begins so.
     Series(Cow<'static, str>),
+    /// One that begins so with a dot behind it; where no suite has one any more, a later one.
+    SeriesOrLater(&'static str),
 }
 
 impl Version {
@@ -57,6 +59,15 @@ impl Version {
             Version::Any => true,
             Version::AtLeast(minimum) => apt::at_least(version, minimum),
             Version::Series(series) => version.starts_with(series.as_ref()),
+            Version::SeriesOrLater(series) => apt::at_least(version, series),
+        }
+    }
+
+    /// What is looked for in all suites before the version is.
+    fn preferred(&self) -> Option<Version> {
+        match self {
+            Version::SeriesOrLater(series) => Some(Version::Series(format!("{series}.").into())),
+            Version::Any | Version::AtLeast(_) | Version::Series(_) => None,
         }
     }
 }
@@ -67,6 +78,7 @@ impl fmt::Display for Version {
             Version::Any => f.write_str("any version"),
             Version::AtLeast(minimum) => write!(f, "{minimum} or newer"),
             Version::Series(series) => write!(f, "{series}*"),
+            Version::SeriesOrLater(series) => write!(f, "{series}.* or newer"),
         }
     }
 }
@@ -113,17 +125,25 @@ impl Wanted {
         }
         let debian = Debian::of_this_machine()?;
         let mut refused = Vec::new();
+        let mut archives = Vec::new();
         for suite in self.suites {
-            let archive = match Archive::open(&debian, suite, &layout.cache) {
-                Ok(archive) => archive,
-                Err(error) => {
-                    refused.push(format!("{suite}: {error:#}"));
-                    continue;
-                }
-            };
-            match self.choose(&archive) {
-                Ok(candidate) => return self.fetch(layout, &archive, &candidate),
-                Err(reason) => refused.push(format!("{suite}: {reason}")),
+            let preferred = self.version.preferred();
+            let version = preferred.as_ref().unwrap_or(&self.version);
+            match Archive::open(&debian, suite, &layout.cache) {
+                Ok(archive) => match self.choose(&archive, version) {
+                    Ok(candidate) => return self.fetch(layout, &archive, &candidate),
+                    Err(reason) => {
+                        refused.push(format!("{suite}: {reason}"));
+                        archives.push(archive);
+                    }
+                },
+                Err(error) => refused.push(format!("{suite}: {error:#}")),
+            }
+        }
+        // Suites move on; what is preferred may be in none of them any more.
+        for archive in &archives {
+            if let Ok(candidate) = self.choose(archive, &self.version) {
+                return self.fetch(layout, archive, &candidate);
             }
         }
         bail!(
@@ -136,31 +156,12 @@ impl Wanted {
     }
 
     /// The package in `archive` that will do, or why there is none.
-    fn choose(&self, archive: &Archive) -> Result<Candidate, String> {
-        let mut found = self.fitting(archive, self.package)?;
+    fn choose(&self, archive: &Archive, version: &Version) -> Result<Candidate, String> {
+        let mut found = fitting(archive, self.package, version)?;
         while let Some(next) = guests::behind(&found) {
-            found = self.fitting(archive, &next)?;
+            found = fitting(archive, &next, version)?;
         }
         Ok(found)
-    }
-
-    /// The newest version of `package` in `archive` that will do.
-    fn fitting(&self, archive: &Archive, package: &str) -> Result<Candidate, String> {
-        let offers = archive.offers(package);
-        if offers.is_empty() {
-            return Err(format!("has no {package}"));
-        }
-        let versions: Vec<String> = offers.iter().map(|offer| offer.version.clone()).collect();
-        offers
-            .into_iter()
-            .find(|offer| self.version.admits(&offer.version))
-            .ok_or_else(|| {
-                format!(
-                    "has {package} {}, expected {}",
-                    versions.join(" and "),
-                    self.version
-                )
-            })
     }
 
     fn fetch(&self, layout: &Layout, archive: &Archive, found: &Candidate) -> Result<PathBuf> {
@@ -197,6 +198,25 @@ impl Wanted {
     fn dir(&self, layout: &Layout) -> PathBuf {
         layout.cache.join("packages").join(self.name)
     }
+}
+
+/// The newest version of `package` in `archive` that will do.
+fn fitting(archive: &Archive, package: &str, version: &Version) -> Result<Candidate, String> {
+    let offers = archive.offers(package);
+    if offers.is_empty() {
+        return Err(format!("has no {package}"));
+    }
+    let versions: Vec<String> = offers.iter().map(|offer| offer.version.clone()).collect();
+    offers
+        .into_iter()
+        .find(|offer| version.admits(&offer.version))
+        .ok_or_else(|| {
+            format!(
+                "has {package} {}, expected {}",
+                versions.join(" and "),
+                version
+            )
+        })
 }
 
 /// The cache is filled by one process at a time; the lock is held until the file is dropped.
@@ -254,7 +274,7 @@ mod tests {
 
     use e2e::guests::{Firmware, Kernel};
 
-    use super::{BUSYBOX, Layout, find, for_a_run, guests};
+    use super::{BUSYBOX, Layout, Version, find, for_a_run, guests};
 
     #[test]
     fn a_pattern_may_leave_out_part_of_any_component() {
@@ -281,6 +301,23 @@ mod tests {
         assert_eq!(found("boot/initrd-*"), None);
         assert_eq!(found("lib/*/initrd"), None);
         fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn a_series_is_preferred_to_what_came_after() {
+        let version = Version::SeriesOrLater("7.2");
+        let preferred = version.preferred().unwrap();
+        for (found, is_series, will_do) in [
+            ("7.2.12-1", true, true),
+            ("7.3.4-1~bpo13+1", false, true),
+            ("7.20.1-1", false, true),
+            ("7.1.9-1", false, false),
+            ("6.12.95-1", false, false),
+        ] {
+            assert_eq!(preferred.admits(found), is_series, "{found}");
+            assert_eq!(version.admits(found), will_do, "{found}");
+        }
+        assert!(Version::Any.preferred().is_none());
     }
 
     #[test]

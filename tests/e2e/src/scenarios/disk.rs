@@ -93,7 +93,7 @@ fn uki(context: &Context, row: Row) -> Result<Findings> {
     let release = said.word("release")?;
     findings.check(
         "the disk's kernel runs",
-        release.starts_with(row.kernel.series()),
+        row.kernel.is_release(release),
         || release.to_owned(),
     );
     findings.equal("the root file system is on", said.word("root")?, device);

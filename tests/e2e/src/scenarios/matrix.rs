@@ -139,7 +139,6 @@ fn guest_says(findings: &mut Findings, finished: &Finished, row: Row) {
     for words in [
         &format!("cpus {}\n", row.vcpus),
         &online,
-        &format!("Linux version {}", row.kernel.series()),
         "Memory Encryption Features active: AMD SEV SEV-ES SEV-SNP",
         "SNP running at VMPL1",
     ] {
@@ -149,6 +148,12 @@ fn guest_says(findings: &mut Findings, finished: &Finished, row: Row) {
             || format!("not in {} bytes of output", output.len()),
         );
     }
+    let release = output.lines().next().unwrap_or_default();
+    findings.check(
+        format!("the guest's kernel is {}", row.kernel.name()),
+        row.kernel.is_release(release),
+        || release.to_owned(),
+    );
     // As the kernel begins such lines: mitigations it lacks are warned of in other words.
     let marks = ["BUG: ", "] WARNING: ", "] Call Trace:", "rcu: INFO: "];
     let trouble = output
