@@ -49,6 +49,11 @@ fn boot(context: &Context, settings: Settings) -> Result<Findings> {
     );
     let backing = settings.backing;
     let mut config = context.machine(image, &sidecar, settings);
+    if backing == Backing::Small {
+        // OVMF accepts all memory below 4 GiB, page by page here: half of it does as well.
+        config.memory = "3G".into();
+        config.low_memory = Some("1G".into());
+    }
     config.linux = Some(context.linux(&command)?);
     let finished = config.run(BOOT_LIMIT, |_| {})?;
 
