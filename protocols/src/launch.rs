@@ -59,6 +59,8 @@ open_enum! {
         REMOTE_STALE_TRANSLATION = 9,
         /// Give back a VMSA that runs.
         IN_USE_VMSA = 10,
+        /// Record a page as given back without having rescinded it.
+        SKIP_RESCIND = 11,
         /// Panic at the first page that is to be accepted.
         PANIC = 32,
     }

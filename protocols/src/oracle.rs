@@ -22,6 +22,8 @@ open_enum! {
         REFEREE = 3,
         /// RCX = GPA, RDX = [`HostAct`]. RAX = 0 done, 1 not possible.
         HOST_ACT = 4,
+        /// RCX = [`HostAct`]. RAX = 1 if this host is one that does it, 0 if not.
+        HOST_WOULD = 5,
     }
 }
 
@@ -100,6 +102,13 @@ open_enum! {
         TAKE_AWAY = 1,
         /// Converts the page to shared.
         CONVERT_TO_SHARED = 2,
+        /// Puts another page at the address: the first time one that was just assigned, from then
+        /// on the one that was there before. Only with `hostile=remap`.
+        EXCHANGE = 3,
+        /// Removes the page from the RMP and adds it again. Only with `hostile=re-add`.
+        RE_ADD = 4,
+        /// The same with the 2 MiB around the address. Only with `hostile=re-add`.
+        RE_ADD_2M = 5,
     }
 }
 
@@ -117,7 +126,7 @@ mod tests {
         assert_eq!(Call::PAGE.rax(), 0x5453_0001);
         assert_eq!(Call::from_rax(0x5453_0004), Some(Call::HOST_ACT));
         assert_eq!(Call::from_rax(0x5453_0000), None);
-        assert_eq!(Call::from_rax(0x5453_0005), None);
+        assert_eq!(Call::from_rax(0x5453_0006), None);
         assert_eq!(Call::from_rax(3), None);
     }
 }

@@ -70,9 +70,14 @@ impl<B: Backend + OweFlush> Backend for Faulty<B> {
     }
 
     fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
-        let done_before =
-            self.commits(Fault::WRONG_ORDER, block) || self.commits(Fault::SKIP_VALIDATE, block);
-        if done_before {
+        let skipped = [
+            Fault::WRONG_ORDER,
+            Fault::SKIP_VALIDATE,
+            Fault::SKIP_RESCIND,
+        ]
+        .into_iter()
+        .any(|fault| self.commits(fault, block));
+        if skipped {
             Ok(())
         } else {
             self.inner.rescind(block)
@@ -252,6 +257,7 @@ mod tests {
             ),
             (Fault::WRONG_ORDER, &[Validate, Scrub, Grant, Rescind]),
             (Fault::SKIP_VALIDATE, &[]),
+            (Fault::SKIP_RESCIND, &[Validate, Scrub, Grant, Revoke]),
         ] {
             assert_eq!(arrives(fault, FIRST_FAULTY_GPA), expected, "{fault:?}");
         }

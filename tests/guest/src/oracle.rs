@@ -62,6 +62,11 @@ pub fn host_act(gpa: Gpa, act: HostAct) -> Verdict {
     }
 }
 
+/// Whether the host of this run does such things at all.
+pub fn host_would(act: HostAct) -> bool {
+    ask(Call::HOST_WOULD, act.0, 0).0 == 1
+}
+
 /// Demands that the flags in `mask` of the page at `gpa` are exactly `want`.
 ///
 /// # Errors

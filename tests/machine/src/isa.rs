@@ -344,15 +344,17 @@ impl<P: PhysicalMemory> Platform<P> {
         if is_smaller(&entry, gpa, size) {
             return complete(status::FAIL_SIZE_MISMATCH);
         }
-        if entry.is_validated() == validate {
-            if validate && vmpl == Vmpl::VMPL0 {
-                self.counters.violations.double_validation += 1;
-                self.refuse(
-                    vmpl,
-                    Some(gpa),
-                    String::from("PVALIDATE of a validated page (CF=1)"),
-                );
-            }
+        let no_change = entry.is_validated() == validate;
+        // What counts is what VMPL0 did, which alone can execute this: a host that removes the page
+        // and adds it again makes a second validation succeed with CF=0.
+        let before = self.host.note_validation(&place, size, validate);
+        if validate && (before || no_change) {
+            self.counters.violations.double_validation += 1;
+            let carry = u8::from(no_change);
+            let what = format!("PVALIDATE of what was validated before (CF={carry})");
+            self.refuse(vmpl, Some(gpa), what);
+        }
+        if no_change {
             let done = Completion {
                 carry: true,
                 ..Completion::code(status::SUCCESS)

@@ -10,6 +10,7 @@ use protocols::report::PvalidateResults;
 
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
+use crate::settings::Hostile;
 use crate::types::{Alias, Gpa, PageSize, Vmpl};
 
 /// Registers after a call.
@@ -56,6 +57,7 @@ impl<P: PhysicalMemory> Platform<P> {
                     HOST_ACT_NOT_POSSIBLE
                 })
             }
+            Call::HOST_WOULD => Answer::rax(self.would_act(HostAct(rcx)).into()),
             _ => return None,
         })
     }
@@ -110,10 +112,20 @@ impl<P: PhysicalMemory> Platform<P> {
         }
     }
 
-    /// Does to a page what only a host can; `None` if its state does not allow it.
+    /// Whether this host is one that does such things.
+    fn would_act(&self, act: HostAct) -> bool {
+        match act {
+            HostAct::EXCHANGE => self.settings.is_hostile(Hostile::Remap),
+            HostAct::RE_ADD | HostAct::RE_ADD_2M => self.settings.is_hostile(Hostile::ReAdd),
+            act => act.is_known(),
+        }
+    }
+
+    /// Does to a page what only a host can; `None` if its state does not allow it, or the host is
+    /// not so hostile.
     fn act_as_host(&mut self, gpa: Gpa, act: HostAct) -> Option<()> {
         let place = self.host.layout().place(gpa)?;
-        if self.is_vmsa_in_use(gpa, PageSize::Size4K) {
+        if !self.would_act(act) || self.is_vmsa_in_use(gpa, PageSize::Size4K) {
             return None;
         }
         let memory = &self.memory;
@@ -124,6 +136,9 @@ impl<P: PhysicalMemory> Platform<P> {
                 self.host
                     .convert(memory, &place, gpa, PageSize::Size4K, Alias::Shared)
             }
+            HostAct::EXCHANGE => self.host.exchange(memory, &place, gpa),
+            HostAct::RE_ADD => self.host.re_add(memory, &place, gpa, PageSize::Size4K),
+            HostAct::RE_ADD_2M => self.host.re_add(memory, &place, gpa, PageSize::Size2M),
             _ => return None,
         };
         result.ok()
@@ -194,6 +209,76 @@ mod tests {
         );
         assert_eq!(flags(&mut platform), PageFlags::empty());
         assert_eq!(act(&mut platform, HostAct(9)), HOST_ACT_NOT_POSSIBLE);
+    }
+
+    #[test]
+    fn a_host_is_as_hostile_as_the_settings_say() {
+        for (settings, willing) in [
+            ("oracle=on", &[][..]),
+            ("oracle=on\nhostile=remap", &[HostAct::EXCHANGE]),
+            (
+                "oracle=on\nhostile=re-add",
+                &[HostAct::RE_ADD, HostAct::RE_ADD_2M],
+            ),
+        ] {
+            for act in [HostAct::EXCHANGE, HostAct::RE_ADD, HostAct::RE_ADD_2M] {
+                let mut platform = platform(settings);
+                let back = HostAct::BACK_BY_2M.0;
+                ask(&mut platform, Call::HOST_ACT, BLOCK.get(), back);
+                let would = ask(&mut platform, Call::HOST_WOULD, act.0, 0).rax;
+                assert_eq!(would == 1, willing.contains(&act), "{settings} {act:?}");
+                let did = ask(&mut platform, Call::HOST_ACT, BLOCK.get(), act.0).rax;
+                assert_eq!(did == HOST_ACT_DONE, willing.contains(&act));
+            }
+        }
+    }
+
+    /// The three hosts of the issue: PVALIDATE would succeed with CF=0 on what was validated.
+    #[test]
+    fn a_second_validation_is_seen_whatever_the_host_did_between() {
+        let hosts = [
+            ("remap", HostAct::EXCHANGE, PageSize::Size4K),
+            ("re-add", HostAct::RE_ADD, PageSize::Size4K),
+            ("re-add", HostAct::RE_ADD_2M, PageSize::Size2M),
+        ];
+        for (hostile, act, size) in hosts {
+            let mut platform = platform(&format!("oracle=on\nbacking=2m\nhostile={hostile}"));
+            assert_eq!(platform.pval(BLOCK, size, true), (0, false));
+            assert_eq!(platform.counters.violations.double_validation, 0);
+            let answer = ask(&mut platform, Call::HOST_ACT, BLOCK.get(), act.0);
+            assert_eq!(answer.rax, HOST_ACT_DONE);
+            assert!(!flags(&mut platform).contains(PageFlags::VALIDATED));
+            assert_eq!(platform.pval(BLOCK, size, true), (0, false), "CF=0");
+            assert_eq!(platform.counters.violations.double_validation, 1, "{act:?}");
+            // With a rescind between it is the first again.
+            assert_eq!(platform.pval(BLOCK, size, false), (0, false));
+            assert_eq!(platform.pval(BLOCK, size, true), (0, false));
+            assert_eq!(platform.counters.violations.double_validation, 1);
+        }
+    }
+
+    #[test]
+    fn a_page_that_is_put_back_is_as_it_was() {
+        let mut platform = platform("oracle=on\nbacking=2m\nhostile=remap");
+        platform.accept(BLOCK, 0xF01);
+        let spa = platform.spa_of(BLOCK).unwrap();
+        platform.memory().write_u64(spa, 77);
+        let exchange = HostAct::EXCHANGE.0;
+        for (valid, masks) in [(false, 0xF), (true, 0xF0F), (false, 0xF)] {
+            ask(&mut platform, Call::HOST_ACT, BLOCK.get(), exchange);
+            assert_eq!(
+                platform.memory().read_u64(spa) == 77,
+                valid,
+                "contents follow the page"
+            );
+            let page = ask(&mut platform, Call::PAGE, BLOCK.get(), 0);
+            let flags = PageFlags::from_bits_truncate(page.rax);
+            assert!(flags.contains(PageFlags::ASSIGNED));
+            assert_eq!(flags.contains(PageFlags::VALIDATED), valid);
+            assert_eq!(page.rdx, Some(masks));
+            assert!(platform.has_news(), "mappings are withdrawn");
+            let _ = platform.take_invalidations();
+        }
     }
 
     #[test]

@@ -332,6 +332,12 @@ impl Rmp {
         }) && Self::is_guest_owned(&first, Gpa::new(base))
     }
 
+    /// Puts the page that `entry` describes at `place`, which must not be in a large page.
+    pub(crate) fn put_entry(&mut self, place: &Place, entry: Entry) {
+        let index = self.index(place);
+        self.entries[index] = entry;
+    }
+
     /// Sets Validated of the entry that speaks for `place`.
     pub(crate) fn set_validated(&mut self, place: &Place, value: bool) {
         let index = self.index(place);

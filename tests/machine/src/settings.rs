@@ -102,6 +102,10 @@ hostile! {
     GhcbUnknown = "ghcb-unknown",
     /// VMPL0 is entered although the guest asked for nothing.
     EarlyReturn = "early-return",
+    /// Other memory is put under an accepted page, when the test guest says so.
+    Remap = "remap",
+    /// An accepted page is removed and added again, when the test guest says so.
+    ReAdd = "re-add",
 }
 
 /// Everything a run can be told.

@@ -13,6 +13,7 @@
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
 //! | [`image`] | is the image reproducible and measured as told? |
+//! | [`double_validation`] | is no page ever validated twice, whatever host and guest try? |
 //! | [`observe`] | does a run show what it is asked to show? |
 //! | [`tools`] | what do the tools say to bad input? |
 
@@ -20,6 +21,7 @@ mod boot;
 mod boot_memory;
 mod cases;
 mod disk;
+mod double_validation;
 mod ends;
 mod faults;
 mod hostile;
@@ -41,6 +43,7 @@ pub fn all() -> Vec<Scenario> {
         isa::scenarios(),
         svsm_calls::scenarios(),
         hostile::scenarios(),
+        double_validation::scenarios(),
         observe::scenarios(),
         faults::scenarios(),
         boot::scenarios(),

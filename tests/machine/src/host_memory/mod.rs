@@ -20,7 +20,9 @@
 
 pub mod direct_map;
 pub mod folios;
+mod swap;
 
+use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::ops::Range;
 
@@ -28,6 +30,7 @@ use protocols::report;
 
 use self::direct_map::DirectMap;
 use self::folios::Folios;
+use self::swap::Aside;
 use crate::layout::{Layout, LayoutError, Place, reserve};
 use crate::memory::PhysicalMemory;
 use crate::platform::{Cause, Invalidation, Views};
@@ -44,6 +47,9 @@ struct Page {
     shared: bool,
     /// The guest lost the page by its own access through the shared alias.
     given_away: bool,
+    /// VMPL0 has validated the address, or the launch has, and VMPL0 has not rescinded it since.
+    /// Unlike the RMP's bit this outlives what the host does to the page.
+    accepted: bool,
 }
 
 /// Layout, attributes and RMP of all guest memory.
@@ -51,6 +57,8 @@ pub struct HostMemory {
     layout: Layout,
     rmp: Rmp,
     pages: Vec<Page>,
+    /// Pages kept aside by a hostile host, by the slot of their address.
+    aside: BTreeMap<usize, Aside>,
     folios: Folios,
     direct_map: DirectMap,
     conversions: report::Conversions,
@@ -67,6 +75,7 @@ impl HostMemory {
             layout: Layout::new(),
             rmp: Rmp::new(),
             pages: Vec::new(),
+            aside: BTreeMap::new(),
             folios: Folios::new(backing),
             direct_map: DirectMap::new(),
             conversions: report::Conversions::default(),
@@ -173,6 +182,23 @@ impl HostMemory {
     /// Whether the guest gave the page away without telling the paravisor.
     pub fn is_given_away(&self, place: &Place) -> bool {
         self.pages[place.slot.index()].given_away
+    }
+
+    /// Notes that the page or block was validated or rescinded from inside. Returns whether a page
+    /// of it had been validated before and not rescinded since, whatever the host has done to the
+    /// RMP meanwhile.
+    pub(crate) fn note_validation(
+        &mut self,
+        place: &Place,
+        size: PageSize,
+        validated: bool,
+    ) -> bool {
+        let slots = place.slots(size).unwrap_or_default();
+        let mut before = false;
+        for page in &mut self.pages[slots] {
+            before |= core::mem::replace(&mut page.accepted, validated);
+        }
+        before
     }
 
     /// Whether all pages of the block have the attribute `alias`; false where the block is

@@ -33,7 +33,7 @@ use crate::cpuid::Table;
 use crate::layout::{Backing, LayoutError};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
-use crate::types::{Gpa, PAGE_SIZE, Spa, VcpuId, Vmpl};
+use crate::types::{Gpa, PAGE_SIZE, PageSize, Spa, VcpuId, Vmpl};
 
 mod crc32;
 pub mod digest;
@@ -335,6 +335,8 @@ impl<P: PhysicalMemory> Platform<P> {
         self.host
             .rmp_mut()
             .finish_launch(&place, kind == PageType::Vmsa);
+        // What was launched is valid: nobody has to validate it a second time.
+        self.host.note_validation(&place, PageSize::Size4K, true);
         let count = match kind {
             PageType::Normal => &mut state.pages.normal,
             PageType::Vmsa => &mut state.pages.vmsa,

@@ -15,8 +15,8 @@ use crate::setup::{
 use crate::team::{Member, Team, create_ok, meet};
 use crate::vcpus::{delete, good_vmsa, put_vmsa};
 
-/// The table.
-pub const CASES: &[Case] = &[
+/// Memory that several ask for.
+pub const MEMORY: &[Case] = &[
     case("smp_all_accept", "design.md §6, I2", all_accept),
     case("smp_one_page_for_all", "design.md I1, I2", one_page_for_all),
     case(
@@ -29,6 +29,15 @@ pub const CASES: &[Case] = &[
         "design.md I1, I3",
         one_region_in_two_sizes,
     ),
+    case(
+        "smp_one_region_asked_for_in_two_sizes",
+        "design.md I1, I2",
+        asked_for_in_two_sizes,
+    ),
+];
+
+/// Processors that several make and delete.
+pub const PROCESSORS: &[Case] = &[
     case(
         "smp_create_and_delete",
         "svsm.md §4.2, §4.3",
@@ -158,6 +167,51 @@ fn one_region_in_two_sizes() -> Verdict {
             expect_guests(page_of(region, index))?;
         }
         Ok(())
+    })
+}
+
+/// Half of the team asks for a region, half for one of its pages: one member gets it. Then all ask
+/// again for what is missing.
+fn asked_for_in_two_sizes() -> Verdict {
+    const ROUNDS: u64 = 16;
+    Team::with(|team| {
+        share(ROUNDS);
+        SUCCESSES.store(0, Ordering::SeqCst);
+        team.all(|Member { number, caller }| {
+            let mut verdict = Ok(());
+            for round in 0..ROUNDS {
+                let region = Gpa::new(shared().get() + round * LARGE_PAGE_SIZE);
+                let page = page_of(region, 9);
+                let entry = match number % 2 {
+                    0 => validate(region, PageSize::Size2M),
+                    _ => validate(page, PageSize::Size4K),
+                };
+                meet();
+                let asked = caller.pvalidate(&[entry]).and_then(|code| match code {
+                    ResultCode::SUCCESS => {
+                        SUCCESSES.fetch_add(1, Ordering::SeqCst);
+                        memory::expect_zero(page.get(), PAGE_SIZE)?;
+                        memory::fill(page.get(), PAGE_SIZE, round)
+                    }
+                    code => expect("PVALIDATE", code, ResultCode::FAIL_NO_CHANGE),
+                });
+                meet();
+                let so_far = SUCCESSES.load(Ordering::SeqCst);
+                verdict = verdict
+                    .and(asked)
+                    .and(expect("accepted once", so_far as u64, round + 1))
+                    .and(expect_done(caller, &[ignoring(entry)]));
+                meet();
+                if number == 0 {
+                    verdict = verdict
+                        .and(expect_guests(region))
+                        .and(expect_guests(page))
+                        .and(memory::expect_filled(page.get(), PAGE_SIZE, round));
+                }
+                meet();
+            }
+            verdict
+        })
     })
 }
 
