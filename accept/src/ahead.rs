@@ -100,6 +100,16 @@ impl<B: Backend> Engine<'_, B> {
         self.spend(walk, Some(Block::region_around(block.first())))
     }
 
+    /// Leaves the region of `block` to requests, as if the guest had given back a page of it: for
+    /// memory that the guest is known to share with the host without asking anybody.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless the block is in one range; [`Error::Busy`].
+    pub fn leave_to_requests(&self, block: Block) -> Result<(), Error> {
+        self.hold(block)?.remember_given_back();
+        Ok(())
+    }
+
     /// Does a step whose bytes are reserved, and puts back what it did not need.
     fn spend(&self, walk: &Walk, region: Option<Block>) -> Result<Step, Error> {
         let done = match region.map(|block| self.prepare_new(block)) {
