@@ -126,8 +126,8 @@ impl Acceptance {
 
     /// Whether anything is ever accepted before the guest asks for it.
     #[must_use]
-    pub fn is_lazy(&self) -> bool {
-        self.policy == AcceptPolicy::LAZY
+    pub const fn is_lazy(&self) -> bool {
+        self.policy.0 == AcceptPolicy::LAZY.0
     }
 
     /// Checks every value.
@@ -163,6 +163,8 @@ impl Acceptance {
 
 #[cfg(test)]
 mod tests {
+    use std::string::ToString as _;
+
     use super::*;
 
     const AHEAD: Acceptance = Acceptance {

@@ -17,13 +17,13 @@
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use accept::{Backend, Block, Engine, Error, Order, PAGES_PER_REGION, Step, Walk};
-use protocols::launch::{AcceptOrder, AcceptPolicy, Acceptance};
+use protocols::launch::{AcceptOrder, Acceptance};
 
 /// What is prepared ahead, and how far that has come.
 pub struct Ahead {
-    policy: AcceptPolicy,
-    order: Order,
-    read_ahead: u32,
+    acceptance: Acceptance,
+    /// Bytes that may be prepared in all.
+    budget: u64,
     walk: Walk,
     /// Steps that were begun and are not ended.
     at_work: AtomicUsize,
@@ -39,30 +39,32 @@ impl Ahead {
     /// A walk that has not begun, where `memory` bytes have a state. `acceptance` was checked.
     #[must_use]
     pub const fn new(acceptance: Acceptance, memory: u64) -> Self {
-        let order = match acceptance.order {
-            AcceptOrder::HIGH_FIRST => Order::HighFirst,
-            _ => Order::LowFirst,
-        };
+        let budget = acceptance.budget.bytes_of(memory);
         Self {
-            policy: acceptance.policy,
-            order,
-            read_ahead: acceptance.read_ahead,
-            walk: Walk::new(order, acceptance.budget.bytes_of(memory)),
+            acceptance,
+            budget,
+            walk: Walk::new(order_of(acceptance), budget),
             at_work: AtomicUsize::new(0),
             failed: AtomicU64::new(0),
         }
     }
 
-    /// The policy.
+    /// The policy, and what belongs to it.
     #[must_use]
-    pub const fn policy(&self) -> AcceptPolicy {
-        self.policy
+    pub const fn acceptance(&self) -> Acceptance {
+        self.acceptance
+    }
+
+    /// Bytes that may be prepared in all.
+    #[must_use]
+    pub const fn budget(&self) -> u64 {
+        self.budget
     }
 
     /// In which order regions are prepared.
     #[must_use]
     pub const fn order(&self) -> Order {
-        self.order
+        order_of(self.acceptance)
     }
 
     /// Takes one step; false when there is none to take any more.
@@ -70,7 +72,7 @@ impl Ahead {
     /// # Errors
     /// [`HostLied`].
     pub fn step<B: Backend>(&self, engine: &Engine<'_, B>) -> Result<bool, HostLied> {
-        if self.policy == AcceptPolicy::LAZY {
+        if self.acceptance.is_lazy() {
             return Ok(false);
         }
         self.at_work.fetch_add(1, Ordering::SeqCst);
@@ -107,7 +109,7 @@ impl Ahead {
     ) -> Result<u64, HostLied> {
         let mut work = 0;
         let own = Block::region_around(block.first());
-        for distance in 1..=u64::from(self.read_ahead) {
+        for distance in 1..=u64::from(self.acceptance.read_ahead) {
             let next = own.first().checked_add(distance * PAGES_PER_REGION as u64);
             let Some(next) = next.filter(|_| work + own.size().bytes() <= room) else {
                 break;
@@ -126,5 +128,12 @@ impl Ahead {
     #[must_use]
     pub fn failed(&self) -> u64 {
         self.failed.load(Ordering::Relaxed)
+    }
+}
+
+const fn order_of(acceptance: Acceptance) -> Order {
+    match acceptance.order {
+        AcceptOrder::HIGH_FIRST => Order::HighFirst,
+        _ => Order::LowFirst,
     }
 }

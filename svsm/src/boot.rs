@@ -206,8 +206,8 @@ fn accept_ahead(
     ghcb: &Ghcb,
     contexts: &[Gpa],
 ) -> Result<(), TurnstileReason> {
-    let policy = system.ahead.policy();
-    let start = if policy == AcceptPolicy::LAZY {
+    let acceptance = system.ahead.acceptance();
+    let start = if acceptance.is_lazy() {
         Start::Later
     } else {
         make_private(system, ghcb)?;
@@ -216,7 +216,7 @@ fn accept_ahead(
     for (index, vmsa) in contexts.iter().enumerate().skip(1) {
         secondary::announce(system, ghcb, index, *vmsa, start)?;
     }
-    if policy == AcceptPolicy::EAGER {
+    if acceptance.policy == AcceptPolicy::EAGER {
         info!("accepting memory before the guest starts");
         while system
             .ahead

@@ -23,6 +23,9 @@ open_enum! {
         COUNTER = 2,
         /// Is any byte of a range unaccepted? RCX = GPA, RDX = bytes; out: RCX = 1 or 0.
         CONTAINS_UNACCEPTED = 3,
+        /// What the image says about accepting memory. Out: policy (RCX), budget in bytes (RDX),
+        /// order (R8), read-ahead (R9); the numbers are those of [`crate::launch`].
+        CONFIGURATION = 4,
     }
 }
 

@@ -5,6 +5,7 @@
 
 use accept::{Backend, Block, Frame, OnNoChange, PAGES_PER_REGION};
 use protocols::addr::{LARGE_PAGE_SIZE, PAGE_SIZE};
+use protocols::launch::Acceptance;
 use protocols::svsm::ResultCode;
 use protocols::svsm::turnstile::{LARGEST_LOOK, TurnstileCall, TurnstileCounter};
 use protocols::terminate::TurnstileReason;
@@ -28,6 +29,18 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             TurnstileCall::CONTAINS_UNACCEPTED => {
                 let Looked { gpa, bytes } = Looked::check(registers)?;
                 registers.rcx = self.engine.contains_unaccepted(gpa, bytes).into();
+            }
+            TurnstileCall::CONFIGURATION => {
+                let Acceptance {
+                    policy,
+                    order,
+                    read_ahead,
+                    ..
+                } = self.ahead.acceptance();
+                registers.rcx = policy.0.into();
+                registers.rdx = self.ahead.budget();
+                registers.r8 = order.0.into();
+                registers.r9 = read_ahead.into();
             }
             _ => return Err(ResultCode::UNSUPPORTED_CALL.into()),
         }
