@@ -84,7 +84,35 @@ impl<B: Backend> Engine<'_, B> {
             return Ok(Step::Over);
         }
         let step = walk.next(&self.map());
-        let done = match step.map(|block| self.prepare_new(block)) {
+        self.spend(walk, step)
+    }
+
+    /// Makes the region of `block` ready out of the budget of `walk`, wherever that has come to: for
+    /// the regions behind one that the guest has just asked for.
+    ///
+    /// # Errors
+    /// Those of [`Engine::prepare_next`], and [`Error::OutOfRange`] unless all of the region is in
+    /// one range.
+    pub fn prepare_near(&self, walk: &Walk, block: Block) -> Result<Step, Error> {
+        if !walk.reserve() {
+            return Ok(Step::Over);
+        }
+        self.spend(walk, Some(Block::region_around(block.first())))
+    }
+
+    /// Leaves the region of `block` to requests, as if the guest had given back a page of it: for
+    /// memory that the guest is known to share with the host without asking anybody.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] unless the block is in one range; [`Error::Busy`].
+    pub fn leave_to_requests(&self, block: Block) -> Result<(), Error> {
+        self.hold(block)?.remember_given_back();
+        Ok(())
+    }
+
+    /// Does a step whose bytes are reserved, and puts back what it did not need.
+    fn spend(&self, walk: &Walk, region: Option<Block>) -> Result<Step, Error> {
+        let done = match region.map(|block| self.prepare_new(block)) {
             None => Ok(Step::Over),
             Some(Err(Error::Busy)) => Ok(Step::Done(Done::NOTHING)),
             Some(Ok(done)) => Ok(Step::Done(done)),
@@ -97,6 +125,12 @@ impl<B: Backend> Engine<'_, B> {
         let unused = PageSize::Size2M.bytes() - used;
         walk.left.fetch_add(unused, Ordering::Relaxed);
         done
+    }
+
+    /// The regions that a walk would visit, in its order.
+    pub fn regions_of_walk(&self, order: Order) -> impl Iterator<Item = Block> {
+        let map = self.map();
+        (0..).map_while(move |index| nth(&map, order, index))
     }
 }
 

@@ -124,7 +124,9 @@ impl<B: Backend> Engine<'_, B> {
             end = end.saturating_add(unit);
         }
         let (first, end) = (Frame::containing(gpa).number(), end.div_ceil(1 << 12));
-        self.pieces().any(|piece| {
+        let pages = PAGES_PER_REGION as u64;
+        let mut pieces = self.pieces_of(first / pages..end.div_ceil(pages));
+        pieces.any(|piece| {
             let start = piece.first.region_start().number();
             let index = |frame: u64| {
                 let index = frame.saturating_sub(start).min(PAGES_PER_REGION as u64);
@@ -141,24 +143,32 @@ impl<B: Backend> Engine<'_, B> {
     pub fn census(&self, regions: core::ops::Range<u64>) -> Census {
         let mut census = Census::default();
         let bytes = |pages: &PageSet| pages.len() * PageSize::Size4K.bytes();
-        for piece in self.pieces() {
-            if regions.contains(&piece.first.region_number()) {
-                let states = &piece.states;
-                census.ahead += bytes(&states.ahead);
-                census.accepted += bytes(&states.accepted);
-                census.owned += bytes(&states.owned);
-                census.unaccepted += bytes(&piece.unaccepted().without(&states.ahead));
-            }
+        for piece in self.pieces_of(regions) {
+            let states = &piece.states;
+            census.ahead += bytes(&states.ahead);
+            census.accepted += bytes(&states.accepted);
+            census.owned += bytes(&states.owned);
+            census.unaccepted += bytes(&piece.unaccepted().without(&states.ahead));
         }
         census
     }
 
     /// All regions with what belongs to them, ascending.
     fn pieces(&self) -> impl Iterator<Item = Piece> {
-        self.map().ranges().iter().flat_map(|range| {
+        self.pieces_of(0..u64::MAX)
+    }
+
+    /// The same of the regions with these numbers. Regions outside cost nothing.
+    fn pieces_of(&self, wanted: core::ops::Range<u64>) -> impl Iterator<Item = Piece> {
+        self.map().ranges().iter().flat_map(move |range| {
             let (first, last) = (range.first(), range.last());
-            let numbers = first.region_number()..=last.region_number();
-            let pieces = numbers.zip(range.regions()).map(move |(number, region)| {
+            let from = first.region_number().max(wanted.start);
+            let end = (last.region_number() + 1).min(wanted.end);
+            let numbers = from..end;
+            // No index is larger than the number of regions, which is one.
+            let skipped = usize::try_from(from - first.region_number()).unwrap_or(usize::MAX);
+            let regions = range.regions().get(skipped..).unwrap_or_default();
+            let pieces = numbers.zip(regions).map(move |(number, region)| {
                 let start = Frame::try_new(number * PAGES_PER_REGION as u64)?;
                 let from = if first > start {
                     first.index_in_region()

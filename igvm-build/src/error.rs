@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The paravisor would not start with these values.
+    #[error("when memory is accepted: {0}")]
+    Acceptance(#[source] protocols::launch::BadAcceptance),
     /// The bytes are no ELF file the tool can use.
     #[error(
         "not a usable ELF file ({reason}); expected a static x86-64 executable, build it with `cargo xtask build`"

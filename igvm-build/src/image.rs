@@ -19,9 +19,7 @@ use igvm_defs::{
     IgvmPageDataType, IgvmPlatformType,
 };
 use protocols::addr::PAGE_SIZE;
-use protocols::launch::{
-    AcceptPolicy, Fault, GENERAL_VP_COUNT_OFFSET, MEMORY_MAP_SIZE, REGION_GPA,
-};
+use protocols::launch::{Acceptance, Fault, GENERAL_VP_COUNT_OFFSET, MEMORY_MAP_SIZE, REGION_GPA};
 use protocols::measure::Digest;
 use zerocopy::IntoBytes;
 
@@ -51,7 +49,7 @@ pub struct Options {
     /// Position of the C-bit: 51 on EPYC, 47 on the emulated machine.
     pub c_bit: u32,
     /// When the paravisor accepts memory.
-    pub accept_policy: AcceptPolicy,
+    pub acceptance: Acceptance,
     /// A deliberate fault, for test builds of the paravisor.
     pub fault: Fault,
 }
@@ -60,7 +58,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             c_bit: 51,
-            accept_policy: AcceptPolicy::LAZY,
+            acceptance: Acceptance::LAZY,
             fault: Fault::NONE,
         }
     }
@@ -89,7 +87,7 @@ pub struct Image {
 /// # Errors
 ///
 /// When the program does not fit its region or the rules for segments, when the C-bit is not
-/// a bit of an address, or when the firmware's areas lie in the paravisor's region.
+/// a bit of an address, when the paravisor would refuse how memory is to be accepted, or when the firmware's areas lie in the paravisor's region.
 pub fn build(
     program: &Program<'_>,
     firmware: Option<&Firmware<'_>>,
@@ -100,6 +98,7 @@ pub fn build(
             c_bit: options.c_bit,
         });
     }
+    options.acceptance.check().map_err(Error::Acceptance)?;
     let program_pages = program_pages(program)?;
     let layout = Layout::behind(page_behind(&program_pages))?;
 

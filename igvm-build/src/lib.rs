@@ -16,12 +16,14 @@
 //! | [`digest`] | the launch digest of a list of directives |
 //! | [`show`], [`sidecar`] | descriptions for people and for tools |
 //! | [`flat`] | ROMs made of ELF files |
+//! | [`accept`] | when memory is accepted, in the words of a command line |
 //! | [`error`] | every message about a wrong file |
 //!
 //! The functions work on bytes; only the command opens files.
 
 #![forbid(unsafe_code)]
 
+pub mod accept;
 pub mod digest;
 pub mod elf;
 pub mod error;

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
+use igvm_build::accept::{Accept, Extras};
 use igvm_build::elf::Program;
 use igvm_build::error::FileError;
 use igvm_build::firmware::Firmware;
@@ -15,7 +16,7 @@ use igvm_build::flat::elf_to_flat;
 use igvm_build::image::{self, Options};
 use igvm_build::show::show;
 use igvm_build::sidecar::Sidecar;
-use protocols::launch::{AcceptPolicy, Fault};
+use protocols::launch::Fault;
 
 #[derive(Parser)]
 #[command(
@@ -63,27 +64,15 @@ struct Build {
     /// Position of the C-bit: 51 on EPYC, 47 on the emulated machine
     #[arg(long, default_value_t = Options::default().c_bit)]
     c_bit: u32,
-    /// When the paravisor accepts memory
-    #[arg(long, value_enum, default_value_t = Accept::Lazy)]
+    /// When the paravisor accepts memory: lazy, eager, ahead, the last two with or without a budget
+    /// such as ahead:512M or ahead:50%
+    #[arg(long, value_name = "POLICY", default_value = "lazy")]
     accept: Accept,
+    #[command(flatten)]
+    accept_extras: Extras,
     /// Deliberate fault; only test builds of the paravisor obey it
     #[arg(long, default_value_t = Fault::NONE.0)]
     fault: u32,
-}
-
-/// The policies the paravisor has; the open type of the wire would let typing errors pass.
-#[derive(Clone, Copy, ValueEnum)]
-enum Accept {
-    /// On request only
-    Lazy,
-}
-
-impl From<Accept> for AcceptPolicy {
-    fn from(accept: Accept) -> Self {
-        match accept {
-            Accept::Lazy => Self::LAZY,
-        }
-    }
 }
 
 fn main() -> ExitCode {
@@ -131,7 +120,7 @@ fn build(arguments: &Build) -> Result<()> {
     };
     let options = Options {
         c_bit: arguments.c_bit,
-        accept_policy: arguments.accept.into(),
+        acceptance: arguments.accept.with(arguments.accept_extras)?,
         fault: Fault(arguments.fault),
     };
     let image = image::build(&program, firmware.as_ref(), &options)

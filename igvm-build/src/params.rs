@@ -19,7 +19,7 @@ pub fn build(layout: &Layout, firmware: Option<&Firmware<'_>>, options: &Options
     params.memory_map_gpa = layout.memory_map;
     params.memory_map_size = MEMORY_MAP_SIZE;
     params.general_gpa = layout.general;
-    params.accept_policy = options.accept_policy;
+    params.set_acceptance(options.acceptance);
     params.fault = options.fault;
     if let Some(firmware) = firmware {
         params.firmware_gpa = firmware.gpa();

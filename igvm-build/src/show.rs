@@ -15,6 +15,7 @@ use protocols::addr::PAGE_SIZE;
 use protocols::launch::LaunchParams;
 use zerocopy::FromBytes;
 
+use crate::accept;
 use crate::digest::launch_digest;
 use crate::error::Error;
 use crate::sidecar::hex;
@@ -240,8 +241,8 @@ fn write_params(text: &mut String, params: &LaunchParams) -> fmt::Result {
     )?;
     writeln!(
         text,
-        "                   policy {}, fault {}",
-        params.accept_policy.name().unwrap_or("unknown"),
+        "                   accepts {}; fault {}",
+        accept::describe(&params.acceptance()),
         params.fault.name().unwrap_or("unknown")
     )?;
     if params.firmware_size == 0 {

@@ -9,6 +9,7 @@
 
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
+pub use crate::acceptance::{Acceptance, BadAcceptance, Budget, READ_AHEAD_LIMIT};
 pub use crate::ovmf::SectionKind;
 
 /// Where the paravisor's region begins (Turnstile, docs/protocol-notes.md). The ELF is linked
@@ -30,6 +31,28 @@ open_enum! {
         EAGER = 1,
         /// In the background, ahead of the guest.
         AHEAD = 2,
+    }
+}
+
+open_enum! {
+    /// What a budget counts.
+    pub struct BudgetUnit(u32) {
+        /// No limit; the amount is 0.
+        ALL = 0,
+        /// Bytes, whole regions of 2 MiB.
+        BYTES = 1,
+        /// Hundredths of the memory that has a state.
+        PER_CENT = 2,
+    }
+}
+
+open_enum! {
+    /// Which memory is accepted first when it is accepted ahead of the guest.
+    pub struct AcceptOrder(u32) {
+        /// From address 0 up: below 4 GiB (DMA32) first.
+        LOW_FIRST = 0,
+        /// Above 4 GiB, then below.
+        HIGH_FIRST = 1,
     }
 }
 
@@ -131,8 +154,16 @@ pub struct LaunchParams {
     pub igvm_hob_gpa: u64,
     /// The firmware's areas, in the order of its metadata.
     pub sections: [Section; LaunchParams::MAX_SECTIONS],
+    /// How much is accepted ahead of the guest at most, in `budget_unit`.
+    pub budget: u64,
+    /// What `budget` counts.
+    pub budget_unit: BudgetUnit,
+    /// Which memory is accepted first.
+    pub accept_order: AcceptOrder,
+    /// How many further regions a request for 2 MiB prepares.
+    pub read_ahead: u32,
     /// Zero.
-    pub reserved: [u8; 3192],
+    pub reserved: [u8; 3172],
 }
 
 const _: () = {
@@ -144,14 +175,16 @@ const _: () = {
     assert!(offset_of!(LaunchParams, firmware_gpa) == 0x60);
     assert!(offset_of!(LaunchParams, igvm_parameter_gpa) == 0x78);
     assert!(offset_of!(LaunchParams, sections) == 0x88);
-    assert!(offset_of!(LaunchParams, reserved) == 0x388);
+    assert!(offset_of!(LaunchParams, budget) == 0x388);
+    assert!(offset_of!(LaunchParams, read_ahead) == 0x398);
+    assert!(offset_of!(LaunchParams, reserved) == 0x39C);
 };
 
 impl LaunchParams {
     /// First bytes of the page.
     pub const MAGIC: [u8; 8] = *b"TSLAUNCH";
     /// Version of the layout above.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
     /// Room for firmware areas.
     pub const MAX_SECTIONS: usize = 32;
 
@@ -193,6 +226,31 @@ impl LaunchParams {
     }
 }
 
+impl LaunchParams {
+    /// How memory is to be accepted. Not checked: see [`Acceptance::check`].
+    #[must_use]
+    pub const fn acceptance(&self) -> Acceptance {
+        Acceptance {
+            policy: self.accept_policy,
+            order: self.accept_order,
+            budget: Budget {
+                unit: self.budget_unit,
+                amount: self.budget,
+            },
+            read_ahead: self.read_ahead,
+        }
+    }
+
+    /// Sets how memory is to be accepted.
+    pub const fn set_acceptance(&mut self, acceptance: Acceptance) {
+        self.accept_policy = acceptance.policy;
+        self.accept_order = acceptance.order;
+        self.budget_unit = acceptance.budget.unit;
+        self.budget = acceptance.budget.amount;
+        self.read_ahead = acceptance.read_ahead;
+    }
+}
+
 impl Default for LaunchParams {
     fn default() -> Self {
         Self::new()
@@ -215,11 +273,22 @@ mod tests {
         let mut params = LaunchParams::new();
         params.c_bit = 47;
         params.fault = Fault::SKIP_GRANT;
+        let acceptance = Acceptance {
+            policy: AcceptPolicy::AHEAD,
+            order: AcceptOrder::HIGH_FIRST,
+            budget: Budget {
+                unit: BudgetUnit::PER_CENT,
+                amount: 50,
+            },
+            read_ahead: 3,
+        };
+        params.set_acceptance(acceptance);
         assert!(params.push_section(SECTION));
         let read = LaunchParams::read_from_bytes(params.as_bytes()).unwrap();
         assert_eq!(read, params);
         assert!(read.is_understood());
         assert_eq!(read.sections(), [SECTION]);
+        assert_eq!(read.acceptance(), acceptance);
     }
 
     #[test]

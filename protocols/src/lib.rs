@@ -43,6 +43,7 @@ const _: () = assert!(cfg!(target_endian = "little"));
 #[macro_use]
 mod open_enum;
 
+pub mod acceptance;
 pub mod addr;
 pub mod cpuid;
 pub mod efi;

@@ -13,20 +13,22 @@
     reason = "turns launch pages into references, makes the pools"
 )]
 
-use accept::{Engine, Frame, Map, PageState, Range, Region, RegionLock, RegionLocks};
+use accept::{Engine, Frame, GivenBack, Map, PageState, Range, Region, RegionLock, RegionLocks};
 use log::info;
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
 use protocols::cpuid::CpuidPage;
 use protocols::ghcb::HypervisorFeatures;
 use protocols::ghcb::msr::CpuidRegister;
+use protocols::ghcb::psc;
 use protocols::igvm_map::MemoryMapEntry;
-use protocols::launch::{GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE};
+use protocols::launch::{AcceptPolicy, GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE};
 use protocols::map::{MapDescriptor, MapRange};
 use protocols::secrets::SecretsPage;
 use protocols::terminate::TurnstileReason;
 use protocols::vmsa::{SevFeatures, SevStatus};
 use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
 
+use crate::ahead::{Ahead, HostLied};
 use crate::backend::WindowBackend;
 use crate::cpuid::CpuidTable;
 use crate::entry::boot_stack_guard;
@@ -52,6 +54,8 @@ use crate::{apic_ids, console, descriptor, exceptions, percpu, requests};
 
 /// Bytes of the carve-out for each processor: its context, and its share of tables, generously.
 const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 1024;
+/// How often the boot processor looks whether the others have ended their last step.
+const LOOKS_AT_OTHERS: u32 = 1 << 16;
 /// CPUID leaf whose EDX is the x2APIC id of the processor that executes it.
 const X2APIC_ID_LEAF: u32 = 0xB;
 
@@ -135,6 +139,7 @@ fn start(
     let vcpus = make_vcpus(apic_ids, vmsas, &mut pool)?;
     let engine = make_engine(&platform, &launch, &plan, locks, vcpus.registry, &mut pool)?;
     let system = system::publish(System {
+        ahead: Ahead::new(launch.acceptance(), memory_with_state(&plan)),
         engine,
         registry: vcpus.registry,
         vmsas,
@@ -173,8 +178,9 @@ fn start(
         sev_features: GUEST_SEV_FEATURES.bits(),
         start: Start::Later,
     })?;
-    for index in 1..vp_count {
-        secondary::announce(system, &platform, ghcb, index, &mut pool)?;
+    let (_, contexts) = pool.slice(vp_count, |_| Gpa::new(0))?;
+    for (index, context) in contexts.iter_mut().enumerate().skip(1) {
+        *context = secondary::make(&platform, index, &mut pool)?;
     }
     publish_descriptor(system, &plan, vcpus.table)?;
     info!(
@@ -182,9 +188,74 @@ fn start(
         launch.region(),
         plan.carve_out
     );
+    accept_ahead(system, ghcb, contexts)?;
     info!("starting the firmware at {GUEST_VMPL}");
     console::quiet();
     Ok((system, ghcb))
+}
+
+/// Bytes of all memory that has a state.
+fn memory_with_state(plan: &Plan) -> u64 {
+    plan.ranges().iter().map(|range| range.bytes()).sum()
+}
+
+/// Tells the host about the other processors, and starts what the policy accepts before the guest
+/// asks. Everything that they share is made.
+fn accept_ahead(
+    system: &'static System,
+    ghcb: &Ghcb,
+    contexts: &[Gpa],
+) -> Result<(), TurnstileReason> {
+    let acceptance = system.ahead.acceptance();
+    let start = if acceptance.is_lazy() {
+        Start::Later
+    } else {
+        make_private(system, ghcb)?;
+        Start::Now
+    };
+    for (index, vmsa) in contexts.iter().enumerate().skip(1) {
+        secondary::announce(system, ghcb, index, *vmsa, start)?;
+    }
+    if acceptance.policy == AcceptPolicy::EAGER {
+        info!("accepting memory before the guest starts");
+        while system
+            .ahead
+            .step(&system.engine)
+            .map_err(|HostLied| TurnstileReason::ALREADY_VALID)?
+        {}
+        // The last steps of the others. A processor that the host has stopped is not waited for:
+        // it holds the lock of its region, so nobody gets at that before it is done.
+        for _ in 0..LOOKS_AT_OTHERS {
+            if system.ahead.is_idle() {
+                break;
+            }
+            msr::give_way()?;
+        }
+    }
+    Ok(())
+}
+
+/// Has the host make memory private that will be accepted ahead of the guest: all regions in which
+/// nothing is accepted yet. Once, before there is a guest: later, the guest may have made a page of
+/// a region shared in the meantime. A guest that asks the host for the same again changes nothing.
+fn make_private(system: &System, host: &impl Hypervisor) -> Result<(), TurnstileReason> {
+    let mut batch = [Gpa::new(0); psc::MAX_ENTRIES];
+    let mut filled = 0;
+    for region in system.engine.regions_of_walk(system.ahead.order()) {
+        let number = region.gpa() / LARGE_PAGE_SIZE;
+        if system.engine.census(number..number + 1).unaccepted < LARGE_PAGE_SIZE {
+            continue;
+        }
+        if let Some(slot) = batch.get_mut(filled) {
+            *slot = Gpa::new(region.gpa());
+            filled += 1;
+        }
+        if filled == batch.len() {
+            host.make_private(&batch)?;
+            filled = 0;
+        }
+    }
+    host.make_private(batch.get(..filled).unwrap_or_default())
 }
 
 /// A page of the launch as a value that lives for ever.
@@ -406,7 +477,11 @@ fn make_engine(
             let start = regions_before(outer, *pages) as usize;
             let own = regions.get(start..start + regions_touched(*pages) as usize);
             let first = Frame::containing(pages.start().get());
-            let range = Range::try_new(first, pages.pages(), own.unwrap_or_default());
+            let range = Range::try_new(first, pages.pages(), own.unwrap_or_default())
+                .map_err(|_| TurnstileReason::INTERNAL)?;
+            let needed = GivenBack::needed(range.regions().len());
+            let (_, flags) = pool.slice(needed, |_| GivenBack::new())?;
+            let range = range.with_given_back(flags);
             *slot = Some(range.map_err(|_| TurnstileReason::INTERNAL)?);
         }
     }

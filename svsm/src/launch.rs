@@ -5,7 +5,7 @@
 
 use protocols::addr::PAGE_SIZE;
 use protocols::launch::{
-    AcceptPolicy, Fault, LaunchParams, MEMORY_MAP_SIZE, REGION_GPA, REGION_SIZE, Section,
+    Acceptance, Fault, LaunchParams, MEMORY_MAP_SIZE, REGION_GPA, REGION_SIZE, Section,
 };
 use protocols::terminate::TurnstileReason;
 
@@ -38,7 +38,7 @@ impl<'a> Launch<'a> {
             && params.region_gpa == REGION_GPA
             && params.region_size == REGION_SIZE
             && params.memory_map_size == MEMORY_MAP_SIZE
-            && params.accept_policy == AcceptPolicy::LAZY
+            && params.acceptance().check().is_ok()
             && (params.fault == Fault::NONE || cfg!(feature = "faults"));
         if !fits {
             return None;
@@ -75,6 +75,12 @@ impl<'a> Launch<'a> {
         self.params
     }
 
+    /// When memory is accepted, checked.
+    #[must_use]
+    pub const fn acceptance(&self) -> Acceptance {
+        self.params.acceptance()
+    }
+
     /// All of the paravisor's region.
     #[must_use]
     pub const fn region(&self) -> PageRange {
@@ -102,6 +108,8 @@ impl<'a> Launch<'a> {
 
 #[cfg(test)]
 mod tests {
+    use protocols::launch::{AcceptOrder, AcceptPolicy, BudgetUnit};
+
     use super::*;
 
     fn good() -> LaunchParams {
@@ -132,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_wrong_page_is_refused() {
-        let spoil: [fn(&mut LaunchParams); 12] = [
+        let spoil: [fn(&mut LaunchParams); 16] = [
             |p| p.magic[0] ^= 1,
             |p| p.version += 1,
             |p| p.region_gpa += 0x1000,
@@ -144,6 +152,13 @@ mod tests {
             |p| p.firmware_size = 0,
             |p| p.firmware_gpa += 0x1000,
             |p| p.accept_policy = AcceptPolicy(77),
+            |p| p.accept_order = AcceptOrder(2),
+            |p| p.read_ahead = 1,
+            |p| (p.accept_policy, p.read_ahead) = (AcceptPolicy::AHEAD, 16),
+            |p| {
+                p.accept_policy = AcceptPolicy::EAGER;
+                (p.budget_unit, p.budget) = (BudgetUnit::PER_CENT, 101);
+            },
             |p| p.section_count = 33,
         ];
         for (index, change) in spoil.into_iter().enumerate() {
@@ -155,6 +170,15 @@ mod tests {
                 Some(TurnstileReason::LAUNCH_PARAMS),
                 "change {index}"
             );
+        }
+    }
+
+    #[test]
+    fn every_policy_is_taken() {
+        for policy in [AcceptPolicy::LAZY, AcceptPolicy::EAGER, AcceptPolicy::AHEAD] {
+            let mut params = good();
+            params.accept_policy = policy;
+            assert!(Launch::check(&params).is_ok(), "{policy:?}");
         }
     }
 

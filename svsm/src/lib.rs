@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `entry` | the first instructions and the boot stack |
 //! | `boot`, `secondary` | the order of the start-up; the other processors |
+//! | [`ahead`] | acceptance before the guest asks |
 //! | [`launch`], [`host_map`], [`apic_ids`], [`cpuid`] | checks on what image and host hand over |
 //! | [`memory`] | address space, page tables, the guest window |
 //! | `exceptions`, `percpu` | descriptor tables, #VC, faults that are allowed |
@@ -27,6 +28,7 @@
 
 #![cfg_attr(not(test), no_std)]
 
+pub mod ahead;
 pub mod apic_ids;
 pub mod cpuid;
 #[cfg(feature = "faults")]

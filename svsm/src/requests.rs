@@ -16,6 +16,7 @@ use core::hint;
 
 use protocols::terminate::TurnstileReason;
 
+use crate::ahead::HostLied;
 use crate::guest::GUEST_VMPL;
 use crate::hypervisor::ghcb::Ghcb;
 use crate::hypervisor::{Hypervisor, msr};
@@ -35,7 +36,8 @@ pub fn serve_from_start(system: &'static System, index: usize, ghcb: &'static Gh
     serve_after_call(system, index, ghcb)
 }
 
-/// The same for a processor that starts because its guest has made a call.
+/// The same for another processor, which starts because its guest has made a call, or to prepare
+/// memory until the guest wants it.
 pub fn serve_after_call(system: &'static System, index: usize, ghcb: &'static Ghcb) -> ! {
     let service = system.service();
     loop {
@@ -52,9 +54,21 @@ fn run_guest(system: &System, index: usize, ghcb: &Ghcb) -> Result<(), Turnstile
         // Looked at again: a processor that is given back now would not be started again if the
         // VMSA stays. The host gets it meanwhile, so whoever deletes comes to an end.
         Presence::Leaving => return msr::give_way(),
-        // Deleted: there is nothing to run until it is created anew.
-        Presence::None => return msr::wait_for_start(),
+        // Not started yet, or it has deleted itself: there is nothing of the guest's to run, and
+        // the time is used for one piece of memory before the next look.
+        Presence::None => {
+            let took_one = system
+                .ahead
+                .step(&system.engine)
+                .map_err(|HostLied| TurnstileReason::ALREADY_VALID)?;
+            if took_one {
+                system.registry.count_step(index);
+                return Ok(());
+            }
+            return msr::wait_for_start();
+        }
     }
+    system.registry.count_wait(index);
     match ghcb.run_vmpl(GUEST_VMPL) {
         // Another processor of the guest may have had the host forget the VMSA, or may have
         // deleted it just now. Not to run is the guest's choice, and nothing is lost.

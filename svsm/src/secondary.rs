@@ -1,9 +1,13 @@
 //! The other processors' contexts at VMPL0.
 //!
-//! The boot processor makes a VMSA of level 0 for each of them and tells the host about it, but
-//! none is started: the host runs it when the guest, once it has started that processor at its
-//! own level, makes its first call there. So the first thing a secondary processor does is to
-//! serve a call, and until then it costs nothing.
+//! The boot processor makes a VMSA of level 0 for each of them and tells the host about it.
+//!
+//! Where memory is accepted on request only, none is started: the host runs it when the guest, once
+//! it has started that processor at its own level, makes its first call there. So the first thing a
+//! secondary processor does is to serve a call, and until then it costs nothing.
+//!
+//! Where memory is accepted ahead of the guest they are started at once, to take part in that. They
+//! give the processor back when there is nothing left to do, and wait for the first call as above.
 #![expect(unsafe_code, reason = "the start of a processor on memory made for it")]
 
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize, Vmpl};
@@ -59,32 +63,43 @@ fn map_stack(index: usize, pool: &mut Pool) -> Result<u64, TurnstileReason> {
     Ok(bottom + STACK_SIZE)
 }
 
-/// Makes the context of processor `index` and tells the host about it.
+/// Makes the context of processor `index`; returns its VMSA.
 ///
 /// # Errors
 ///
-/// [`TurnstileReason::OUT_OF_MEMORY`], [`TurnstileReason::RMPADJUST`], or what the host's reply
-/// was.
-pub fn announce(
-    system: &System,
+/// [`TurnstileReason::OUT_OF_MEMORY`], [`TurnstileReason::RMPADJUST`].
+pub fn make(
     platform: &impl Platform,
-    host: &impl Hypervisor,
     index: usize,
     pool: &mut Pool,
+) -> Result<Gpa, TurnstileReason> {
+    let percpu = pool.leak(PerCpu::new(index))?;
+    let stack_top = map_stack(index, pool)?;
+    vmsa_page(platform, &start_state(percpu, stack_top), Vmpl::VMPL1, pool)
+}
+
+/// Tells the host about the context of processor `index`, after which it may run.
+///
+/// # Errors
+///
+/// What the host's reply was.
+pub fn announce(
+    system: &System,
+    host: &impl Hypervisor,
+    index: usize,
+    vmsa: Gpa,
+    start: Start,
 ) -> Result<(), TurnstileReason> {
     let apic_id = system
         .registry
         .apic_id(index)
         .ok_or(TurnstileReason::INTERNAL)?;
-    let percpu = pool.leak(PerCpu::new(index))?;
-    let stack_top = map_stack(index, pool)?;
-    let vmsa = vmsa_page(platform, &start_state(percpu, stack_top), Vmpl::VMPL1, pool)?;
     host.create_vcpu(VcpuRequest {
         apic_id,
         vmpl: Vmpl::VMPL0,
         vmsa,
         sev_features: GUEST_SEV_FEATURES.bits(),
-        start: Start::Later,
+        start,
     })
 }
 
@@ -154,7 +169,7 @@ fn start_state(percpu: &'static PerCpu, stack_top: u64) -> Vmsa {
     vmsa
 }
 
-/// Where a secondary processor starts, because its guest has made a call.
+/// Where a secondary processor starts: its guest has made a call, or there is memory to prepare.
 extern "C" fn start(percpu: &'static PerCpu) -> ! {
     percpu.install();
     exceptions::load();

@@ -5,6 +5,7 @@ use accept::Engine;
 use protocols::launch::Fault;
 use spin::Once;
 
+use crate::ahead::Ahead;
 use crate::backend::WindowBackend;
 use crate::guest::vmsa::{NewVmsas, VmsaWindow};
 use crate::memory::guest_map::Window;
@@ -41,6 +42,8 @@ pub struct System {
     pub engine: GuestEngine,
     /// Owner of the guest's processors.
     pub registry: &'static GuestRegistry,
+    /// What is accepted before the guest asks.
+    pub ahead: Ahead,
     /// Where VMSAs are mapped.
     pub vmsas: VmsaWindow,
     /// The pages of the processors' GHCBs, by number of the processor.
@@ -74,6 +77,7 @@ impl System {
             guest_memory(self.fault),
             self.registry,
             vmsa_pages,
+            &self.ahead,
         )
     }
 }

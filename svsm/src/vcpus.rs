@@ -25,13 +25,15 @@ use protocols::vmsa::SevFeatures;
 use spin::Mutex;
 
 use crate::protocol::{
-    Debt, DeleteRefusal, Deletion, Inherited, NoRoom, NotPassedOn, Place, VcpuIndex, VcpuPages,
-    Vcpus,
+    Debt, DeleteRefusal, Deletion, Inherited, NoRoom, NotPassedOn, Place, Steps, VcpuIndex,
+    VcpuPages, Vcpus,
 };
 use slot::{Kept, Look, Pin, Slot};
+use waits::Waits;
 
 mod flush;
 mod slot;
+mod waits;
 
 /// VMSAs that one processor may have on record.
 pub const RECORDS_PER_VCPU: usize = 4;
@@ -99,6 +101,8 @@ pub struct Vcpu {
     made: AtomicU32,
     /// What it owes before it may say that a rescind is done. Only the processor itself looks.
     debt: Mutex<Option<Debt>>,
+    /// Its steps ahead of the guest, and whether that waits for one.
+    waits: Waits,
 }
 
 impl Vcpu {
@@ -110,6 +114,7 @@ impl Vcpu {
             serving: AtomicUsize::new(NONE),
             made: AtomicU32::new(0),
             debt: Mutex::new(None),
+            waits: Waits::new(),
         }
     }
 }
@@ -163,6 +168,8 @@ pub struct Registry<'t, C> {
     shown: &'t [Shown],
     control: C,
     startup_features: SevFeatures,
+    /// The most steps the guest ever waited for a processor.
+    longest_wait: AtomicU64,
 }
 
 /// A call that may be served: the processor has this VMSA to itself.
@@ -182,6 +189,7 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
             shown: tables.shown,
             control,
             startup_features,
+            longest_wait: AtomicU64::new(0),
         }
     }
 
@@ -223,6 +231,20 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
             })
             .max()
             .unwrap_or(Presence::None)
+    }
+
+    /// Processor `index`, which has no VMSA to run, has prepared another piece of memory.
+    pub fn count_step(&self, index: usize) {
+        if let Some(vcpu) = self.vcpus.get(index) {
+            vcpu.waits.count();
+        }
+    }
+
+    /// Processor `index` has a VMSA and goes to run the guest.
+    pub fn count_wait(&self, index: usize) {
+        if let Some(waited) = self.vcpus.get(index).and_then(|vcpu| vcpu.waits.answer()) {
+            self.longest_wait.fetch_max(waited, Ordering::Relaxed);
+        }
     }
 
     /// The VMSAs of processor `index` by number, for [`Registry::begin_service`].
@@ -375,6 +397,13 @@ pub enum Arrival {
 }
 
 impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
+    fn steps(&self) -> Steps {
+        Steps {
+            taken: self.vcpus.iter().map(|vcpu| vcpu.waits.taken()).sum(),
+            longest_wait: self.longest_wait.load(Ordering::Relaxed),
+        }
+    }
+
     fn has_apic_id(&self, apic_id: u32) -> bool {
         self.vcpus.iter().any(|vcpu| vcpu.apic_id == apic_id)
     }
@@ -421,7 +450,11 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
             vmsa: Some(vmsa),
             area: calling_area,
         };
+        if self.presence(owner) == Presence::None {
+            vcpu.waits.ask();
+        }
         record.slot.publish();
+        vcpu.waits.found_waiting();
         // Only now: what can run is on record.
         self.control.release(frame);
         record.slot.open();

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use e2e::image::{self, Recipe, write_flat};
-use protocols::launch::Fault;
+use protocols::launch::{Acceptance, Fault};
 
 use crate::command::{self, tail};
 use crate::layout::{Layout, read, write};
@@ -86,6 +86,7 @@ pub fn for_run(
     target: BareTarget,
     firmware: &Path,
     fault: Fault,
+    acceptance: Acceptance,
     dir: &Path,
 ) -> Result<ForRun> {
     let program = match fault {
@@ -104,6 +105,7 @@ pub fn for_run(
         paravisor: &paravisor,
         firmware: Some(firmware),
         fault,
+        acceptance,
     }
     .write(&image)?;
     step.done(&format!("launch digest {}", sidecar.digest));

@@ -45,6 +45,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use e2e::guests::Firmware;
+use e2e::image::{Accept, Extras};
 use protocols::launch::Fault;
 
 use layout::Layout;
@@ -64,9 +65,19 @@ enum Task {
     /// Run all tests and end with one line of totals
     Test(test::Options),
     /// Build everything: paravisor, machine, test guests, images
-    Build,
+    Build(BuildOptions),
     /// Say what this machine lacks and how to get it
     Doctor,
+}
+
+/// What `xtask build` can be told.
+#[derive(Debug, clap::Args)]
+struct BuildOptions {
+    /// When the image's paravisor accepts memory, as for run
+    #[arg(long, value_name = "POLICY", default_value = "lazy")]
+    accept: Accept,
+    #[command(flatten)]
+    accept_extras: Extras,
 }
 
 fn main() -> ExitCode {
@@ -84,10 +95,18 @@ fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Run(options) => run::run(&layout, &options),
         Task::Test(options) => test::run(&layout, &options),
-        Task::Build => {
+        Task::Build(options) => {
+            let acceptance = options.accept.with(options.accept_extras)?;
             let target = build::prepare(&layout)?;
             let firmware = fetch::guests::firmware(Firmware::default()).obtain(&layout)?;
-            build::for_run(&layout, target, &firmware, Fault::NONE, &layout.artefacts)?;
+            build::for_run(
+                &layout,
+                target,
+                &firmware,
+                Fault::NONE,
+                acceptance,
+                &layout.artefacts,
+            )?;
             build::for_tests(&layout, target)?;
             println!("{}", layout.artefacts.display());
             Ok(ExitCode::SUCCESS)

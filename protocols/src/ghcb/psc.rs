@@ -43,6 +43,9 @@ pub struct List {
     pub entries: [Entry; MAX_ENTRIES],
 }
 
+/// Offset of the first entry in the shared buffer.
+pub const FIRST_ENTRY_OFFSET: usize = core::mem::offset_of!(List, entries);
+
 const _: () = {
     use core::mem::offset_of;
     assert!(size_of::<Header>() == 8);

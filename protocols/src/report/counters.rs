@@ -19,6 +19,10 @@ pub struct VcpuCounters {
     pub levels: [VmplCounters; Vmpl::COUNT],
     /// The calls it made.
     pub calls: Vec<CallCounters>,
+    /// Requests to start a lower level here that came while VMPL0 ran.
+    pub awaited_starts: u64,
+    /// The most pages that VMPL0 validated here while such a request waited for it.
+    pub pages_while_awaited: u64,
 }
 
 /// What one VMPL did and caused, on one processor or on all of them.

@@ -7,10 +7,12 @@
 //!
 //! - this module: calling area, call numbers, result codes;
 //! - [`list`]: the lists of PVALIDATE, DEPOSIT_MEM and WITHDRAW_MEM;
-//! - [`registers`]: register encodings of QUERY_PROTOCOL and CONFIGURE_VTOM.
+//! - [`registers`]: register encodings of QUERY_PROTOCOL and CONFIGURE_VTOM;
+//! - [`turnstile`]: our own protocol.
 
 pub mod list;
 pub mod registers;
+pub mod turnstile;
 
 pub use list::*;
 pub use registers::*;
@@ -67,6 +69,9 @@ open_enum! {
         APIC = 3,
         /// UEFI management mode (draft).
         UEFI_MM = 4,
+        /// Turnstile's own (docs/protocol.md): outside what SVSM reserves, 0x8000_0000 to
+        /// 0x8000_FFFF for the reference implementation included.
+        TURNSTILE = 0x8001_5453,
     }
 }
 

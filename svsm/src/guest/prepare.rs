@@ -167,6 +167,11 @@ impl<P: Platform> Preparation<'_, P> {
     fn accept_pages(&self, pages: PageRange) -> Result<(), TurnstileReason> {
         for page in pages.frames() {
             let block = Block::page(Frame::containing(page.get()));
+            // OVMF registers a page between its areas as GHCB, shared, that it has neither accepted
+            // nor rescinded. It can do so only while nobody has validated that page.
+            self.engine
+                .leave_to_requests(block)
+                .map_err(|_| TurnstileReason::FIRMWARE)?;
             match self.engine.accept(block, OnNoChange::Fail) {
                 // No flush can be owed: the guest has never run.
                 Ok(_) => {}

@@ -10,16 +10,20 @@
 
 use core::ptr;
 
-use protocols::addr::{Gpa, PAGE_SIZE, Vmpl};
+use protocols::addr::{Gpa, PAGE_SIZE, PageSize, Vmpl};
 use protocols::exit_code::ExitCode;
-use protocols::ghcb::PROTOCOL_VERSION;
 use protocols::ghcb::event::{ApCreation, ApRequest, IoDirection, IoInfo, IoWidth};
 use protocols::ghcb::page::{self, Field, Ghcb as GhcbPage, Response, USAGE_STANDARD, ValidBitmap};
+use protocols::ghcb::{PROTOCOL_VERSION, PageOperation, psc};
 use protocols::terminate::TurnstileReason;
 
 use super::{Hypervisor, Start, VcpuRequest, msr};
 use crate::memory::page_tables::{self, Alias};
 use crate::platform::snp;
+
+/// How often the host may be asked to go on with one list of page state changes: it may stop when
+/// it likes.
+const PSC_TRIES: usize = 16 * psc::MAX_ENTRIES;
 
 /// The channel of one processor.
 #[derive(Debug)]
@@ -91,7 +95,7 @@ impl Ghcb {
         event: ExitCode,
         info_1: u64,
         info_2: u64,
-        rax: Option<u64>,
+        argument: Option<(Field, u64)>,
         refused: TurnstileReason,
     ) -> Result<(), TurnstileReason> {
         let mut valid = ValidBitmap::default();
@@ -102,8 +106,8 @@ impl Ghcb {
         put(Field::EXIT_CODE, event.0);
         put(Field::EXIT_INFO_1, info_1);
         put(Field::EXIT_INFO_2, info_2);
-        if let Some(rax) = rax {
-            put(Field::RAX, rax);
+        if let Some((field, value)) = argument {
+            put(field, value);
         }
         self.write(page::VALID_BITMAP_OFFSET, valid.0);
         self.write(page::PROTOCOL_VERSION_OFFSET, PROTOCOL_VERSION);
@@ -155,7 +159,7 @@ impl Hypervisor for Ghcb {
             ExitCode::AP_CREATION,
             info_1,
             request.vmsa.get(),
-            Some(request.sev_features),
+            Some((Field::RAX, request.sev_features)),
             TurnstileReason::AP_CREATION,
         )
     }
@@ -166,7 +170,7 @@ impl Hypervisor for Ghcb {
             ExitCode::GET_APIC_IDS,
             list.get(),
             0,
-            Some(pages),
+            Some((Field::RAX, pages)),
             TurnstileReason::APIC_IDS,
         )?;
         // The host answers with the number of pages that it needs.
@@ -177,13 +181,57 @@ impl Hypervisor for Ghcb {
         }
     }
 
+    fn make_private(&self, blocks: &[Gpa]) -> Result<(), TurnstileReason> {
+        let count = blocks.len();
+        let end = match count.checked_sub(1) {
+            None => return Ok(()),
+            Some(last) if count <= psc::MAX_ENTRIES => last as u16,
+            Some(_) => return Err(TurnstileReason::INTERNAL),
+        };
+        let entries = (psc::FIRST_ENTRY_OFFSET..).step_by(size_of::<psc::Entry>());
+        for (offset, block) in entries.zip(blocks) {
+            let (frame, size) = (block.frame(), PageSize::Size2M);
+            let entry = psc::Entry::new(frame, PageOperation::PRIVATE, size);
+            self.write(page::SHARED_BUFFER_OFFSET + offset, entry);
+        }
+        let header = psc::Header {
+            end,
+            ..psc::Header::default()
+        };
+        self.write(page::SHARED_BUFFER_OFFSET, header);
+        let mut done = 0;
+        for _ in 0..PSC_TRIES {
+            self.request(
+                ExitCode::PAGE_STATE_CHANGE,
+                0,
+                0,
+                Some((
+                    Field::SCRATCH,
+                    self.gpa.get() + page::SHARED_BUFFER_OFFSET as u64,
+                )),
+                TurnstileReason::GHCB_PAGE_STATE,
+            )?;
+            let outcome = psc::Outcome(self.read(Field::EXIT_INFO_2.offset()));
+            let header: psc::Header = self.read(page::SHARED_BUFFER_OFFSET);
+            let sane = header.current >= done && header.end == end;
+            if outcome != psc::Outcome::OK || !sane {
+                return Err(TurnstileReason::GHCB_PAGE_STATE);
+            }
+            done = header.current;
+            if done > end {
+                return Ok(());
+            }
+        }
+        Err(TurnstileReason::GHCB_PAGE_STATE)
+    }
+
     fn write_port(&self, port: u16, value: u8) -> Result<(), TurnstileReason> {
         let IoInfo(info_1) = IoInfo::single(port, IoDirection::Out, IoWidth::Byte);
         self.request(
             ExitCode::IOIO,
             info_1,
             0,
-            Some(value.into()),
+            Some((Field::RAX, value.into())),
             TurnstileReason::GHCB_MALFORMED,
         )
     }

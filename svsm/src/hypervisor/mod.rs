@@ -61,6 +61,15 @@ pub trait Hypervisor {
     /// [`TurnstileReason::APIC_IDS`] if a page is not enough, or one of the GHCB reasons.
     fn list_apic_ids(&self, list: Gpa) -> Result<(), TurnstileReason>;
 
+    /// Has the host make the 2 MiB blocks at these addresses private; those that are stay so. As
+    /// many as a list has room for ([`protocols::ghcb::psc::MAX_ENTRIES`]); more are refused.
+    ///
+    /// # Errors
+    ///
+    /// [`TurnstileReason::GHCB_PAGE_STATE`] if the host refuses, or makes no progress; one of the
+    /// GHCB reasons.
+    fn make_private(&self, blocks: &[Gpa]) -> Result<(), TurnstileReason>;
+
     /// Writes a byte to an I/O port.
     ///
     /// # Errors

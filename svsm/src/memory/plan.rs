@@ -13,6 +13,7 @@
 //! locks, the vCPUs. It is made of whole 2 MiB pages at the top of the highest memory that has
 //! room.
 
+use accept::GivenBack;
 use protocols::addr::{LARGE_PAGE_SIZE, PAGE_SIZE, PAGES_PER_LARGE_PAGE};
 use protocols::map::{BYTES_PER_REGION, MapDescriptor};
 use protocols::terminate::TurnstileReason;
@@ -144,12 +145,18 @@ impl Plan {
             && !pages.overlaps(self.carve_out)
     }
 
-    /// Bytes of states and of page tables for the guest window.
+    /// Bytes of states, of the memory of what was given back, and of page tables for the guest
+    /// window.
     fn bytes_for_memory(&self, host_map: &HostMap) -> u64 {
         let states: u64 = self
             .ranges()
             .iter()
             .map(|range| regions_touched(*range))
+            .sum();
+        let flags: usize = self
+            .ranges()
+            .iter()
+            .map(|range| GivenBack::needed(regions_touched(*range) as usize))
             .sum();
         let tables: u64 = self
             .ranges()
@@ -159,7 +166,8 @@ impl Plan {
         // One more directory for the root entry, one table for each entry of the host's map
         // that begins in the middle of a table already counted.
         let spare = 2 + host_map.stretches().len() as u64;
-        states * BYTES_PER_REGION + (tables + spare) * PAGE_SIZE
+        let flags = (flags * size_of::<GivenBack>()) as u64;
+        states * BYTES_PER_REGION + flags + (tables + spare) * PAGE_SIZE
     }
 }
 

@@ -2,7 +2,7 @@
 
 use accept::Backend;
 use protocols::svsm::{
-    CORE_PROTOCOL_VERSION, ConfigureVtom, CoreCall, Protocol, ProtocolQuery, ResultCode,
+    CORE_PROTOCOL_VERSION, ConfigureVtom, CoreCall, Protocol, ProtocolQuery, ResultCode, turnstile,
 };
 
 use super::{Finished, GuestMemory, Registers, Service, Stop, VcpuIndex, Vcpus, VmsaPages};
@@ -41,6 +41,7 @@ fn query_protocol(rcx: u64) -> u64 {
     let query = ProtocolQuery::decode(rcx);
     match query.protocol {
         Protocol::CORE => query.answer(CORE_PROTOCOL_MINIMUM, CORE_PROTOCOL_VERSION),
+        Protocol::TURNSTILE => query.answer(turnstile::VERSION, turnstile::VERSION),
         _ => ProtocolQuery::UNAVAILABLE,
     }
 }

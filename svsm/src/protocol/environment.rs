@@ -125,11 +125,24 @@ pub enum DeleteRefusal {
     Busy,
 }
 
+/// What processors that the guest has not started have done ahead of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steps {
+    /// Regions looked at, on all processors.
+    pub taken: u64,
+    /// The most steps that ended between the making of a processor's first VMSA and that
+    /// processor's going to run it.
+    pub longest_wait: u64,
+}
+
 /// The registry of the guest's processors.
 ///
 /// It answers for the pages that are lent as VMSAs and calling areas: a page is on record until
 /// the hardware state that it describes is undone.
 pub trait Vcpus {
+    /// What was done ahead of the guest.
+    fn steps(&self) -> Steps;
+
     /// Whether the VM has a processor with this APIC id.
     fn has_apic_id(&self, apic_id: u32) -> bool;
 

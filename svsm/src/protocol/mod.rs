@@ -13,6 +13,7 @@
 //! | `core_calls` | the core protocol: which calls exist; the calls that need no memory |
 //! | `pvalidate` | accepting and rescinding by list |
 //! | `vcpu` | calling areas and VMSAs |
+//! | `turnstile` | our own protocol: accepting by range, statistics |
 //!
 //! Rules:
 //!
@@ -27,6 +28,7 @@ mod argument;
 mod core_calls;
 mod environment;
 mod pvalidate;
+mod turnstile;
 mod vcpu;
 
 #[cfg(test)]
@@ -38,9 +40,11 @@ use protocols::exit_code::ExitCode;
 use protocols::svsm::{CallId, CallingArea, Protocol, ResultCode};
 use protocols::terminate::TurnstileReason;
 
+use crate::ahead::{Ahead, HostLied};
+
 pub use environment::{
-    Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Unreachable,
-    VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
+    Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Steps,
+    Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
 };
 
 /// The registers of a call (SVSM 5).
@@ -103,16 +107,24 @@ pub struct Service<'a, B, M, V, P> {
     memory: M,
     vcpus: V,
     vmsa_pages: P,
+    ahead: &'a Ahead,
 }
 
 impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'a, B, M, V, P> {
     /// A service on the given parts.
-    pub const fn new(engine: &'a Engine<'a, B>, memory: M, vcpus: V, vmsa_pages: P) -> Self {
+    pub const fn new(
+        engine: &'a Engine<'a, B>,
+        memory: M,
+        vcpus: V,
+        vmsa_pages: P,
+        ahead: &'a Ahead,
+    ) -> Self {
         Self {
             engine,
             memory,
             vcpus,
             vmsa_pages,
+            ahead,
         }
     }
 
@@ -155,6 +167,7 @@ impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'a, B, M, V
         let id = CallId::decode(registers.rax);
         match id.protocol {
             Protocol::CORE => self.core(caller, id.call, registers),
+            Protocol::TURNSTILE => self.turnstile(id.call, registers),
             // Linux asks every SVSM for a vTPM and takes this for "none".
             _ => Err(ResultCode::UNSUPPORTED_PROTOCOL.into()),
         }
@@ -168,6 +181,17 @@ impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'a, B, M, V
         }
     }
 }
+
+impl From<HostLied> for Stop {
+    fn from(HostLied: HostLied) -> Self {
+        log::error!("a page that nobody has accepted is valid: the host lied");
+        Self::Machine(TurnstileReason::ALREADY_VALID)
+    }
+}
+
+/// Bytes that one call changes at most before it answers INCOMPLETE (design §10). Every changed
+/// page costs at least an instruction, so this bounds rescinds and claims as well as scrubbing.
+const WORK_BUDGET: u64 = 32 << 20;
 
 /// The end after a fault on a page that the map says is valid and ours (I6).
 const LOST: Stop = Stop::Machine(TurnstileReason::NOT_VALIDATED);

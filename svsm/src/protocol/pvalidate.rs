@@ -19,11 +19,7 @@ use protocols::terminate::TurnstileReason;
 use zerocopy::transmute;
 
 use super::argument::ArgumentPage;
-use super::{Debt, GuestMemory, Service, Stop, VcpuIndex, Vcpus, VmsaPages, stop_for};
-
-/// Bytes that one call changes at most before it answers INCOMPLETE (design §10). Every changed
-/// page costs at least an instruction, so this bounds rescinds and claims as well as scrubbing.
-const WORK_BUDGET: u64 = 32 << 20;
+use super::{Debt, GuestMemory, Service, Stop, VcpuIndex, Vcpus, VmsaPages, WORK_BUDGET, stop_for};
 
 const _: () = assert!(WORK_BUDGET >= PageSize::Size2M.bytes());
 
@@ -207,6 +203,10 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
             }
         };
         progress.work += changed_pages * PageSize::Size4K.bytes();
+        if request.action == PvalidateAction::Validate && request.size == PageSize::Size2M {
+            let room = WORK_BUDGET - progress.work;
+            progress.work += self.ahead.prepare_behind(self.engine, block, room)?;
+        }
         Ok(())
     }
 

@@ -7,13 +7,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+pub use igvm_build::accept::{Accept, Extras};
 use igvm_build::elf::Program;
 use igvm_build::error::FileError;
 use igvm_build::firmware::Firmware;
 use igvm_build::flat::elf_to_flat;
 use igvm_build::image::{self, Options};
 use igvm_build::sidecar::Sidecar;
-use protocols::launch::Fault;
+use protocols::launch::{Acceptance, Fault};
 
 /// The emulated machine's C-bit: its nested tables have four levels, so 47 is the highest bit that
 /// can tell the two aliases apart.
@@ -28,6 +29,8 @@ pub struct Recipe<'a> {
     pub firmware: Option<&'a Path>,
     /// A deliberate fault, which only the test build of the paravisor heeds.
     pub fault: Fault,
+    /// When memory is accepted.
+    pub acceptance: Acceptance,
 }
 
 impl Recipe<'_> {
@@ -46,7 +49,7 @@ impl Recipe<'_> {
         let options = Options {
             c_bit: MACHINE_C_BIT,
             fault: self.fault,
-            ..Options::default()
+            acceptance: self.acceptance,
         };
         let image = image::build(&program, firmware.as_ref(), &options)
             .map_err(FileError::content(self.firmware.unwrap_or(self.paravisor)))?;

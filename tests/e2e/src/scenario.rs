@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use igvm_build::sidecar::Sidecar;
-use protocols::launch::Fault;
+use protocols::launch::{Acceptance, Fault};
 use protocols::report::{Event, Outcome, Report};
 
 use crate::guests::{Firmware, Kernel};
@@ -282,20 +282,25 @@ impl Findings {
 }
 
 impl Context {
-    /// Builds an image into the scenario's directory.
+    /// Builds an image into the scenario's directory. Its paravisor accepts memory on request.
     pub fn image(
         &self,
         paravisor: &Path,
         firmware: Option<&Path>,
         fault: Fault,
     ) -> Result<(PathBuf, Sidecar)> {
-        let file = self.dir.join("image.igvm");
-        let sidecar = Recipe {
+        self.image_of(Recipe {
             paravisor,
             firmware,
             fault,
-        }
-        .write(&file)?;
+            acceptance: Acceptance::LAZY,
+        })
+    }
+
+    /// The same, with everything that can be chosen.
+    pub fn image_of(&self, recipe: Recipe<'_>) -> Result<(PathBuf, Sidecar)> {
+        let file = self.dir.join("image.igvm");
+        let sidecar = recipe.write(&file)?;
         Ok((file, sidecar))
     }
 
@@ -330,7 +335,23 @@ impl Context {
         fault: Fault,
         settings: Settings,
     ) -> Result<(Config, Sidecar)> {
-        let (image, sidecar) = self.image(paravisor, Some(&self.artefacts.svsm_cases), fault)?;
+        self.svsm_cases_with(paravisor, fault, settings, Acceptance::LAZY)
+    }
+
+    /// The same, with a paravisor that accepts memory so.
+    pub fn svsm_cases_with(
+        &self,
+        paravisor: &Path,
+        fault: Fault,
+        settings: Settings,
+        acceptance: Acceptance,
+    ) -> Result<(Config, Sidecar)> {
+        let (image, sidecar) = self.image_of(Recipe {
+            paravisor,
+            firmware: Some(&self.artefacts.svsm_cases),
+            fault,
+            acceptance,
+        })?;
         let settings = Settings {
             oracle: true,
             ..settings

@@ -17,7 +17,7 @@ use protocols::report::{
 
 use crate::calls::{self, Calls};
 use crate::samples::Samples;
-use crate::types::{VcpuId, Vmpl};
+use crate::types::{PageSize, VcpuId, Vmpl};
 
 /// A VMGEXIT by what was asked.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -50,9 +50,20 @@ impl Default for Level {
     }
 }
 
+/// Starts of a lower level that came while VMPL0 ran, on one vCPU.
+#[derive(Clone, Copy, Default)]
+struct Starts {
+    /// Pages VMPL0 had validated when the request came that waits now.
+    since: Option<u64>,
+    awaited: u64,
+    most_pages: u64,
+}
+
 /// All counters of a run.
 pub struct Counters {
     vcpus: Vec<[Level; Vmpl::COUNT]>,
+    /// Of each vCPU, how long levels that were to be started waited for VMPL0.
+    starts: Vec<Starts>,
     /// Index of the vCPU that is served.
     served: usize,
     /// SVSM calls.
@@ -70,6 +81,7 @@ impl Counters {
     pub fn new(vcpus: u32) -> Self {
         Self {
             vcpus: (0..vcpus.max(1)).map(|_| Default::default()).collect(),
+            starts: (0..vcpus.max(1)).map(|_| Starts::default()).collect(),
             served: 0,
             calls: Calls::new(vcpus),
             samples: Samples::default(),
@@ -121,16 +133,46 @@ impl Counters {
         *level.vmgexits.entry(what).or_default() += 1;
     }
 
+    /// Pages that VMPL0 of the vCPU that is served has validated.
+    fn validated_here(&mut self) -> u64 {
+        let pvalidate = &self.vmpl(Vmpl::VMPL0).pvalidate;
+        pvalidate.validate_4k.ok + pvalidate.validate_2m.ok * PageSize::Size2M.pages()
+    }
+
+    /// A lower level of the vCPU that is served is to be started, and VMPL0 runs there.
+    pub fn start_is_awaited(&mut self) {
+        let now = self.validated_here();
+        if let Some(starts) = self.starts.get_mut(self.served)
+            && starts.since.is_none()
+        {
+            starts.since = Some(now);
+            starts.awaited += 1;
+        }
+    }
+
+    /// A lower level of the vCPU that is served runs, or is not to be started any more.
+    pub fn start_is_over(&mut self) {
+        let now = self.validated_here();
+        if let Some(starts) = self.starts.get_mut(self.served)
+            && let Some(since) = starts.since.take()
+        {
+            starts.most_pages = starts.most_pages.max(now - since);
+        }
+    }
+
     /// What the report says of each vCPU.
     pub fn report(&self) -> Vec<VcpuCounters> {
         self.vcpus
             .iter()
             .zip(self.calls.report())
+            .zip(&self.starts)
             .zip(0..)
-            .map(|((levels, calls), id)| VcpuCounters {
+            .map(|(((levels, calls), starts), id)| VcpuCounters {
                 id,
                 levels: levels.each_ref().map(Level::report),
                 calls,
+                awaited_starts: starts.awaited,
+                pages_while_awaited: starts.most_pages,
             })
             .collect()
     }

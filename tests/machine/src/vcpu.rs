@@ -168,6 +168,9 @@ impl<P: PhysicalMemory> Platform<P> {
         if switched {
             self.counters.vmpl(vmpl).world_switches += 1;
         }
+        if vmpl != Vmpl::VMPL0 {
+            self.counters.start_is_over();
+        }
         let stage = if vmpl == Vmpl::VMPL0 {
             StageName::Paravisor
         } else {
@@ -180,6 +183,16 @@ impl<P: PhysicalMemory> Platform<P> {
             self.events.push(Event::Stage(Stage { name: stage, tsc }));
         }
         Ok(spa)
+    }
+
+    /// The vCPU that is served is to start a lower level, but runs VMPL0 and is not interrupted.
+    pub fn count_awaited_start(&mut self) {
+        self.counters.start_is_awaited();
+    }
+
+    /// Nobody waits any more for the start that [`Self::count_awaited_start`] told of.
+    pub fn count_start(&mut self) {
+        self.counters.start_is_over();
     }
 
     fn check_vmsa(&self, vcpu: VcpuId, vmpl: Vmpl, gpa: Gpa) -> Result<Spa, EnterError> {

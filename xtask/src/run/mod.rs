@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use e2e::guests::{Firmware, Kernel};
+use e2e::image::{Accept, Extras};
 use e2e::vm::{Backing, Config, Console, Finished, Happening, Linux, Settings, Stage, Vc};
 use e2e::{image, initramfs};
 use protocols::report::Event;
@@ -61,6 +62,13 @@ pub struct Options {
     /// Firmware to use, one of Debian's OVMF or a file: 2026.08, 2025.02, FILE
     #[arg(long, value_name = "FIRMWARE", default_value = "2026.08", value_parser = choice::<Firmware>)]
     firmware: Choice<Firmware>,
+    /// When the paravisor accepts memory: lazy (on request), eager (all of it before the guest
+    /// starts), ahead (in the background on processors the guest has not started); the last two
+    /// with or without a budget, such as ahead:512M or ahead:50%
+    #[arg(long, value_name = "POLICY", default_value = "lazy")]
+    accept: Accept,
+    #[command(flatten)]
+    accept_extras: Extras,
     #[command(flatten)]
     disk: disk::DiskOptions,
     #[command(flatten)]
@@ -92,6 +100,7 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     if options.exec.is_none() && options.initrd.is_none() && !terminal {
         bail!("the guest's shell needs a terminal; run a command with --exec CMD instead");
     }
+    options.accept.with(options.accept_extras)?;
     options.kernel.check("a kernel")?;
     options.firmware.check("an OVMF image")?;
     options.disk.check()?;
@@ -146,7 +155,14 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         Some(_) => None,
         None => Some(linux(layout, options, &dir)?),
     };
-    let built = build::for_run(layout, target, &firmware, options.observe.fault(), &dir)?;
+    let built = build::for_run(
+        layout,
+        target,
+        &firmware,
+        options.observe.fault(),
+        options.accept.with(options.accept_extras)?,
+        &dir,
+    )?;
     observe::keep_programs(&built, &dir)?;
     let sidecar = image::sidecar(&built.image)?;
     Ok(Config {

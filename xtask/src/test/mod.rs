@@ -24,7 +24,7 @@ use e2e::guests::{Firmware, Kernel};
 use e2e::scenario::{Artefacts, Check, Context, Scenario};
 use e2e::scenarios;
 use e2e::vm::Logs;
-use protocols::launch::Fault;
+use protocols::launch::{Acceptance, Fault};
 
 use crate::command::tail;
 use crate::layout::{Layout, create_dir};
@@ -136,7 +136,14 @@ fn artefacts(
         }
     }
     let busybox = fetch::BUSYBOX.obtain(layout)?;
-    let run = build::for_run(layout, target, &ovmf, Fault::NONE, &layout.artefacts)?;
+    let run = build::for_run(
+        layout,
+        target,
+        &ovmf,
+        Fault::NONE,
+        Acceptance::LAZY,
+        &layout.artefacts,
+    )?;
     let tests = build::for_tests(layout, target)?;
     Ok(Artefacts {
         qemu,

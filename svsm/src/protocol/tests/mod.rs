@@ -9,4 +9,5 @@ mod calls;
 mod histories;
 mod pvalidate;
 mod races;
+mod turnstile;
 mod vcpu;

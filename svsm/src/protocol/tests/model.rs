@@ -6,18 +6,20 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, PageState, Range, Region,
-    RegionLock, RegionLocks, Taken, ValidateFault,
+    AdjustFault, Backend, Block, Engine, Fault, Frame, GivenBack, Map, NotFlushed, PageState,
+    Range, Region, RegionLock, RegionLocks, Taken, ValidateFault,
 };
 use protocols::addr::Gpa;
 use protocols::exit_code::ExitCode;
+use protocols::launch::Acceptance;
 use protocols::svsm::{CallId, CoreCall, ResultCode};
 use protocols::vmsa::{Efer, SevFeatures, Vmsa};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
+use crate::ahead::Ahead;
 use crate::protocol::{
     Answer, Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place,
-    Registers, Service, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
+    Registers, Service, Steps, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
 };
 
 /// Memory of the machine: 48 MiB from 0, of which the last 2 MiB have no state in the map.
@@ -85,6 +87,8 @@ pub struct Machine {
     debt: RefCell<Option<Debt>>,
     /// VMSAs that are busy on another processor.
     pub busy: RefCell<BTreeSet<u64>>,
+    /// What processors are said to have done ahead of the guest.
+    pub steps: Cell<Steps>,
 }
 
 impl Machine {
@@ -102,6 +106,7 @@ impl Machine {
             room: Cell::new(8),
             debt: RefCell::default(),
             busy: RefCell::default(),
+            steps: Cell::default(),
         }
     }
 
@@ -295,6 +300,10 @@ impl GuestMemory for &Machine {
 }
 
 impl Vcpus for &Machine {
+    fn steps(&self) -> Steps {
+        self.steps.get()
+    }
+
     fn has_apic_id(&self, apic_id: u32) -> bool {
         apic_id < 2
     }
@@ -461,14 +470,23 @@ impl VmsaPages for &Machine {
 pub struct World<'a> {
     pub machine: &'a Machine,
     pub engine: &'a Engine<'a, &'a Machine>,
+    pub ahead: &'a Ahead,
     service: Service<'a, &'a Machine, &'a Machine, &'a Machine, &'a Machine>,
 }
 
 /// Runs `test` in a world whose guest has been started.
 pub fn in_world(test: impl FnOnce(&World<'_>)) {
+    in_world_that_accepts(Acceptance::LAZY, test);
+}
+
+/// The same, with memory accepted so.
+pub fn in_world_that_accepts(acceptance: Acceptance, test: impl FnOnce(&World<'_>)) {
     let machine = &Machine::new();
     let regions: Vec<Region> = (1..REGIONS).map(|_| Region::new()).collect();
-    let ranges = [Range::try_new(Frame::containing(0), END >> 12, &regions).unwrap()];
+    let given_back = [GivenBack::new()];
+    let range = Range::try_new(Frame::containing(0), END >> 12, &regions).unwrap();
+    let ranges = [range.with_given_back(&given_back).unwrap()];
+    let ahead = Ahead::new(acceptance, END);
     let locks: Vec<RegionLock> = (0..64).map(|_| RegionLock::new()).collect();
     let locks = RegionLocks::try_new(&locks).unwrap().with_spin_limit(3);
     let engine = &Engine::new(machine, Map::try_new(&ranges).unwrap(), locks);
@@ -521,7 +539,8 @@ pub fn in_world(test: impl FnOnce(&World<'_>)) {
     let world = World {
         machine,
         engine,
-        service: Service::new(engine, machine, machine, machine),
+        ahead: &ahead,
+        service: Service::new(engine, machine, machine, machine, &ahead),
     };
     test(&world);
     machine.assert_agrees(engine);

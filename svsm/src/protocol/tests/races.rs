@@ -50,7 +50,13 @@ fn a_list_s_page_cannot_become_a_vmsa_while_the_result_is_written() {
             inner: world.machine,
             act: || attempt.set(Some(world.engine.take(frame(GUEST), Role::Vmsa).map(drop))),
         };
-        let service = Service::new(world.engine, memory, world.machine, world.machine);
+        let service = Service::new(
+            world.engine,
+            memory,
+            world.machine,
+            world.machine,
+            world.ahead,
+        );
         world.write_list(GUEST, 1, 0, &[validate_4k(PAGE)]);
         world.machine.fill(AREA, &[1]);
         let registers = core_registers(CoreCall::PVALIDATE, [GUEST, 0, 0]);

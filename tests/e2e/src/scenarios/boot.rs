@@ -6,7 +6,8 @@
 
 use anyhow::Result;
 use protocols::launch::Fault;
-use protocols::report::Outcome;
+use protocols::report::{Outcome, Report};
+use protocols::svsm::ResultCode;
 
 use crate::scenario::{BOOT_LIMIT, Context, Findings, Scenario};
 use crate::vm::{Backing, Finished, Settings, Stage, Vc};
@@ -76,6 +77,9 @@ fn boot(context: &Context, settings: Settings) -> Result<Findings> {
     findings.equal("all stages, in order", stages.as_slice(), order.as_slice());
     guest_says(&mut findings, &finished);
     crate::report_laws::check_backing(&mut findings, finished.report()?, backing);
+    if backing == Backing::Small {
+        no_mismatch_reaches_the_guest(&mut findings, finished.report()?);
+    }
     let guest = finished
         .report()?
         .counters
@@ -88,6 +92,32 @@ fn boot(context: &Context, settings: Settings) -> Result<Findings> {
         0,
     );
     Ok(findings)
+}
+
+/// The host has no large page, and the guest does not hear of it: each of its requests for 2 MiB is
+/// done with the call that made it.
+fn no_mismatch_reaches_the_guest(findings: &mut Findings, report: &Report) {
+    let mismatch = ResultCode::FAIL_SIZE_MISMATCH.name().unwrap_or_default();
+    let told: u64 = report
+        .calls
+        .iter()
+        .filter_map(|call| call.results.get(mismatch))
+        .sum();
+    findings.equal("answers of size mismatch", told, 0);
+    let large = report.calls.iter().map(|call| call.entries.validate_2m);
+    let (done, refused) = large.fold((0, 0), |(done, refused), entries| {
+        (done + entries.done, refused + entries.refused)
+    });
+    findings.equal("requests for 2 MiB that were refused", refused, 0);
+    let met = report
+        .counters
+        .first()
+        .map_or(0, |paravisor| paravisor.pvalidate.validate_2m.size_mismatch);
+    findings.check(
+        "each request for 2 MiB met one mismatch, at VMPL0",
+        done > 0 && met >= done,
+        || format!("{done} requests, {met} mismatches"),
+    );
 }
 
 fn guest_says(findings: &mut Findings, finished: &Finished) {

@@ -1,6 +1,6 @@
 //! Is the image reproducible and measured as told?
 
-use protocols::launch::Fault;
+use protocols::launch::{Acceptance, Fault};
 use protocols::report::Outcome;
 
 use crate::image::Recipe;
@@ -18,6 +18,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 paravisor: &artefacts.paravisor,
                 firmware: Some(&artefacts.ovmf),
                 fault: Fault::NONE,
+                acceptance: Acceptance::LAZY,
             };
             let (first, first_told) = recipe.build()?;
             let (second, second_told) = recipe.build()?;
@@ -43,6 +44,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 paravisor: &context.artefacts.paravisor,
                 firmware: None,
                 fault: Fault::NONE,
+                acceptance: Acceptance::LAZY,
             };
             let (_, sidecar) = recipe.build()?;
             let mut findings = Findings::default();

@@ -8,6 +8,7 @@
 //! | [`boot_memory`] | is all of memory accepted when the guest wants all of it? |
 //! | [`ends`] | does the exit status tell how a run ended? |
 //! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
+//! | [`policy`] | is memory accepted before the guest asks, unnoticed? |
 //! | [`stress`] | is nothing lost when memory and processors change all the time? |
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
@@ -29,6 +30,7 @@ mod image;
 mod isa;
 mod matrix;
 mod observe;
+mod policy;
 mod stress;
 mod svsm_calls;
 mod tools;
@@ -48,6 +50,7 @@ pub fn all() -> Vec<Scenario> {
         faults::scenarios(),
         boot::scenarios(),
         boot_memory::scenarios(),
+        policy::scenarios(),
         ends::scenarios(),
         matrix::scenarios(),
         stress::scenarios(),

@@ -82,17 +82,51 @@ pub fn scenarios() -> Vec<Scenario> {
             refused(context, &[], &file, &["expected", "PATH"])
         }),
         Scenario::new("tools/bad-memory-size", |context| {
-            let output = xtask(context, &["--mem".into(), "4".into()])?;
+            bad_value(context, &["--mem", "4"], "such as 4G")
+        }),
+        Scenario::new("tools/bad-policy", |context| {
             let mut findings = Findings::default();
-            findings.check("is refused", !output.success, || output.text.clone());
-            findings.check(
-                "says what is expected",
-                output.text.contains("such as 4G"),
-                || output.text.clone(),
-            );
+            for (arguments, expected) in [
+                (
+                    ["--accept", "soon"].as_slice(),
+                    "expected lazy, eager or ahead",
+                ),
+                (&["--accept", "ahead:512"], "such as 512M"),
+                (
+                    &["--accept", "ahead:3M"],
+                    "3145728 bytes: expected a multiple of 2 MiB",
+                ),
+                (&["--accept", "ahead:101%"], "101 %: expected 1 to 100 %"),
+                (&["--accept", "lazy:1G"], "takes no budget"),
+                (
+                    &["--accept", "ahead", "--read-ahead", "16"],
+                    "expected at most 15",
+                ),
+                (&["--accept-order", "middle"], "expected low"),
+            ] {
+                findings
+                    .checks
+                    .extend(bad_value(context, arguments, expected)?.checks);
+            }
             Ok(findings)
         }),
     ]
+}
+
+/// `xtask run` with `arguments` must fail and say `expected`.
+fn bad_value(context: &Context, arguments: &[&str], expected: &str) -> Result<Findings> {
+    let arguments: Vec<OsString> = arguments.iter().map(OsString::from).collect();
+    let said = xtask(context, &arguments)?;
+    let mut findings = Findings::default();
+    findings.check(format!("{arguments:?} is refused"), !said.success, || {
+        said.text.clone()
+    });
+    findings.check(
+        format!("and what is expected is said: {expected:?}"),
+        said.text.contains(expected) && !said.text.contains("panicked"),
+        || said.text.clone(),
+    );
+    Ok(findings)
 }
 
 /// What `xtask run` said.

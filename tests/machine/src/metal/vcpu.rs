@@ -280,8 +280,14 @@ impl Vcpu {
         match request {
             // Forgotten, it would never run: VMPL0 may have found nothing to run a moment ago
             // and be about to give the processor back.
-            Request::Start(vmpl) => self.due = Some(vmpl),
-            Request::Stop(vmpl) if self.due == Some(vmpl) => self.due = None,
+            Request::Start(vmpl) => {
+                self.due = Some(vmpl);
+                self.lock().platform.count_awaited_start();
+            }
+            Request::Stop(vmpl) if self.due == Some(vmpl) => {
+                self.due = None;
+                self.lock().platform.count_start();
+            }
             Request::Stop(_) | Request::Startup => {}
         }
     }

@@ -52,7 +52,9 @@ fn vmsa() -> Result<Gpa, Finding> {
 
 /// Asks the host to start or stop the second processor.
 fn ask(request: ApRequest, vmsa: Gpa) -> Result<Reply, Finding> {
-    let page = memory::fresh_page();
+    // Given back before it is shared: it may have been made ready, behind the guest's back.
+    let page = accepted_page()?;
+    done(&[rescind(page, PageSize::Size4K)])?;
     ghcb::change_page_state(page, PageOperation::SHARED)?;
     let page = ghcb::Page::at(page);
     page.register()?;
@@ -70,7 +72,8 @@ fn ask(request: ApRequest, vmsa: Gpa) -> Result<Reply, Finding> {
     Ok(reply)
 }
 
-fn starts() -> Verdict {
+/// Makes the second processor, and has the host start it.
+pub fn starts() -> Verdict {
     reader::prepare();
     let (page, area) = (accepted_page()?, accepted_page()?);
     put_vmsa(page, &reader::vmsa())?;
@@ -139,7 +142,8 @@ fn not_deleted() -> Verdict {
     Ok(())
 }
 
-fn ends() -> Verdict {
+/// Has the host stop the second processor, and deletes it.
+pub fn ends() -> Verdict {
     let vmsa = vmsa()?;
     expect("reply", ask(ApRequest::DESTROY, vmsa)?, Reply::DONE)?;
     expect("DELETE_VCPU", delete(vmsa.get())?, ResultCode::SUCCESS)?;

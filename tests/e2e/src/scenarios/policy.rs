@@ -1,0 +1,209 @@
+//! Is memory accepted before the guest asks, and does nobody notice but by the time it takes?
+//!
+//! Policies eager and ahead, for the test guest, which has the machine's word for every page, and
+//! for an unmodified Debian on four processors. Everything is counted by the machine; nothing is
+//! timed.
+
+use anyhow::Result;
+use protocols::launch::{AcceptPolicy, Acceptance, Fault};
+use protocols::report::{Outcome, Report, VcpuCounters};
+use protocols::svsm::{CoreCall, Protocol};
+
+use super::cases;
+use crate::image::Recipe;
+use crate::scenario::{BOOT_LIMIT, Context, Findings, GUEST_LIMIT, Scenario};
+use crate::vm::{Backing, Config, Settings, Stage, Vc};
+
+/// The test guest's table has at least so many cases under these policies.
+const LEAST_CASES: usize = 35;
+/// Pages of a step.
+const PAGES_PER_STEP: u64 = 512;
+
+const EAGER: Acceptance = Acceptance {
+    policy: AcceptPolicy::EAGER,
+    ..Acceptance::LAZY
+};
+const AHEAD: Acceptance = Acceptance {
+    policy: AcceptPolicy::AHEAD,
+    ..Acceptance::LAZY
+};
+
+pub fn scenarios() -> Vec<Scenario> {
+    let boots = [
+        ("policy/linux-eager", EAGER, Backing::Large, "2G"),
+        ("policy/linux-ahead", AHEAD, Backing::Large, "2G"),
+        ("policy/linux-ahead-4k", AHEAD, Backing::Small, "1G"),
+    ];
+    let boots = boots.map(|(name, acceptance, backing, memory)| {
+        Scenario::new(name, move |context| {
+            boot(context, acceptance, backing, memory)
+        })
+        .weighing(4)
+    });
+    let calls = [
+        // All of it is ready when the guest starts.
+        Scenario::new("policy/calls-eager", |context| {
+            calls(context, EAGER, Backing::Large, "2G").map(|(findings, _)| findings)
+        })
+        .weighing(2),
+        // More of it, in smaller pages, than is ready when the guest wants its second processor.
+        Scenario::new("policy/calls-ahead", |context| {
+            let (mut findings, report) = calls(context, AHEAD, Backing::Small, "4G")?;
+            let awaited: u64 = report.vcpus.iter().map(|vcpu| vcpu.awaited_starts).sum();
+            findings.check(
+                "the guest wanted a processor that was at work",
+                awaited > 0,
+                || "no start ever waited".into(),
+            );
+            Ok(findings)
+        })
+        .weighing(2),
+    ];
+    calls.into_iter().chain(boots).collect()
+}
+
+/// The test guest on two processors.
+fn calls(
+    context: &Context,
+    acceptance: Acceptance,
+    backing: Backing,
+    memory: &str,
+) -> Result<(Findings, Report)> {
+    let settings = Settings {
+        backing,
+        vc: Vc::Direct,
+        ..Settings::default()
+    };
+    let paravisor = &context.artefacts.paravisor;
+    let (config, sidecar) =
+        context.svsm_cases_with(paravisor, Fault::NONE, settings, acceptance)?;
+    let config = Config {
+        memory: memory.into(),
+        ..config
+    };
+    let finished = config.run(GUEST_LIMIT, |_| {})?;
+    let mut findings = Findings::default();
+    cases::judge(&mut findings, &finished, LEAST_CASES)?;
+    findings.good_run(&finished, &sidecar)?;
+    let report = finished.report()?.clone();
+    starts_wait_a_step(&mut findings, &report);
+    Ok((findings, report))
+}
+
+/// Debian on four processors, to userspace.
+fn boot(
+    context: &Context,
+    acceptance: Acceptance,
+    backing: Backing,
+    memory: &str,
+) -> Result<Findings> {
+    let artefacts = &context.artefacts;
+    let (image, sidecar) = context.image_of(Recipe {
+        paravisor: &artefacts.paravisor,
+        firmware: Some(&artefacts.ovmf),
+        fault: Fault::NONE,
+        acceptance,
+    })?;
+    let settings = Settings {
+        backing,
+        vc: Vc::Direct,
+        ..Settings::default()
+    };
+    let config = Config {
+        vcpus: 4,
+        memory: memory.into(),
+        linux: Some(context.linux("nproc")?),
+        ..context.machine(image, &sidecar, settings)
+    };
+    let finished = config.run(BOOT_LIMIT, |_| {})?;
+
+    let mut findings = Findings::default();
+    findings.ended(&finished, Outcome::PowerOff)?;
+    findings.good_run(&finished, &sidecar)?;
+    findings.equal(
+        "the guest's command succeeds",
+        finished.exec_status,
+        Some(0),
+    );
+    let output = String::from_utf8_lossy(&finished.output);
+    findings.check("four processors", output.trim() == "4", || {
+        output.to_string()
+    });
+    findings.check(
+        "userspace",
+        finished
+            .stages
+            .iter()
+            .any(|(stage, _)| *stage == Stage::Userspace),
+        || format!("{:?}", finished.stages),
+    );
+    let report = finished.report()?;
+    starts_wait_a_step(&mut findings, report);
+    ready_before_asked(&mut findings, report);
+    Ok(findings)
+}
+
+/// What the guest wants run on a processor waits for one step of VMPL0 at most.
+fn starts_wait_a_step(findings: &mut Findings, report: &Report) {
+    let longest = report
+        .vcpus
+        .iter()
+        .map(|vcpu| vcpu.pages_while_awaited)
+        .max();
+    findings.check(
+        "no start of a processor waited for more than one step",
+        longest.is_some_and(|pages| pages <= PAGES_PER_STEP),
+        || format!("{longest:?} pages were validated meanwhile"),
+    );
+}
+
+/// Most of memory was validated by processors that nobody had asked to, and the host was told
+/// before.
+fn ready_before_asked(findings: &mut Findings, report: &Report) {
+    // On each processor, what it validated beyond all that the guest asked for there.
+    let unasked: u64 = report
+        .vcpus
+        .iter()
+        .map(|vcpu| validated(vcpu).saturating_sub(asked(vcpu)))
+        .sum();
+    let memory = report.memory.guest_pages;
+    findings.check(
+        "half of memory at least was ready before the guest asked",
+        unasked * 2 >= memory,
+        || format!("{unasked} of {memory} pages"),
+    );
+    // Claims of what is ready execute nothing: the guest asked for more than was validated for it.
+    let (asked, validated) = report.vcpus.iter().fold((0, 0), |(a, v), vcpu| {
+        (a + asked(vcpu), v + validated(vcpu).min(asked(vcpu)))
+    });
+    findings.check(
+        "three of four pages that the guest asked for needed no PVALIDATE",
+        validated * 4 <= asked && asked > 0,
+        || format!("{validated} PVALIDATEs for {asked} pages"),
+    );
+    let private = report.counters.first().map(|level| level.psc_private_pages);
+    findings.check(
+        "the paravisor had the host make memory private",
+        private.is_some_and(|pages| pages * 2 >= memory),
+        || format!("{private:?} of {memory} pages"),
+    );
+}
+
+/// Pages that VMPL0 validated on a processor.
+fn validated(vcpu: &VcpuCounters) -> u64 {
+    let Some(level) = vcpu.levels.first() else {
+        return 0;
+    };
+    level.pvalidate.validate_4k.ok + level.pvalidate.validate_2m.ok * PAGES_PER_STEP
+}
+
+/// Pages that the guest asked for on a processor, and got.
+fn asked(vcpu: &VcpuCounters) -> u64 {
+    let lists = vcpu
+        .calls
+        .iter()
+        .filter(|call| call.protocol == Protocol::CORE.0 && call.call == CoreCall::PVALIDATE.0);
+    lists
+        .map(|call| call.entries.validate_4k.done + call.entries.validate_2m.done * PAGES_PER_STEP)
+        .sum()
+}
