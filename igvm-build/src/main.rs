@@ -133,6 +133,7 @@ fn build(arguments: &Build) -> Result<()> {
         c_bit: arguments.c_bit,
         accept_policy: arguments.accept.into(),
         fault: Fault(arguments.fault),
+        ..Options::default()
     };
     let image = image::build(&program, firmware.as_ref(), &options)
         .map_err(FileError::content(&arguments.paravisor))?;
