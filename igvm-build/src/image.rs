@@ -9,14 +9,21 @@
 //! 3. the processor context, which KVM measures last in any case.
 //!
 //! It also refuses files with any type of header it does not know, so nothing else is used.
+//!
+//! A file with a firmware is for two platforms: SEV-SNP, and native (decision 019), which a loader
+//! takes where there is nothing confidential. Program and firmware are the same pages for both. What
+//! differs (page tables, launch parameters, secrets and CPUID pages, processor state) lies at the
+//! same addresses in two forms, each with its platform's mask, so SEV-SNP is launched and measured as
+//! if the other platform were not there.
 
 use igvm::{
     IgvmDirectiveHeader as Directive, IgvmFile, IgvmInitializationHeader, IgvmPlatformHeader,
     IgvmRevision,
 };
 use igvm_defs::{
-    IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags,
-    IgvmPageDataType, IgvmPlatformType,
+    IGVM_NATIVE_PLATFORM_VERSION, IGVM_SEV_SNP_PLATFORM_VERSION, IGVM_VHS_PARAMETER,
+    IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType,
+    IgvmPlatformType,
 };
 use protocols::addr::PAGE_SIZE;
 use protocols::launch::{Acceptance, Fault, GENERAL_VP_COUNT_OFFSET, MEMORY_MAP_SIZE, REGION_GPA};
@@ -28,10 +35,12 @@ use crate::elf::Program;
 use crate::error::Error;
 use crate::firmware::Firmware;
 use crate::layout::{Layout, REGION_END, page_behind, program_pages};
-use crate::{page_tables, params, vmsa};
+use crate::{native, page_tables, params, vmsa};
 
-/// The one platform of the file, as bit of every compatibility mask.
+/// SEV-SNP, as bit of compatibility masks.
 pub const SNP_MASK: u32 = 1;
+/// The native platform, as bit of compatibility masks.
+pub const NATIVE_MASK: u32 = 2;
 
 /// Launch policy (SNP ABI, table "Guest Policy Structure"): SMT allowed, and bit 17, which
 /// must be one.
@@ -52,6 +61,8 @@ pub struct Options {
     pub acceptance: Acceptance,
     /// A deliberate fault, for test builds of the paravisor.
     pub fault: Fault,
+    /// Whether an image with a firmware is for the native platform as well.
+    pub native: bool,
 }
 
 impl Default for Options {
@@ -60,6 +71,7 @@ impl Default for Options {
             c_bit: 51,
             acceptance: Acceptance::LAZY,
             fault: Fault::NONE,
+            native: true,
         }
     }
 }
@@ -102,30 +114,58 @@ pub fn build(
     let program_pages = program_pages(program)?;
     let layout = Layout::behind(page_behind(&program_pages))?;
 
-    let mut directives = parameter_directives(&layout);
+    // Natively the paravisor's last act is to start a firmware.
+    let with_native = options.native && firmware.is_some();
+    let all = SNP_MASK | if with_native { NATIVE_MASK } else { 0 };
+    let mut directives = parameter_directives(&layout, all);
     directives.extend(
         program_pages
             .iter()
-            .map(|page| normal(page.gpa, &page.data)),
-    );
-    let tables = page_tables::build(&layout, &program_pages, options.c_bit);
-    directives.extend(
-        (layout.page_tables..)
-            .step_by(PAGE_SIZE as usize)
-            .zip(&tables)
-            .map(|(gpa, table)| normal(gpa, table.as_bytes())),
+            .map(|page| normal(page.gpa, &page.data, all)),
     );
     let params = params::build(&layout, firmware, options);
-    directives.push(normal(layout.params, params.as_bytes()));
-    directives.push(page(layout.secrets, IgvmPageDataType::SECRETS, &[]));
-    directives.push(page(layout.cpuid, IgvmPageDataType::CPUID_DATA, &[]));
+    let tables = page_tables::build(&layout, &program_pages, Some(options.c_bit));
+    directives.extend(table_pages(&layout, &tables, SNP_MASK));
+    directives.push(normal(layout.params, params.as_bytes(), SNP_MASK));
+    directives.push(page(
+        layout.secrets,
+        IgvmPageDataType::SECRETS,
+        &[],
+        SNP_MASK,
+    ));
+    directives.push(page(
+        layout.cpuid,
+        IgvmPageDataType::CPUID_DATA,
+        &[],
+        SNP_MASK,
+    ));
+    if with_native {
+        let tables = page_tables::build(&layout, &program_pages, None);
+        directives.extend(table_pages(&layout, &tables, NATIVE_MASK));
+        let params = params::native(&params);
+        directives.push(normal(layout.params, params.as_bytes(), NATIVE_MASK));
+        // The launched part of the region has no holes.
+        directives.push(normal(layout.secrets, &[], NATIVE_MASK));
+        directives.push(normal(layout.cpuid, &[], NATIVE_MASK));
+    }
     if let Some(firmware) = firmware {
         directives.extend(
             (firmware.gpa()..)
                 .step_by(PAGE_SIZE as usize)
                 .zip(firmware.bytes().chunks(PAGE_SIZE as usize))
-                .map(|(gpa, data)| normal(gpa, data)),
+                .map(|(gpa, data)| normal(gpa, data, all)),
         );
+    }
+    if with_native {
+        directives.push(Directive::X64NativeVpContext {
+            compatibility_mask: NATIVE_MASK,
+            vp_index: 0,
+            context: Box::new(native::context(
+                layout.page_tables,
+                program.entry(),
+                layout.params,
+            )),
+        });
     }
     let vmsa = vmsa::build(&vmsa::Start {
         page_table_root: layout.page_tables,
@@ -143,7 +183,7 @@ pub fn build(
 
     let digest = launch_digest(&directives, SNP_MASK)?;
     Ok(Image {
-        bytes: serialize(directives)?,
+        bytes: serialize(directives, with_native)?,
         digest,
         layout,
         map_descriptor: program.symbol(protocols::map::SYMBOL),
@@ -154,7 +194,7 @@ pub fn build(
 }
 
 /// The host's memory map and the number of processors, and the memory behind the image.
-fn parameter_directives(layout: &Layout) -> Vec<Directive> {
+fn parameter_directives(layout: &Layout, mask: u32) -> Vec<Directive> {
     let areas = [
         (area::MEMORY_MAP, layout.memory_map, MEMORY_MAP_SIZE),
         (area::GENERAL, layout.general, PAGE_SIZE),
@@ -180,14 +220,14 @@ fn parameter_directives(layout: &Layout) -> Vec<Directive> {
     directives.extend(areas.iter().map(|&(parameter_area_index, gpa, _)| {
         Directive::ParameterInsert(IGVM_VHS_PARAMETER_INSERT {
             gpa,
-            compatibility_mask: SNP_MASK,
+            compatibility_mask: mask,
             parameter_area_index,
         })
     }));
     if layout.image_end < REGION_END {
         directives.push(Directive::RequiredMemory {
             gpa: layout.image_end,
-            compatibility_mask: SNP_MASK,
+            compatibility_mask: mask,
             number_of_bytes: (REGION_END - layout.image_end) as u32,
             vtl2_protectable: false,
         });
@@ -197,20 +237,32 @@ fn parameter_directives(layout: &Layout) -> Vec<Directive> {
 
 /// A measured page. A page of zeroes is stored without data: the format gives it the same
 /// meaning and the same measurement.
-fn normal(gpa: u64, data: &[u8]) -> Directive {
+fn normal(gpa: u64, data: &[u8], mask: u32) -> Directive {
     let data = if data.iter().all(|&byte| byte == 0) {
         &[]
     } else {
         data
     };
-    page(gpa, IgvmPageDataType::NORMAL, data)
+    page(gpa, IgvmPageDataType::NORMAL, data, mask)
+}
+
+/// The page tables of one platform.
+fn table_pages(
+    layout: &Layout,
+    tables: &[page_tables::Table],
+    mask: u32,
+) -> impl Iterator<Item = Directive> {
+    (layout.page_tables..)
+        .step_by(PAGE_SIZE as usize)
+        .zip(tables)
+        .map(move |(gpa, table)| normal(gpa, table.as_bytes(), mask))
 }
 
 /// A page of any type.
-fn page(gpa: u64, data_type: IgvmPageDataType, data: &[u8]) -> Directive {
+fn page(gpa: u64, data_type: IgvmPageDataType, data: &[u8], mask: u32) -> Directive {
     Directive::PageData {
         gpa,
-        compatibility_mask: SNP_MASK,
+        compatibility_mask: mask,
         flags: IgvmPageDataFlags::new(),
         data_type,
         data: data.to_vec(),
@@ -218,14 +270,28 @@ fn page(gpa: u64, data_type: IgvmPageDataType, data: &[u8]) -> Directive {
 }
 
 /// Puts the headers around the directives and writes the file.
-fn serialize(directives: Vec<Directive>) -> Result<Vec<u8>, Error> {
-    let platform = IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
-        compatibility_mask: SNP_MASK,
-        highest_vtl: 0,
-        platform_type: IgvmPlatformType::SEV_SNP,
-        platform_version: igvm_defs::IGVM_SEV_SNP_PLATFORM_VERSION,
-        shared_gpa_boundary: 0,
-    });
+fn serialize(directives: Vec<Directive>, with_native: bool) -> Result<Vec<u8>, Error> {
+    let platform = |compatibility_mask, platform_type, platform_version| {
+        IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
+            compatibility_mask,
+            highest_vtl: 0,
+            platform_type,
+            platform_version,
+            shared_gpa_boundary: 0,
+        })
+    };
+    let mut platforms = vec![platform(
+        SNP_MASK,
+        IgvmPlatformType::SEV_SNP,
+        IGVM_SEV_SNP_PLATFORM_VERSION,
+    )];
+    if with_native {
+        platforms.push(platform(
+            NATIVE_MASK,
+            IgvmPlatformType::NATIVE,
+            IGVM_NATIVE_PLATFORM_VERSION,
+        ));
+    }
     let policy = IgvmInitializationHeader::GuestPolicy {
         policy: POLICY,
         compatibility_mask: SNP_MASK,
@@ -233,8 +299,8 @@ fn serialize(directives: Vec<Directive>) -> Result<Vec<u8>, Error> {
     let invalid = |error: igvm::Error| Error::NotIgvm {
         reason: error.to_string(),
     };
-    let file = IgvmFile::new(IgvmRevision::V1, vec![platform], vec![policy], directives)
-        .map_err(invalid)?;
+    let file =
+        IgvmFile::new(IgvmRevision::V1, platforms, vec![policy], directives).map_err(invalid)?;
     let mut bytes = Vec::new();
     file.serialize(&mut bytes).map_err(invalid)?;
     Ok(bytes)

@@ -9,7 +9,7 @@
 //! | [`elf`] | what an ELF file says: segments, entry point, symbols |
 //! | [`layout`] | where everything in the paravisor's region lies |
 //! | [`page_tables`] | the tables the paravisor starts on |
-//! | [`vmsa`] | the first processor's state |
+//! | [`vmsa`], [`native`] | the first processor's state, on each platform |
 //! | [`firmware`] | what an OVMF image says about itself |
 //! | [`params`] | the page of launch parameters |
 //! | [`image`] | the file: all directives, in the order a loader needs |
@@ -31,6 +31,7 @@ pub mod firmware;
 pub mod flat;
 pub mod image;
 pub mod layout;
+pub mod native;
 pub mod page_tables;
 pub mod params;
 pub mod show;

@@ -122,6 +122,7 @@ fn build(arguments: &Build) -> Result<()> {
         c_bit: arguments.c_bit,
         acceptance: arguments.accept.with(arguments.accept_extras)?,
         fault: Fault(arguments.fault),
+        ..Options::default()
     };
     let image = image::build(&program, firmware.as_ref(), &options)
         .map_err(FileError::content(&arguments.paravisor))?;

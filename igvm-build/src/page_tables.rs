@@ -3,7 +3,8 @@
 //! They map the paravisor's region one to one, and nothing else, with 4 KiB leaves:
 //!
 //! 1. a page is writable or executable, never both; what is no code is not executable;
-//! 2. every leaf and every table carries the C-bit: the region is private;
+//! 2. every leaf and every table carries the C-bit: the region is private. A platform without one
+//!    has tables of its own, at the same addresses;
 //! 3. nothing is a user page;
 //! 4. accessed and dirty bits are set already, so that the processor never writes to a table.
 
@@ -40,8 +41,8 @@ const _: () = assert!(REGION_GPA >> 30 == (REGION_GPA + REGION_SIZE - 1) >> 30);
 pub type Table = [u64; 512];
 
 /// Builds the tables, root first, for the addresses from `layout.page_tables` on.
-pub fn build(layout: &Layout, pages: &[ProgramPage], c_bit: u32) -> Vec<Table> {
-    let private = 1u64 << c_bit;
+pub fn build(layout: &Layout, pages: &[ProgramPage], c_bit: Option<u32>) -> Vec<Table> {
+    let private = c_bit.map_or(0, |bit| 1u64 << bit);
     let inner = private | bit::PRESENT | bit::WRITABLE | bit::ACCESSED;
     let address_of = |table: u64| layout.page_tables + table * PAGE_SIZE;
 

@@ -1,12 +1,12 @@
 //! The launch parameters: what the paravisor is told about its own image.
 
-use protocols::launch::{LaunchParams, MEMORY_MAP_SIZE, REGION_GPA, REGION_SIZE};
+use protocols::launch::{LaunchParams, MEMORY_MAP_SIZE, PlatformKind, REGION_GPA, REGION_SIZE};
 
 use crate::firmware::Firmware;
 use crate::image::Options;
 use crate::layout::Layout;
 
-/// Fills the launch parameter page.
+/// Fills the launch parameter page of SEV-SNP.
 pub fn build(layout: &Layout, firmware: Option<&Firmware<'_>>, options: &Options) -> LaunchParams {
     let mut params = LaunchParams::new();
     params.c_bit = options.c_bit;
@@ -34,4 +34,15 @@ pub fn build(layout: &Layout, firmware: Option<&Firmware<'_>>, options: &Options
         }
     }
     params
+}
+
+/// The page of the native platform: that of SEV-SNP without what only SEV-SNP has.
+pub fn native(snp: &LaunchParams) -> LaunchParams {
+    LaunchParams {
+        platform: PlatformKind::NATIVE,
+        c_bit: 0,
+        secrets_gpa: 0,
+        cpuid_gpa: 0,
+        ..snp.clone()
+    }
 }

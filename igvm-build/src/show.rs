@@ -39,15 +39,36 @@ pub fn show(bytes: &[u8]) -> Result<String, Error> {
         })
         .ok_or(Error::NoSnpPlatform)?;
     let digest = launch_digest(file.directives(), platform.compatibility_mask)?;
+    let others = other_platforms(bytes);
     let mut text = String::new();
     // Writing to a string cannot fail.
-    let _ = write_all(&mut text, &file, bytes.len());
+    let _ = writeln!(
+        text,
+        "file               {} bytes, platform SEV-SNP{others}",
+        bytes.len()
+    );
+    let _ = write_all(&mut text, &file);
     let _ = writeln!(text, "launch digest      {}", hex(&digest));
     Ok(text)
 }
 
-fn write_all(text: &mut String, file: &IgvmFile, size: usize) -> fmt::Result {
-    writeln!(text, "file               {size} bytes, platform SEV-SNP")?;
+/// The platforms the file is for besides SEV-SNP, which is all that is shown further.
+fn other_platforms(bytes: &[u8]) -> String {
+    let Ok(file) = IgvmFile::new_from_binary(bytes, None) else {
+        return String::new();
+    };
+    file.platforms()
+        .iter()
+        .map(|IgvmPlatformHeader::SupportedPlatform(platform)| platform.platform_type)
+        .filter(|&platform| platform != IgvmPlatformType::SEV_SNP)
+        .map(|platform| match platform {
+            IgvmPlatformType::NATIVE => ", also native".to_owned(),
+            other => format!(", also {other:?}"),
+        })
+        .collect()
+}
+
+fn write_all(text: &mut String, file: &IgvmFile) -> fmt::Result {
     for header in file.initializations() {
         if let IgvmInitializationHeader::GuestPolicy { policy, .. } = header {
             writeln!(text, "policy             {policy:#x}")?;

@@ -7,18 +7,15 @@
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, SevFeatures, Vmsa};
 
 /// Control register bits (APM volume 2, §3.1).
-mod cr {
-    pub const CR0_PE: u64 = 1 << 0;
-    pub const CR0_ET: u64 = 1 << 4;
-    pub const CR0_NE: u64 = 1 << 5;
-    pub const CR0_WP: u64 = 1 << 16;
-    pub const CR0_PG: u64 = 1 << 31;
+pub(crate) mod cr {
+    /// PE, ET, NE, WP, PG.
+    pub const CR0_LONG_MODE: u64 = 1 << 0 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
     pub const CR4_PAE: u64 = 1 << 5;
 }
 
 /// Selectors of the segments. No descriptor table is behind them: the entry code loads its own
 /// before it touches a segment register.
-mod selector {
+pub(crate) mod selector {
     pub const CODE: u16 = 0x08;
     pub const DATA: u16 = 0x10;
 }
@@ -56,7 +53,7 @@ pub fn build(start: &Start) -> Vmsa {
     vmsa.gdtr.limit = 0;
     vmsa.idtr.limit = 0;
 
-    vmsa.cr0 = cr::CR0_PE | cr::CR0_ET | cr::CR0_NE | cr::CR0_WP | cr::CR0_PG;
+    vmsa.cr0 = cr::CR0_LONG_MODE;
     vmsa.cr3 = start.page_table_root | 1 << start.c_bit;
     vmsa.cr4 = cr::CR4_PAE;
     vmsa.efer = Efer::LME | Efer::LMA | Efer::NXE | Efer::SVME;

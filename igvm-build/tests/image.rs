@@ -128,11 +128,18 @@ fn the_digest_is_that_of_the_file() {
 fn directives_are_qemus_in_qemus_order() {
     let bytes = image(&OPTIONS()).bytes;
     let file = IgvmFile::new_from_binary(&bytes, None).unwrap();
-    let [IgvmPlatformHeader::SupportedPlatform(platform)] = file.platforms() else {
-        panic!("one platform expected");
-    };
-    assert_eq!(platform.platform_type, IgvmPlatformType::SEV_SNP);
-    assert_eq!(platform.shared_gpa_boundary, 0);
+    let platforms: Vec<_> = file
+        .platforms()
+        .iter()
+        .map(|IgvmPlatformHeader::SupportedPlatform(platform)| {
+            assert_eq!(platform.shared_gpa_boundary, 0);
+            platform.platform_type
+        })
+        .collect();
+    assert_eq!(
+        platforms,
+        [IgvmPlatformType::SEV_SNP, IgvmPlatformType::NATIVE]
+    );
     let [IgvmInitializationHeader::GuestPolicy { policy, .. }] = file.initializations() else {
         panic!("one policy expected");
     };
@@ -146,11 +153,11 @@ fn directives_are_qemus_in_qemus_order() {
         | Directive::ParameterInsert(_)
         | Directive::RequiredMemory { .. } => 0,
         Directive::PageData { .. } => 1,
-        Directive::SnpVpContext { .. } => 2,
+        Directive::SnpVpContext { .. } | Directive::X64NativeVpContext { .. } => 2,
         other => panic!("QEMU does not know {other}"),
     };
     assert!(file.directives().is_sorted_by_key(rank));
-    assert_eq!(file.directives().iter().filter(|d| rank(d) == 2).count(), 1);
+    assert_eq!(file.directives().iter().filter(|d| rank(d) == 2).count(), 2);
     let pages = pages(&bytes);
     assert!(pages.is_sorted_by(|a, b| a.0 < b.0));
     assert_eq!(pages.last().unwrap().0, (1 << 32) - 4096);

@@ -89,6 +89,17 @@ open_enum! {
     }
 }
 
+open_enum! {
+    /// What the image was launched on. Each platform of an image has launch parameters of its own, so
+    /// the paravisor is told by its image and asks neither processor nor host.
+    pub struct PlatformKind(u32) {
+        /// AMD SEV-SNP.
+        SEV_SNP = 0,
+        /// A processor without confidential hardware; acceptance is simulated (decision 019).
+        NATIVE = 1,
+    }
+}
+
 /// One area the firmware wants prepared before it starts (from its SEV metadata).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -114,7 +125,7 @@ pub struct LaunchParams {
     /// [`LaunchParams::VERSION`].
     pub version: u32,
     /// Position of the C-bit the page tables were built with; the paravisor compares it with
-    /// CPUID.
+    /// CPUID. 0 on a platform that has none.
     pub c_bit: u32,
     /// First byte of the paravisor's region.
     pub region_gpa: u64,
@@ -125,9 +136,9 @@ pub struct LaunchParams {
     pub image_end: u64,
     /// Root of the page tables VMPL0 starts on.
     pub page_table_root: u64,
-    /// The SNP secrets page.
+    /// The SNP secrets page; 0 on other platforms.
     pub secrets_gpa: u64,
-    /// The SNP CPUID page.
+    /// The SNP CPUID page; 0 on other platforms.
     pub cpuid_gpa: u64,
     /// The host's memory map: entries of [`crate::igvm_map`], untrusted.
     pub memory_map_gpa: u64,
@@ -162,8 +173,10 @@ pub struct LaunchParams {
     pub accept_order: AcceptOrder,
     /// How many further regions a request for 2 MiB prepares.
     pub read_ahead: u32,
+    /// What this is the page of.
+    pub platform: PlatformKind,
     /// Zero.
-    pub reserved: [u8; 3172],
+    pub reserved: [u8; 3168],
 }
 
 const _: () = {
@@ -177,7 +190,8 @@ const _: () = {
     assert!(offset_of!(LaunchParams, sections) == 0x88);
     assert!(offset_of!(LaunchParams, budget) == 0x388);
     assert!(offset_of!(LaunchParams, read_ahead) == 0x398);
-    assert!(offset_of!(LaunchParams, reserved) == 0x39C);
+    assert!(offset_of!(LaunchParams, platform) == 0x39C);
+    assert!(offset_of!(LaunchParams, reserved) == 0x3A0);
 };
 
 impl LaunchParams {

@@ -104,8 +104,18 @@ reasons! {
         GUEST_VMSA = 28, "the guest's VMSA has state the paravisor does not accept";
         GUEST_LOST = 29, "the guest's VMSA cannot be stopped or restarted";
         APIC_IDS = 30, "the host's list of APIC ids does not fit its virtual processors";
+        NATIVE_CHECK = 40, "a check of the native platform failed (the log says which)";
+        NATIVE_PROCESSOR = 41, "the native platform's processor lacks FSGSBASE, SMEP or SMAP";
+        NATIVE_ONLY = 42, "the native platform has no privilege levels to run or to start";
     }
 }
+
+/// Where the paravisor ends a machine that has no termination request, the native one: QEMU's
+/// `isa-debug-exit` at this port.
+pub const NATIVE_EXIT_PORT: u16 = 0xF4;
+/// What it writes there: as the emulated machine does when it was asked to end
+/// (`report::Outcome::Terminated`).
+pub const NATIVE_EXIT_VALUE: u32 = 0x13;
 
 /// A set and a code, as they are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

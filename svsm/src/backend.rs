@@ -18,16 +18,41 @@ const FAIL_INPUT: u32 = 1;
 /// passed its rights on.
 const LOWER_LEVELS: [Vmpl; 3] = [Vmpl::VMPL1, Vmpl::VMPL2, Vmpl::VMPL3];
 
-/// A platform with the guest window as its view of memory.
-pub struct WindowBackend<P> {
-    platform: P,
-    registry: &'static GuestRegistry,
+/// The other processors a flush has to reach.
+pub trait Others {
+    /// Makes all of them drop their translations.
+    ///
+    /// # Errors
+    /// [`NotFlushed`] when one could not be reached within its bound.
+    fn flush_all(&self) -> Result<(), NotFlushed>;
 }
 
-impl<P: Platform> WindowBackend<P> {
+impl Others for &GuestRegistry {
+    fn flush_all(&self) -> Result<(), NotFlushed> {
+        GuestRegistry::flush_all(self)
+    }
+}
+
+/// There are none.
+#[derive(Clone, Copy, Debug)]
+pub struct Alone;
+
+impl Others for Alone {
+    fn flush_all(&self) -> Result<(), NotFlushed> {
+        Ok(())
+    }
+}
+
+/// A platform with the guest window as its view of memory.
+pub struct WindowBackend<P, O = &'static GuestRegistry> {
+    platform: P,
+    registry: O,
+}
+
+impl<P: Platform, O: Others> WindowBackend<P, O> {
     /// A backend on `platform`; flushes reach all of `registry`.
     #[must_use]
-    pub const fn new(platform: P, registry: &'static GuestRegistry) -> Self {
+    pub const fn new(platform: P, registry: O) -> Self {
         Self { platform, registry }
     }
 
@@ -66,7 +91,7 @@ impl<P: Platform> WindowBackend<P> {
     }
 }
 
-impl<P: Platform> Backend for WindowBackend<P> {
+impl<P: Platform, O: Others> Backend for WindowBackend<P, O> {
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
         let block = window(block).ok_or(ValidateFault::Failed(FAIL_INPUT))?;
         self.platform.validate(block).map_err(validate_fault)

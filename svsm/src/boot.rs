@@ -13,7 +13,9 @@
     reason = "turns launch pages into references, makes the pools"
 )]
 
-use accept::{Engine, Frame, GivenBack, Map, PageState, Range, Region, RegionLock, RegionLocks};
+use accept::{
+    Backend, Engine, Frame, GivenBack, Map, PageState, Range, Region, RegionLock, RegionLocks,
+};
 use log::info;
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
 use protocols::cpuid::CpuidPage;
@@ -21,7 +23,9 @@ use protocols::ghcb::HypervisorFeatures;
 use protocols::ghcb::msr::CpuidRegister;
 use protocols::ghcb::psc;
 use protocols::igvm_map::MemoryMapEntry;
-use protocols::launch::{AcceptPolicy, GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE};
+use protocols::launch::{
+    AcceptPolicy, GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE, PlatformKind,
+};
 use protocols::map::{MapDescriptor, MapRange};
 use protocols::secrets::SecretsPage;
 use protocols::terminate::TurnstileReason;
@@ -47,10 +51,10 @@ use crate::memory::pool::Pool;
 use crate::platform::snp::{self, Snp};
 use crate::platform::{MappedBlock, Platform, ValidateError};
 use crate::secondary::{self, vmsa_page};
-use crate::system::{self, GuestEngine, GuestRegistry, System};
+use crate::system::{self, GuestRegistry, System};
 use crate::terminate::terminate;
 use crate::vcpus::{RECORDS_PER_VCPU, Record, Registry, Shown, Tables, Vcpu};
-use crate::{apic_ids, console, descriptor, exceptions, percpu, requests};
+use crate::{apic_ids, console, descriptor, exceptions, native, percpu, requests};
 
 /// Bytes of the carve-out for each processor: its context, and its share of tables, generously.
 const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 1024;
@@ -64,6 +68,9 @@ const X2APIC_ID_LEAF: u32 = 0xB;
 /// The reference is what the image's launch context passes: a page that is measured, mapped,
 /// never written, and there for ever; any bytes are parameters.
 pub extern "C" fn boot_processor(params: &'static LaunchParams) -> ! {
+    if params.platform == PlatformKind::NATIVE {
+        native::boot_processor(params);
+    }
     percpu::install_boot();
     exceptions::load();
     console::open();
@@ -84,7 +91,7 @@ fn start(
     page_tables::init(
         Gpa::new(params.page_table_root),
         launch.region(),
-        params.c_bit,
+        launch.c_bit(),
     );
     page_tables::unmap(Gpa::new(boot_stack_guard()))?;
 
@@ -137,7 +144,9 @@ fn start(
         pool.slice(vp_count, |index| index as u32)?.1
     };
     let vcpus = make_vcpus(apic_ids, vmsas, &mut pool)?;
-    let engine = make_engine(&platform, &launch, &plan, locks, vcpus.registry, &mut pool)?;
+    let backend = WindowBackend::new(platform, vcpus.registry);
+    let backend = system::backend(backend, params.fault);
+    let engine = make_engine(backend, &launch, &plan, locks, &mut pool)?;
     let system = system::publish(System {
         ahead: Ahead::new(launch.acceptance(), memory_with_state(&plan)),
         engine,
@@ -286,7 +295,7 @@ fn check_processor(
 }
 
 /// Turns on what keeps mistakes of ours from becoming holes.
-fn harden_processor() {
+pub(crate) fn harden_processor() {
     // SAFETY: the launch tables map text read-only and everything of ours as supervisor pages,
     // so none of these makes running code fault.
     unsafe {
@@ -301,7 +310,7 @@ fn harden_processor() {
 }
 
 /// Reads the host's number of processors, once.
-fn check_vp_count(params: &LaunchParams) -> Result<usize, TurnstileReason> {
+pub(crate) fn check_vp_count(params: &LaunchParams) -> Result<usize, TurnstileReason> {
     let address = params.general_gpa + GENERAL_VP_COUNT_OFFSET as u64;
     // SAFETY: inside the general parameter page of the launch.
     let count = unsafe { (address as *const u32).read_volatile() } as usize;
@@ -348,13 +357,14 @@ fn read_apic_ids(
 }
 
 /// Checks the host's memory map.
-fn read_host_map(launch: &Launch<'_>) -> Result<HostMap, TurnstileReason> {
+pub(crate) fn read_host_map(launch: &Launch<'_>) -> Result<HostMap, TurnstileReason> {
     let count = MEMORY_MAP_SIZE as usize / size_of::<MemoryMapEntry>();
     let first = launch.params().memory_map_gpa as *const MemoryMapEntry;
     // SAFETY: the area is in the launched part of the region, private, and any bytes are
     // entries.
     let entries = (0..count).map(|index| unsafe { first.add(index).read_volatile() });
-    let limit = Gpa::new(1 << launch.params().c_bit.min(46));
+    // The windows end there, too.
+    let limit = Gpa::new(1 << launch.c_bit().map_or(46, |bit| bit.min(46)));
     let host_map = HostMap::check(entries, limit, launch.region())?;
     for memory in host_map.memory() {
         info!("memory {memory}");
@@ -409,7 +419,7 @@ fn validate_own(platform: &Snp, address: u64, size: PageSize) -> Result<(), Turn
 }
 
 /// Builds the guest window: all memory with a state, except what is the paravisor's.
-fn map_guest_memory(
+pub(crate) fn map_guest_memory(
     plan: &Plan,
     launch: &Launch<'_>,
     pool: &mut Pool,
@@ -458,14 +468,13 @@ fn make_vcpus(
 }
 
 /// Makes the engine and records what is known before the guest exists.
-fn make_engine(
-    platform: &Snp,
+pub(crate) fn make_engine<B: Backend>(
+    backend: B,
     launch: &Launch<'_>,
     plan: &Plan,
     locks: usize,
-    registry: &'static GuestRegistry,
     pool: &mut Pool,
-) -> Result<GuestEngine, TurnstileReason> {
+) -> Result<Engine<'static, B>, TurnstileReason> {
     let mut made = [None; MapDescriptor::MAX_RANGES];
     let mut slots = made.iter_mut();
     for (outer, group) in plan.groups() {
@@ -496,8 +505,6 @@ fn make_engine(
     let map = Map::try_new(ranges).map_err(|_| TurnstileReason::INTERNAL)?;
     let (_, locks) = pool.slice(locks, |_| RegionLock::new())?;
     let locks = RegionLocks::try_new(locks).map_err(|_| TurnstileReason::INTERNAL)?;
-    let backend = WindowBackend::new(*platform, registry);
-    let backend = system::backend(backend, launch.params().fault);
     let engine = Engine::new(backend, map, locks);
 
     let (region, _) = launch.region().without(plan.ghcbs);

@@ -1,7 +1,7 @@
 //! The log: lines on COM1 until the guest owns it.
 //!
-//! Text goes byte by byte through the GHCB of the processor that logs; before it has one, and
-//! after [`shut`], text is dropped. Once the guest runs, [`quiet`] lets only errors through:
+//! Text goes byte by byte through the GHCB of the processor that logs, or straight to the port on the
+//! native platform; before there is a way, and after [`shut`], text is dropped. Once the guest runs, [`quiet`] lets only errors through:
 //! those that come right before the end, and lies of the host. Nothing a guest does is logged,
 //! so a guest can neither flood the log nor garble its own console through it.
 
@@ -11,7 +11,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::hypervisor::Hypervisor;
-use crate::hypervisor::ghcb::Ghcb;
+use crate::hypervisor::native::{self, Devices};
 use crate::percpu;
 
 /// I/O port of COM1's transmit register.
@@ -50,8 +50,10 @@ impl Log for Console {
         if !self.enabled(record.metadata()) {
             return;
         }
-        if let Some(ghcb) = percpu::current().and_then(percpu::PerCpu::ghcb) {
-            // Errors of the sink are dropped: there is nowhere to report them.
+        // Errors of the sink are dropped: there is nowhere to report them.
+        if native::is_here() {
+            let _ = writeln!(Port(&Devices), "[svsm] {}\r", record.args());
+        } else if let Some(ghcb) = percpu::current().and_then(percpu::PerCpu::ghcb) {
             let _ = writeln!(Port(ghcb), "[svsm] {}\r", record.args());
         }
     }
@@ -59,10 +61,10 @@ impl Log for Console {
     fn flush(&self) {}
 }
 
-/// Writes text to COM1 through a GHCB.
-struct Port<'a>(&'a Ghcb);
+/// Writes text to COM1 through the host.
+struct Port<'a, H>(&'a H);
 
-impl Write for Port<'_> {
+impl<H: Hypervisor> Write for Port<'_, H> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
             self.0.write_port(COM1_DATA, byte).map_err(|_| fmt::Error)?;

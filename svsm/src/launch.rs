@@ -5,7 +5,8 @@
 
 use protocols::addr::PAGE_SIZE;
 use protocols::launch::{
-    Acceptance, Fault, LaunchParams, MEMORY_MAP_SIZE, REGION_GPA, REGION_SIZE, Section,
+    Acceptance, Fault, LaunchParams, MEMORY_MAP_SIZE, PlatformKind, REGION_GPA, REGION_SIZE,
+    Section,
 };
 use protocols::terminate::TurnstileReason;
 
@@ -47,17 +48,25 @@ impl<'a> Launch<'a> {
         let launched_size = params.image_end.checked_sub(params.region_gpa)?;
         let launched = PageRange::try_from_bytes(params.region_gpa, launched_size)?;
         let unlaunched = PageRange::try_from_frames(launched.end_frame(), region.end_frame())?;
+        let is_launched = |&(gpa, size)| {
+            PageRange::try_from_bytes(gpa, size).is_some_and(|pages| launched.contains(pages))
+        };
         let inside = [
             (params.page_table_root, PAGE_SIZE),
-            (params.secrets_gpa, PAGE_SIZE),
-            (params.cpuid_gpa, PAGE_SIZE),
             (params.memory_map_gpa, params.memory_map_size),
             (params.general_gpa, PAGE_SIZE),
         ];
-        for (gpa, size) in inside {
-            if !launched.contains(PageRange::try_from_bytes(gpa, size)?) {
-                return None;
-            }
+        let of_snp = [
+            (params.secrets_gpa, PAGE_SIZE),
+            (params.cpuid_gpa, PAGE_SIZE),
+        ];
+        let platform_fits = match params.platform {
+            PlatformKind::SEV_SNP => of_snp.iter().all(is_launched),
+            PlatformKind::NATIVE => params.c_bit == 0,
+            _ => false,
+        };
+        if !platform_fits || !inside.iter().all(is_launched) {
+            return None;
         }
         let firmware = PageRange::try_from_bytes(params.firmware_gpa, params.firmware_size)?;
         let at_top = firmware.end().get() == FIRMWARE_END && !firmware.is_empty();
@@ -67,6 +76,12 @@ impl<'a> Launch<'a> {
             unlaunched,
             firmware,
         })
+    }
+
+    /// Position of the C-bit, on the platform that has one.
+    #[must_use]
+    pub fn c_bit(&self) -> Option<u32> {
+        (self.params.platform == PlatformKind::SEV_SNP).then_some(self.params.c_bit)
     }
 
     /// The page itself.
@@ -180,6 +195,23 @@ mod tests {
             params.accept_policy = policy;
             assert!(Launch::check(&params).is_ok(), "{policy:?}");
         }
+    }
+
+    #[test]
+    fn a_native_page_has_nothing_of_sev_snp() {
+        let mut params = good();
+        params.c_bit = 47;
+        assert_eq!(Launch::check(&params).unwrap().c_bit(), Some(47));
+        params.platform = PlatformKind::NATIVE;
+        assert!(Launch::check(&params).is_err());
+        params.c_bit = 0;
+        params.secrets_gpa = 0;
+        params.cpuid_gpa = 0;
+        assert_eq!(Launch::check(&params).unwrap().c_bit(), None);
+        params.platform = PlatformKind(77);
+        assert!(Launch::check(&params).is_err());
+        params.platform = PlatformKind::SEV_SNP;
+        assert!(Launch::check(&params).is_err());
     }
 
     #[test]

@@ -13,8 +13,9 @@
 //! | [`launch`], [`host_map`], [`apic_ids`], [`cpuid`] | checks on what image and host hand over |
 //! | [`memory`] | address space, page tables, the guest window |
 //! | `exceptions`, `percpu` | descriptor tables, #VC, faults that are allowed |
-//! | [`platform`] | what the processor gives: PVALIDATE, RMPADJUST |
-//! | [`hypervisor`] | what the host gives: GHCB |
+//! | [`platform`] | what the processor gives: PVALIDATE, RMPADJUST, or a simulation of them |
+//! | [`hypervisor`] | what the host gives: GHCB, or devices |
+//! | [`native`] | the start-up where nothing is confidential |
 //! | `console`, `panic`, `terminate` | the log, where a bug was met, and the end |
 //! | [`guest`] | what the guest finds and the state it runs from |
 //! | `vcpus`, `system`, `backend` | the registry, the shared parts, the engine's hands |
@@ -38,6 +39,7 @@ pub mod host_map;
 pub mod hypervisor;
 pub mod launch;
 pub mod memory;
+pub mod native;
 #[cfg(any(target_os = "none", test))]
 pub mod panic;
 pub mod platform;

@@ -2,6 +2,12 @@ use super::*;
 use std::string::ToString;
 
 #[test]
+fn a_native_end_is_told_as_the_machine_tells_it() {
+    let value = u32::from(Outcome::Terminated.device_value());
+    assert_eq!(value, crate::terminate::NATIVE_EXIT_VALUE);
+}
+
+#[test]
 fn a_line_names_its_event() {
     let line = serde_json::to_string(&Event::Stage(Stage {
         name: StageName::Paravisor,

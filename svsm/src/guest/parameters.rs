@@ -15,7 +15,7 @@ use crate::host_map::{HostMap, Stretch};
 use crate::memory::layout::PageRange;
 
 /// Video memory and ROMs of a PC: 640 KiB to 1 MiB.
-const LEGACY_HOLE: PageRange = match PageRange::try_from_frames(0xA0, 0x100) {
+pub const LEGACY_HOLE: PageRange = match PageRange::try_from_frames(0xA0, 0x100) {
     Some(hole) => hole,
     None => panic!("the hole is a range"),
 };

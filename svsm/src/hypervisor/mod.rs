@@ -12,6 +12,8 @@ use protocols::terminate::TurnstileReason;
 pub mod ghcb;
 #[cfg(target_os = "none")]
 pub mod msr;
+#[cfg(target_os = "none")]
+pub mod native;
 
 /// When a processor starts to run a VMSA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

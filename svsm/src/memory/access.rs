@@ -39,6 +39,26 @@ pub fn fill_zero(address: u64, bytes: u64) -> Result<(), AccessFault> {
     .map(drop)
 }
 
+/// Whether `bytes` bytes (a multiple of 8) at `address` are all zero.
+///
+/// # Errors
+///
+/// The fault.
+pub fn is_zero(address: u64, bytes: u64) -> Result<bool, AccessFault> {
+    // With nothing to compare the flags would be those of before.
+    if bytes / 8 == 0 {
+        return Ok(true);
+    }
+    // The first word that is not zero ends the loop with ZF clear.
+    let same: u8;
+    guarded!("repe scasq", "sete {same}"; rax = 0,
+        same = out(reg_byte) same,
+        inout("rcx") bytes / 8 => _,
+        inout("rdi") address => _,
+    )?;
+    Ok(same != 0)
+}
+
 /// Reads one byte.
 ///
 /// # Errors

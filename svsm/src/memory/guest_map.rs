@@ -20,7 +20,7 @@ use crate::platform::AccessFault;
 use crate::protocol::{GuestMemory, Unreachable};
 
 /// What an address outside the window is reported as: a page fault on a missing page.
-const OUTSIDE: AccessFault = AccessFault {
+pub const OUTSIDE: AccessFault = AccessFault {
     vector: 14,
     code: 0,
 };
@@ -35,6 +35,14 @@ pub fn address(gpa: Gpa, bytes: u64) -> Result<u64, AccessFault> {
         Some(end) if end.get() <= WINDOW_SIZE => Ok(GUEST_WINDOW + gpa.get()),
         _ => Err(OUTSIDE),
     }
+}
+
+/// The guest-physical address of `bytes` bytes at a virtual address; none if they are not all inside
+/// the window.
+#[must_use]
+pub fn gpa(address: u64, bytes: u64) -> Option<Gpa> {
+    let offset = address.checked_sub(GUEST_WINDOW)?;
+    (offset.checked_add(bytes)? <= WINDOW_SIZE).then_some(Gpa::new(offset))
 }
 
 /// Copies bytes into guest memory.

@@ -60,12 +60,12 @@ struct Tables {
 
 static TABLES: Mutex<Option<Tables>> = Mutex::new(None);
 
-/// Takes over the image's tables.
-pub fn init(root: Gpa, region: PageRange, c_bit: u32) {
+/// Takes over the image's tables; `c_bit` is a bit of addresses, none on a platform without one.
+pub fn init(root: Gpa, region: PageRange, c_bit: Option<u32>) {
     *TABLES.lock() = Some(Tables {
         root,
         region,
-        c_bit: 1 << c_bit,
+        c_bit: c_bit.map_or(0, |bit| 1 << bit),
     });
 }
 

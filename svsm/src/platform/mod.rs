@@ -6,6 +6,7 @@
 
 use protocols::addr::{PageSize, Vmpl};
 
+pub mod native;
 #[cfg(target_os = "none")]
 pub mod snp;
 pub mod tdx;

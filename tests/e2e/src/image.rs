@@ -50,6 +50,7 @@ impl Recipe<'_> {
             c_bit: MACHINE_C_BIT,
             fault: self.fault,
             acceptance: self.acceptance,
+            native: true,
         };
         let image = image::build(&program, firmware.as_ref(), &options)
             .map_err(FileError::content(self.firmware.unwrap_or(self.paravisor)))?;

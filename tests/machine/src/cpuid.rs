@@ -179,6 +179,13 @@ impl Table {
         Self { entries }
     }
 
+    /// As [`Table::build`], without a word of SEV: for plain mode.
+    pub fn build_plain(native: &dyn Fn(u32, u32) -> Leaf, vcpus: u32) -> Self {
+        let mut table = Self::build(native, vcpus);
+        table.entries.retain(|entry| entry.leaf != MAX_EXTENDED);
+        table
+    }
+
     /// The entries, as the CPUID page has them.
     pub fn entries(&self) -> &[Entry] {
         &self.entries

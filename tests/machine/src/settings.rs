@@ -127,6 +127,8 @@ pub struct Settings {
     pub trace: Trace,
     /// `break=none|panic|exception`.
     pub breakage: Option<Breakage>,
+    /// `plain=on|off`: the image's native platform, in a guest without SEV-SNP.
+    pub plain: bool,
 }
 
 /// A line that was not understood.
@@ -212,6 +214,7 @@ impl Settings {
             "referee" => self.referee = Some(parse_gpa(value)?),
             "low-end" => self.low_end = Some(parse_gpa(value)?),
             "oracle" => self.oracle = on_off(value)?,
+            "plain" => self.plain = on_off(value)?,
             "trace" => {
                 self.trace = match value {
                     "off" => Trace::Off,
@@ -229,7 +232,12 @@ impl Settings {
                 }
             }
             "hostile" => self.hostile = parse_hostile(value)?,
-            _ => return Err("one of backing, vc, referee, low-end, oracle, trace, hostile, break"),
+            _ => {
+                return Err(
+                    "one of backing, vc, referee, low-end, oracle, trace, hostile, break, \
+                 plain",
+                );
+            }
         }
         Ok(())
     }
@@ -277,6 +285,9 @@ impl Settings {
             };
             echo.insert("break".to_string(), name.to_string());
         }
+        if self.plain {
+            echo.insert("plain".to_string(), on_off(true));
+        }
         echo
     }
 }
@@ -310,12 +321,12 @@ mod tests {
     #[test]
     fn all_keys_are_read_and_echoed() {
         let text = "backing=2m\nvc=strict\n# why\n\nreferee=0x8123000\noracle=on\n\
-                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\n";
+                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\nplain=on\n";
         let settings = Settings::parse(text).unwrap();
         assert_eq!(settings.backing, HostBacking::Size2M);
         assert_eq!(settings.reflection, Reflection::Strict);
         assert_eq!(settings.referee, Some(Gpa::new(0x812_3000)));
-        assert!(settings.oracle);
+        assert!(settings.oracle && settings.plain);
         assert_eq!(settings.trace, Trace::Switches);
         assert_eq!(settings.breakage, Some(Breakage::Exception));
         assert!(settings.is_hostile(Hostile::MapWrap) && settings.is_hostile(Hostile::EarlyReturn));

@@ -1,8 +1,8 @@
 //! The IGVM file, read as a host that trusts nothing in it.
 //!
 //! This reader shares no code with `igvm-build`: what the one writes, the other checks. It
-//! takes what QEMU's loader takes for an SEV-SNP guest (QEMU `backends/igvm.c`) and refuses
-//! the rest by name. Stricter than QEMU: overlapping pages, reserved fields, shared and 2 MiB
+//! takes what QEMU's loader takes for an SEV-SNP guest, or for an ordinary one in plain mode
+//! (QEMU `backends/igvm.c`), and refuses the rest by name. Stricter than QEMU: overlapping pages, reserved fields, shared and 2 MiB
 //! pages, and initial contents of parameter areas (which QEMU ignores) are errors.
 //!
 //! Invariants of a [`File`]:
@@ -18,11 +18,12 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use igvm_defs::{
-    IGVM_FIXED_HEADER, IGVM_FORMAT_VERSION_1, IGVM_MAGIC_VALUE, IGVM_SEV_SNP_PLATFORM_VERSION,
-    IGVM_VHS_GUEST_POLICY, IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_AREA,
-    IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_REQUIRED_MEMORY, IGVM_VHS_SUPPORTED_PLATFORM,
-    IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT, IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT,
-    IGVM_VHT_RANGE_PLATFORM, IgvmPageDataType, IgvmPlatformType, IgvmVariableHeaderType as Type,
+    IGVM_FIXED_HEADER, IGVM_FORMAT_VERSION_1, IGVM_MAGIC_VALUE, IGVM_NATIVE_PLATFORM_VERSION,
+    IGVM_SEV_SNP_PLATFORM_VERSION, IGVM_VHS_GUEST_POLICY, IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER,
+    IGVM_VHS_PARAMETER_AREA, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_REQUIRED_MEMORY,
+    IGVM_VHS_SUPPORTED_PLATFORM, IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT,
+    IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT, IGVM_VHT_RANGE_PLATFORM, IgvmPageDataType,
+    IgvmPlatformType, IgvmVariableHeaderType as Type,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -94,9 +95,9 @@ pub enum Directive<'a> {
         /// What.
         kind: PageKind<'a>,
     },
-    /// Launch a VMSA.
+    /// Launch a VMSA; natively, start from a context.
     Context {
-        /// Where; on SNP by convention.
+        /// Where; on SNP by convention, natively nowhere.
         gpa: Gpa,
         /// Which virtual processor.
         vp_index: u16,
@@ -110,7 +111,7 @@ pub enum Directive<'a> {
 pub struct File<'a> {
     /// The launch policy, if the file has one.
     pub policy: Option<u64>,
-    /// What is to be done for SEV-SNP, in the order of the file.
+    /// What is to be done for the platform that was asked for, in the order of the file.
     pub directives: Vec<Directive<'a>>,
 }
 
@@ -138,6 +139,8 @@ pub enum FileError {
     Platform(u32),
     /// The file is for other platforms only.
     NotForSnp,
+    /// The file has no native platform.
+    NotForNative,
     /// A reserved field of this header type is not zero.
     Reserved(u32),
     /// An address or size is not whole pages, or a range wraps.
@@ -170,6 +173,7 @@ impl core::fmt::Display for FileError {
             Self::BodyLength(kind) => write!(f, "header type {kind:#x} has a wrong length"),
             Self::Platform(mask) => write!(f, "platform mask {mask:#x} is wrong or used twice"),
             Self::NotForSnp => write!(f, "no SEV-SNP platform"),
+            Self::NotForNative => write!(f, "no native platform"),
             Self::Reserved(kind) => write!(f, "header type {kind:#x} has reserved bits set"),
             Self::Misaligned(value) => write!(f, "{value:#x} is not a range of whole pages"),
             Self::DataOutside(offset) => write!(f, "data at offset {offset:#x} is outside"),
@@ -181,9 +185,34 @@ impl core::fmt::Display for FileError {
     }
 }
 
+/// The platforms that a file can be read for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum For {
+    /// SEV-SNP, with a C-bit and without vTOM.
+    SevSnp,
+    /// No confidential hardware.
+    Native,
+}
+
+impl For {
+    const fn missing(self) -> FileError {
+        match self {
+            Self::SevSnp => FileError::NotForSnp,
+            Self::Native => FileError::NotForNative,
+        }
+    }
+
+    const fn kind(self) -> (IgvmPlatformType, u16) {
+        match self {
+            Self::SevSnp => (IgvmPlatformType::SEV_SNP, IGVM_SEV_SNP_PLATFORM_VERSION),
+            Self::Native => (IgvmPlatformType::NATIVE, IGVM_NATIVE_PLATFORM_VERSION),
+        }
+    }
+}
+
 impl<'a> File<'a> {
-    /// Reads and checks a file.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, FileError> {
+    /// Reads and checks a file for one platform.
+    pub fn parse(bytes: &'a [u8], platform: For) -> Result<Self, FileError> {
         let header = fixed_header(bytes)?;
         let start = header.variable_header_offset as usize;
         let end = start + header.variable_header_size as usize;
@@ -195,7 +224,8 @@ impl<'a> File<'a> {
             section: Section::Platform,
             masks_seen: 0,
             platforms_seen: Vec::new(),
-            snp_mask: 0,
+            platform,
+            mask: 0,
             policy: None,
             areas: BTreeMap::new(),
             launched: Vec::new(),
@@ -287,7 +317,8 @@ struct Reader<'a> {
     section: Section,
     masks_seen: u32,
     platforms_seen: Vec<IgvmPlatformType>,
-    snp_mask: u32,
+    platform: For,
+    mask: u32,
     policy: Option<u64>,
     areas: BTreeMap<u32, Area>,
     launched: Vec<Range<u64>>,
@@ -309,8 +340,8 @@ impl<'a> Reader<'a> {
         if section < self.section {
             return Err(FileError::Order(kind));
         }
-        if self.section == Section::Platform && section != Section::Platform && self.snp_mask == 0 {
-            return Err(FileError::NotForSnp);
+        if self.section == Section::Platform && section != Section::Platform && self.mask == 0 {
+            return Err(self.platform.missing());
         }
         self.section = section;
         match Type(kind) {
@@ -342,22 +373,23 @@ impl<'a> Reader<'a> {
         }
         self.masks_seen |= mask;
         self.platforms_seen.push(header.platform_type);
-        if header.platform_type == IgvmPlatformType::SEV_SNP {
+        let (kind, version) = self.platform.kind();
+        if header.platform_type == kind {
             // The machine has a C-bit, no vTOM, and one set of VTLs.
-            let supported = header.platform_version == IGVM_SEV_SNP_PLATFORM_VERSION
+            let supported = header.platform_version == version
                 && header.shared_gpa_boundary == 0
                 && header.highest_vtl == 0;
             if !supported {
-                return Err(FileError::NotForSnp);
+                return Err(self.platform.missing());
             }
-            self.snp_mask = mask;
+            self.mask = mask;
         }
         Ok(())
     }
 
-    /// Whether a header with this mask is for SEV-SNP.
+    /// Whether a header with this mask is for the platform that was asked for.
     fn applies(&self, mask: u32) -> bool {
-        mask & self.snp_mask != 0
+        mask & self.mask != 0
     }
 
     fn policy(&mut self, header: &IGVM_VHS_GUEST_POLICY) -> Result<(), FileError> {
@@ -497,8 +529,8 @@ impl<'a> Reader<'a> {
     }
 
     fn finish(mut self) -> Result<File<'a>, FileError> {
-        if self.snp_mask == 0 {
-            return Err(FileError::NotForSnp);
+        if self.mask == 0 {
+            return Err(self.platform.missing());
         }
         self.launched.sort_by_key(|range| range.start);
         for pair in self.launched.windows(2) {

@@ -11,6 +11,7 @@
 //! | [`order`] | the order in which QEMU launches |
 //! | [`parameters`] | the untrusted words of the host, and its lies |
 //! | [`pages`] | the secrets and CPUID pages |
+//! | [`plain`] | loading an image where nothing is confidential |
 //! | [`vmsa`] | which processor states are taken |
 //! | [`digest`] | the launch digest |
 //!
@@ -41,6 +42,7 @@ pub mod file;
 pub mod order;
 pub mod pages;
 pub mod parameters;
+pub mod plain;
 pub mod vmsa;
 
 use digest::{Digest, LaunchDigest, PageType};
@@ -107,6 +109,10 @@ pub enum LaunchError {
     VpIndex(u16),
     /// Not exactly one context for the first vCPU.
     Contexts(usize),
+    /// A page that only a confidential guest has.
+    NotPlain(Gpa),
+    /// The native context has something where it must be zero.
+    Context,
 }
 
 impl From<FileError> for LaunchError {
@@ -145,6 +151,8 @@ impl fmt::Display for LaunchError {
             Self::VmsaField(offset) => write!(f, "VMSA field at {offset:#x} is not supported"),
             Self::VpIndex(index) => write!(f, "VMSA for vCPU {index}; only vCPU 0 is launched"),
             Self::Contexts(count) => write!(f, "{count} VMSAs; expected one"),
+            Self::NotPlain(gpa) => write!(f, "page {gpa:#x} is for confidential guests only"),
+            Self::Context => write!(f, "the native context has reserved bits set"),
         }
     }
 }
@@ -166,7 +174,7 @@ impl<P: PhysicalMemory> Platform<P> {
         bytes: &[u8],
         environment: &mut Environment<'_>,
     ) -> Result<Launched, LaunchError> {
-        let file = File::parse(bytes)?;
+        let file = File::parse(bytes, file::For::SevSnp)?;
         if let Some(policy) = file.policy
             && policy & POLICY_MUST_BE_ONE == 0
         {
@@ -265,16 +273,8 @@ impl<P: PhysicalMemory> Platform<P> {
                 offset,
                 parameter,
             } => {
-                let value = match parameter {
-                    Parameter::MemoryMap => {
-                        let room = state.areas.get(&index).map_or(0, Vec::len);
-                        parameters::memory_map(self.layout(), own.clone(), room, &self.settings)
-                    }
-                    Parameter::VpCount => {
-                        let count = parameters::vp_count(self.vcpu_count(), &self.settings);
-                        count.to_le_bytes().to_vec()
-                    }
-                };
+                let room = state.areas.get(&index).map_or(0, Vec::len);
+                let value = self.parameter(parameter, own, room);
                 fill(&mut state.areas, index, offset as usize, &value)
             }
             Directive::Insert { gpa, index } => {
@@ -314,6 +314,18 @@ impl<P: PhysicalMemory> Platform<P> {
                 vmsa::check(gpa, vp_index, &page)?;
                 self.launch_page(state, PageType::Vmsa, gpa, &page)
             }
+        }
+    }
+
+    /// The bytes of a parameter; its area has `room`.
+    fn parameter(&self, parameter: Parameter, own: &Range<u64>, room: usize) -> Vec<u8> {
+        match parameter {
+            Parameter::MemoryMap => {
+                parameters::memory_map(self.layout(), own.clone(), room, &self.settings)
+            }
+            Parameter::VpCount => parameters::vp_count(self.vcpu_count(), &self.settings)
+                .to_le_bytes()
+                .to_vec(),
         }
     }
 

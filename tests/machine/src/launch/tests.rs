@@ -8,6 +8,8 @@ use crate::settings::Settings;
 use crate::testing::Sparse;
 use proptest::prelude::*;
 
+mod plain;
+
 /// Types and bodies of the variable headers of a file.
 type Headers = Vec<(u32, Vec<u8>)>;
 
@@ -365,7 +367,10 @@ fn hostile_files_are_refused_by_name() {
     for (spoil, expected) in rows {
         let mut headers = headers();
         spoil(&mut headers);
-        assert_eq!(File::parse(&file(&headers)), Err(*expected));
+        assert_eq!(
+            File::parse(&file(&headers), file::For::SevSnp),
+            Err(*expected)
+        );
     }
 }
 
@@ -409,11 +414,11 @@ fn launches_that_no_host_could_do_are_refused() {
 #[test]
 fn fixed_headers_are_checked() {
     let good = file(&headers());
-    assert!(File::parse(&good).is_ok());
+    assert!(File::parse(&good, file::For::SevSnp).is_ok());
     let spoilt = |at: usize, value: u32| {
         let mut bytes = good.clone();
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        File::parse(&bytes).unwrap_err()
+        File::parse(&bytes, file::For::SevSnp).unwrap_err()
     };
     for (at, value) in [
         (0, 0),
@@ -440,13 +445,13 @@ fn fixed_headers_are_checked() {
 fn every_truncation_is_refused() {
     let good = file(&headers());
     for length in (0..good.len()).step_by(7) {
-        assert!(File::parse(&good[..length]).is_err());
+        assert!(File::parse(&good[..length], file::For::SevSnp).is_err());
         // Also when header and checksum are made to agree with the shorter file.
         let mut cut = good[..length].to_vec();
         if length > 1200 {
             cut[16..20].copy_from_slice(&(length as u32).to_le_bytes());
             seal(&mut cut);
-            assert!(File::parse(&cut).is_err(), "{length}");
+            assert!(File::parse(&cut, file::For::SevSnp).is_err(), "{length}");
         }
     }
 }
@@ -454,7 +459,7 @@ fn every_truncation_is_refused() {
 proptest! {
     #[test]
     fn noise_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        prop_assert!(File::parse(&bytes).is_err());
+        prop_assert!(File::parse(&bytes, file::For::SevSnp).is_err());
     }
 
     /// Damaged headers with a right checksum: refused or launched, never a panic, and never a

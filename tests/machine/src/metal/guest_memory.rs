@@ -37,6 +37,14 @@ impl GuestMemory for View<'_> {
     }
 
     fn write(&mut self, gpa: Gpa, data: &[u8]) -> bool {
+        if self.platform.settings().plain {
+            // All memory is the guest's, and has one alias.
+            let at = self.platform.spa_of(gpa);
+            if let Some(spa) = at {
+                DirectMap.write(spa, data);
+            }
+            return at.is_some();
+        }
         let Some(mapping) = self.platform.peek(self.vmpl, Alias::Private, gpa) else {
             return false;
         };

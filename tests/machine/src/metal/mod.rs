@@ -19,6 +19,7 @@ mod heap;
 mod memory;
 mod npt;
 mod permissions;
+mod plain;
 mod ports;
 mod setup;
 mod shared;
@@ -39,10 +40,13 @@ pub extern "C" fn start(image: u64, low_end: u64) -> ! {
     heap::init(layout.heap);
     mask_pic();
     apic::enable_x2apic();
-    setup::launch(layout);
+    let plain = setup::launch(layout);
     finish::break_if_told();
     let permissions = Permissions::new();
     let mut first = Vcpu::new(VcpuId(0), permissions);
+    if let Some(start) = plain {
+        plain::run(&mut first, &start, layout);
+    }
     smp::start_others(permissions);
     first.run(Vmpl::VMPL0)
 }

@@ -5,6 +5,7 @@
 use alloc::format;
 use alloc::string::ToString;
 
+use igvm_defs::IgvmNativeVpContextX64;
 use machine::Platform;
 use machine::cpuid::{Leaf, Table};
 use machine::launch::Environment;
@@ -26,13 +27,16 @@ const FILE_SETTINGS: &str = "opt/turnstile/settings";
 /// Number of CPUs (QEMU `FW_CFG_NB_CPUS`).
 const KEY_CPUS: u16 = 0x05;
 
+/// Starting a processor is an INIT, which would end the machine that runs on it.
+const PLAIN_IS_ALONE: &str = "plain mode has one processor";
+
 /// Conventional memory ends here; ROMs and video memory follow up to 1 MiB.
 const CONVENTIONAL_END: u64 = 0xA_0000;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// Makes the machine and puts the guest into it.
-pub fn launch(layout: &Layout) {
+/// Makes the machine and puts the guest into it. In plain mode, returns where the guest starts.
+pub fn launch(layout: &Layout) -> Option<IgvmNativeVpContextX64> {
     let vcpus = fwcfg::item::<2>(KEY_CPUS)
         .map_or(1, u16::from_le_bytes)
         .max(1);
@@ -51,7 +55,7 @@ pub fn launch(layout: &Layout) {
         tsc_hz: clock::tsc_hz(),
         settings: settings.echo(),
     }));
-    let low_end = settings.low_end;
+    let (low_end, plain) = (settings.low_end, settings.plain);
     let platform = Platform::new(DirectMap, settings, u32::from(vcpus), cpu::tsc);
     let native = |leaf, subleaf| {
         let [eax, ebx, ecx, edx] = cpu::cpuid(leaf, subleaf);
@@ -61,19 +65,30 @@ pub fn launch(layout: &Layout) {
         platform,
         tables: Tables::new(layout.tables),
         ports: Ports::new(layout, low_end),
-        cpuid: Table::build(&native, u32::from(vcpus)),
+        cpuid: if plain {
+            Table::build_plain(&native, u32::from(vcpus))
+        } else {
+            Table::build(&native, u32::from(vcpus))
+        },
     });
     if let Some(error) = bad {
         finish::end(End::BadSettings(error), 0);
     }
-    if let Err(why) = fill(layout) {
-        finish::end(End::LaunchFailed(why), 0);
+    if plain && vcpus != 1 {
+        finish::end(End::LaunchFailed(PLAIN_IS_ALONE.to_string()), 0);
     }
     smp::init_table(u32::from(vcpus));
+    match fill(layout, plain) {
+        Ok(start) => start,
+        Err(why) => finish::end(End::LaunchFailed(why), 0),
+    }
 }
 
-/// Adds the memory and launches the image.
-fn fill(layout: &Layout) -> Result<(), alloc::string::String> {
+/// Adds the memory and launches or, in plain mode, loads the image.
+fn fill(
+    layout: &Layout,
+    plain: bool,
+) -> Result<Option<IgvmNativeVpContextX64>, alloc::string::String> {
     let mut machine = shared::lock(0);
     let Machine {
         platform, cpuid, ..
@@ -94,8 +109,12 @@ fn fill(layout: &Layout) -> Result<(), alloc::string::String> {
         random: &mut cpu::random,
         cpuid,
     };
+    if plain {
+        let start = platform.load_plain(&image, &mut environment);
+        return start.map(Some).map_err(|error| error.to_string());
+    }
     platform
         .launch(&image, &mut environment)
         .map_err(|error| error.to_string())?;
-    Ok(())
+    Ok(None)
 }

@@ -431,7 +431,8 @@ impl Vcpu {
         shared::lock(self.rip()).platform.leave(self.id);
     }
 
-    fn init_control(&mut self) {
+    /// The control area of an ordinary entry, for a level that is strict or not.
+    pub fn init_control(&mut self) {
         let strict = self.strict;
         let iopm = self.permissions.ports(strict);
         let msrpm = self.permissions.msrs(strict);
@@ -489,6 +490,25 @@ impl Vcpu {
         smp::left_guest(self.id);
         self.keep_interrupted_event();
         exit::handle(self)
+    }
+
+    /// Takes FS, GS, TR, LDTR and the system call registers from the VMCB, whose copy was just written.
+    pub fn load_hidden_state(&self) {
+        svm::vmload(self.vmcb.physical());
+    }
+
+    /// One VMRUN on the nested tables at `root`.
+    ///
+    /// # Safety
+    /// 1. The tables give the guest no memory of the machine; 2. [`Vcpu::init_control`] was called, so the
+    ///    SVM instructions are intercepted.
+    pub unsafe fn enter_on(&mut self, root: u64) {
+        self.vmcb_mut().control.n_cr3 = root;
+        cpu::match_cr4(self.save().cr4);
+        let at = self.vmcb.physical();
+        // SAFETY: (1) and (2) are the caller's promise; (3) `new` enabled SVM.
+        unsafe { svm::vmrun(at, &mut self.registers) };
+        self.keep_interrupted_event();
     }
 
     /// Stores what VMRUN does not switch (TR among it) in the VMCB, to be read there.

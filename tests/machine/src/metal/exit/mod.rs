@@ -6,7 +6,7 @@
 
 mod instruction;
 mod io;
-mod msr;
+pub mod msr;
 mod nested;
 mod vmgexit;
 
