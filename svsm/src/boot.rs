@@ -177,6 +177,12 @@ fn start(
         secondary::announce(system, &platform, ghcb, index, &mut pool)?;
     }
     publish_descriptor(system, &plan, vcpus.table)?;
+    #[cfg(feature = "faults")]
+    system
+        .engine
+        .backend()
+        .prepare_control(&system.engine.map(), |frame| system.engine.state(frame))
+        .map_err(|_| TurnstileReason::PVALIDATE)?;
     info!(
         "memory of ours: region {}, carve-out {}",
         launch.region(),
