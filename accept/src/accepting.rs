@@ -8,7 +8,7 @@ use crate::backend::{Backend, Operation, Trouble};
 use crate::block::{Block, PageSize};
 use crate::engine::{Done, Ended, Engine, Error, Held, OnNoChange};
 use crate::pages::{PageSet, PageState};
-use crate::sweep::{Grain, Stopped, sweep, sweep_on};
+use crate::sweep::{Grain, Stopped, sweep, sweep_on, sweep_runs};
 
 /// What becomes of the pages.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ impl<B: Backend> Engine<'_, B> {
                 OnNoChange::Ignore => Ok(Done::NOTHING),
             };
         }
-        let held = self.hold(block)?;
+        let held = self.hold_seen(glance)?;
         let ended = self.accept_held(&held, block, on_no_change);
         self.end(held, ended)
     }
@@ -107,6 +107,9 @@ impl<B: Backend> Engine<'_, B> {
     /// The test under the lock, and the work.
     fn accept_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
         let asked = PageSet::of(block);
+        if held.are_unaccepted(&asked) {
+            return self.accept_pages(held, block, &asked, &PageSet::EMPTY);
+        }
         let states = held.states(&asked);
         if !states.owned.is_empty() {
             return Ended::with(Err(Error::Owned));
@@ -122,7 +125,18 @@ impl<B: Backend> Engine<'_, B> {
             held.tally().no_change_slow.add(1);
             return Ended::with(Ok(Done::NOTHING));
         }
-        let ended = self.bring_in(held, &fresh, &ready, For::Guest);
+        self.accept_pages(held, block, &fresh, &ready)
+    }
+
+    /// The work, and what is counted of it.
+    fn accept_pages(
+        &self,
+        held: &Held<'_>,
+        block: Block,
+        fresh: &PageSet,
+        ready: &PageSet,
+    ) -> Ended {
+        let ended = self.bring_in(held, fresh, ready, For::Guest);
         if let Ok(done) = &ended.result {
             match block.size() {
                 PageSize::Size4K => held.tally().accepted_4k.add(1),
@@ -130,7 +144,8 @@ impl<B: Backend> Engine<'_, B> {
             }
             let page = PageSize::Size4K.bytes();
             held.tally().accepted_bytes.add(done.changed_pages * page);
-            held.tally().claimed_bytes.add(ready.len() * page);
+            let claimed = done.changed_pages * page - done.scrubbed_bytes;
+            held.tally().claimed_bytes.add(claimed);
         }
         ended
     }
@@ -147,11 +162,16 @@ impl<B: Backend> Engine<'_, B> {
         let (region, tally) = (held.region(), held.tally());
         let mut grain = Grain::Large;
 
-        let validated = sweep(region, fresh, &mut grain, tally, |block| {
-            self.backend.validate(block)
-        });
-        if let Some(stopped) = validated.stopped {
-            self.take_back(held, &validated.done, &PageSet::EMPTY, grain);
+        let validated = sweep_runs(
+            region,
+            fresh,
+            &mut grain,
+            tally,
+            |block| self.backend.validate(block),
+            |run| self.backend.validate_run(run),
+        );
+        if let Err(stopped) = validated {
+            self.take_back(held, &stopped.done, &PageSet::EMPTY, grain);
             let expelled = self.expel(held, stopped, grain);
             let error = held.error(Operation::Validate, stopped);
             return Ended {
@@ -164,31 +184,42 @@ impl<B: Backend> Engine<'_, B> {
         let scrubbed = sweep(region, fresh, &mut Grain::Large, tally, |block| {
             self.backend.scrub(block)
         });
-        if let Some(stopped) = scrubbed.stopped {
+        if let Err(stopped) = scrubbed {
             self.take_back(held, fresh, &PageSet::EMPTY, grain);
             return Ended::with(Err(held.error(Operation::Scrub, stopped)));
         }
 
-        let all = fresh.with(ready);
+        let both;
+        let all = if ready.is_empty() {
+            fresh
+        } else {
+            both = fresh.with(ready);
+            &both
+        };
         let state = match destination {
             For::Paravisor(state) => state,
             For::Guest => {
-                let granted = sweep(region, &all, &mut grain, tally, |block| {
-                    self.backend.grant(block)
-                });
-                if let Some(stopped) = granted.stopped {
+                let granted = sweep_runs(
+                    region,
+                    all,
+                    &mut grain,
+                    tally,
+                    |block| self.backend.grant(block),
+                    |run| self.backend.grant_run(run),
+                );
+                if let Err(stopped) = granted {
                     // A page that was ready and not yet granted stays ready.
-                    let ours = fresh.with(&granted.done);
-                    self.take_back(held, &ours, &granted.done, grain);
+                    let ours = fresh.with(&stopped.done);
+                    self.take_back(held, &ours, &stopped.done, grain);
                     return Ended {
                         result: Err(held.error(Operation::Grant, stopped)),
-                        flush_now: !granted.done.is_empty(),
+                        flush_now: !stopped.done.is_empty(),
                     };
                 }
                 PageState::Accepted
             }
         };
-        held.record(&all, state);
+        held.record(all, state);
         let scrubbed_bytes = fresh.len() * PageSize::Size4K.bytes();
         if state == PageState::Ahead {
             tally.prepared_bytes.add(scrubbed_bytes);

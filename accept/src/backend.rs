@@ -6,7 +6,7 @@
 //! An implementation must report what the hardware said and nothing else: "already done" is not
 //! success, and an unknown status is a failure, not a panic.
 
-use crate::block::Block;
+use crate::block::{Block, Frame};
 
 /// The platform's instructions. One call is one instruction on one page of the block's size (or
 /// one fill of memory).
@@ -22,6 +22,15 @@ pub trait Backend {
     /// # Errors
     /// As the instruction reported; on any error nothing has changed.
     fn validate(&self, block: Block) -> Result<(), ValidateFault>;
+
+    /// As [`Backend::validate`] for each page of a run, up to the first that fails. For platforms
+    /// that can do this faster than page by page.
+    ///
+    /// # Errors
+    /// As the instruction reported for that page, and how many came before it.
+    fn validate_run(&self, run: Run) -> Result<(), Broken<ValidateFault>> {
+        run.page_by_page(|page| self.validate(page))
+    }
 
     /// Makes the block invalid again (SNP: PVALIDATE with validate = 0).
     ///
@@ -42,6 +51,14 @@ pub trait Backend {
     /// As the instruction reported; on any error nothing has changed.
     fn grant(&self, block: Block) -> Result<(), AdjustFault>;
 
+    /// As [`Backend::grant`] for each page of a run, up to the first that fails.
+    ///
+    /// # Errors
+    /// As the instruction reported for that page, and how many came before it.
+    fn grant_run(&self, run: Run) -> Result<(), Broken<AdjustFault>> {
+        run.page_by_page(|page| self.grant(page))
+    }
+
     /// Takes all permissions from every less privileged level (SNP: RMPADJUST for each). To the
     /// engine this is one step: on an error of the second instruction the implementation restores
     /// what the first has taken.
@@ -56,6 +73,57 @@ pub trait Backend {
     /// # Errors
     /// [`NotFlushed`] when it is not certain within the platform's bound on waiting (I12).
     fn flush(&self) -> Result<(), NotFlushed>;
+}
+
+/// Small pages of one region without a gap, to be done one after the other. At least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    first: Frame,
+    pages: usize,
+}
+
+impl Run {
+    /// `pages` pages from `first` on, which the caller knows to lie in one region.
+    pub(crate) const fn new(first: Frame, pages: usize) -> Self {
+        Self { first, pages }
+    }
+
+    /// The first page.
+    #[must_use]
+    pub const fn first(self) -> Frame {
+        self.first
+    }
+
+    /// The number of pages: 1 to 512.
+    #[must_use]
+    pub const fn pages(self) -> usize {
+        self.pages
+    }
+
+    /// Does the pages one by one.
+    ///
+    /// # Errors
+    /// That of the first page that fails.
+    pub fn page_by_page<F>(
+        self,
+        instruction: impl Fn(Block) -> Result<(), F>,
+    ) -> Result<(), Broken<F>> {
+        for done in 0..self.pages {
+            // Frames of one region: the sum is one, too.
+            let page = self.first.checked_add(done as u64).unwrap_or(self.first);
+            instruction(Block::page(page)).map_err(|fault| Broken { done, fault })?;
+        }
+        Ok(())
+    }
+}
+
+/// A [`Run`] that ended early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken<F> {
+    /// Pages that were done before the one that failed.
+    pub done: usize,
+    /// Why that one failed.
+    pub fault: F,
 }
 
 /// A vCPU went on running for so long that it may still hold translations which the RMP would not

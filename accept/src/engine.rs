@@ -10,7 +10,7 @@ use crate::counters::{Counters, Tally};
 use crate::given_back::Flag;
 use crate::lock::{Guard, RegionLocks};
 use crate::map::{Map, Place};
-use crate::pages::{PageSet, PageState, RegionWords, StateSets};
+use crate::pages::{PageSet, PageState, StateSets};
 use crate::sweep::Stopped;
 
 /// The acceptance engine of one VM. All methods take `&self` and may be called on all vCPUs at
@@ -189,9 +189,9 @@ impl<'m, B: Backend> Engine<'m, B> {
 
     /// The words and the counters of a block's region, without the lock.
     pub(crate) fn look(&self, block: Block) -> Result<Glance<'m>, Error> {
-        let words = self.map.find(block).ok_or(Error::OutOfRange)?;
+        let place = self.map.place(block).ok_or(Error::OutOfRange)?;
         Ok(Glance {
-            words,
+            place,
             tally: self.locks.tally(block.first()),
             block,
         })
@@ -199,7 +199,14 @@ impl<'m, B: Backend> Engine<'m, B> {
 
     /// Locks a block's region.
     pub(crate) fn hold(&self, block: Block) -> Result<Held<'m>, Error> {
-        let place = self.map.place(block).ok_or(Error::OutOfRange)?;
+        self.hold_seen(self.look(block)?)
+    }
+
+    /// Locks the region of a block that was looked at.
+    pub(crate) fn hold_seen(
+        &self,
+        Glance { place, block, .. }: Glance<'m>,
+    ) -> Result<Held<'m>, Error> {
         let guard = self.locks.lock(block.first()).ok_or(Error::Busy)?;
         Ok(Held {
             place,
@@ -223,7 +230,7 @@ impl<'m, B: Backend> Engine<'m, B> {
 
 /// A region seen without its lock.
 pub(crate) struct Glance<'m> {
-    words: &'m RegionWords,
+    place: Place<'m>,
     tally: &'m Tally,
     block: Block,
 }
@@ -237,9 +244,9 @@ impl Glance<'_> {
     pub(crate) fn is_accepted(&self) -> bool {
         match self.block.size() {
             PageSize::Size4K => {
-                self.words.state(self.block.first().index_in_region()) == PageState::Accepted
+                self.place.words.state(self.block.first().index_in_region()) == PageState::Accepted
             }
-            PageSize::Size2M => self.words.looks_accepted(),
+            PageSize::Size2M => self.place.words.looks_accepted(),
         }
     }
 
@@ -269,6 +276,11 @@ impl<'m> Held<'m> {
     /// The pages of `pages` by their states, for sure.
     pub(crate) fn states(&self, pages: &PageSet) -> StateSets {
         self.place.words.states(pages)
+    }
+
+    /// Whether all of `pages` are Unaccepted, for sure.
+    pub(crate) fn are_unaccepted(&self, pages: &PageSet) -> bool {
+        self.place.words.are_unaccepted(pages)
     }
 
     /// The state of one page, for sure.

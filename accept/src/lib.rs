@@ -99,7 +99,7 @@ mod sync;
 mod view;
 
 pub use ahead::{Order, Step, Walk};
-pub use backend::{AdjustFault, Backend, Fault, NotFlushed, Operation, ValidateFault};
+pub use backend::{AdjustFault, Backend, Broken, Fault, NotFlushed, Operation, Run, ValidateFault};
 pub use block::{Block, Frame, Misaligned, PAGES_PER_REGION, PageSize};
 pub use counters::Counters;
 pub use engine::{Done, Engine, Error, FlushOwed, OnNoChange, Rescinded};

@@ -8,7 +8,7 @@ use crate::backend::{Backend, Operation, Trouble};
 use crate::block::{Block, Frame, PageSize};
 use crate::engine::{Done, Ended, Engine, Error, Held};
 use crate::pages::{PageSet, PageState};
-use crate::sweep::{Grain, Stopped, Swept, sweep};
+use crate::sweep::{Grain, Stopped, sweep};
 
 /// What a page is lent for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,13 +160,13 @@ impl<B: Backend> Engine<'_, B> {
         instruction: impl Fn(Block) -> Result<(), F>,
     ) -> Option<Stopped> {
         debug_assert_eq!(page.len(), PageSize::Size4K.pages());
-        let Swept { stopped, .. } = sweep(
+        sweep(
             held.region(),
             page,
             &mut Grain::Small,
             held.tally(),
             instruction,
-        );
-        stopped
+        )
+        .err()
     }
 }

@@ -114,6 +114,19 @@ impl RegionWords {
         sets
     }
 
+    /// Whether all of `pages` are Unaccepted: what nearly every request finds, told without
+    /// sorting. For sure only while the region's lock is held.
+    pub(crate) fn are_unaccepted(&self, pages: &PageSet) -> bool {
+        let word = |index: usize| self.0[index].load(Ordering::Acquire);
+        if pages.is_full() {
+            return (0..WORDS).fold(0, |any, index| any | word(index)) == 0;
+        }
+        pages
+            .touched
+            .indices()
+            .all(|index| word(index) & (pages.words[index] * 3) == 0)
+    }
+
     /// Whether the whole region holds an Accepted page and no Owned one. May read less than the
     /// whole: the first cache line answers "no" when it has no Accepted page.
     pub(crate) fn looks_accepted(&self) -> bool {
@@ -134,6 +147,12 @@ impl RegionWords {
 
     /// Writes `state` for every page of `pages`. The caller holds the region's lock.
     pub(crate) fn record(&self, pages: &PageSet, state: PageState) {
+        if pages.is_full() {
+            for word in &self.0 {
+                word.store(state.pattern(), Ordering::Release);
+            }
+            return;
+        }
         for index in pages.touched.indices() {
             let (word, set) = (&self.0[index], pages.words[index]);
             if set != 0 {
@@ -250,16 +269,19 @@ impl PageSet {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.touched.indices().all(|index| self.words[index] == 0)
+        self.words.iter().fold(0, |any, word| any | word) == 0
     }
 
     pub(crate) fn is_full(&self) -> bool {
-        let indices = self.touched.indices();
-        indices.len() == WORDS && self.words.iter().all(|word| *word == EVEN)
+        self.words.iter().fold(EVEN, |all, word| all & word) == EVEN
     }
 
     /// The number of pages.
     pub(crate) fn len(&self) -> u64 {
+        if self.is_full() {
+            // The usual case, where counting would cost more than all else.
+            return PAGES_PER_REGION as u64;
+        }
         self.touched
             .indices()
             .map(|index| u64::from(self.words[index].count_ones()))
@@ -306,6 +328,21 @@ impl PageSet {
             }
         }
         result
+    }
+
+    /// The indices of the pages as runs without a gap, ascending.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = core::ops::Range<usize>> + use<> {
+        let whole = self.is_full().then_some(0..PAGES_PER_REGION);
+        let rest = if whole.is_some() { Self::EMPTY } else { *self };
+        let mut indices = rest.indices().peekable();
+        whole.into_iter().chain(core::iter::from_fn(move || {
+            let first = indices.next()?;
+            let mut end = first + 1;
+            while indices.next_if_eq(&end).is_some() {
+                end += 1;
+            }
+            Some(first..end)
+        }))
     }
 
     /// The indices of the pages, ascending.
@@ -421,6 +458,36 @@ mod tests {
         let far = PageSet::single(0).with(&PageSet::single(511));
         assert!(far.indices().eq([0, 511]));
         assert_eq!(far.len(), 2);
+    }
+
+    #[test]
+    fn runs_are_the_indices_without_gaps() {
+        let runs = |set: &PageSet| set.runs().collect::<Vec<_>>();
+        assert_eq!(runs(&PageSet::FULL), [0..512]);
+        assert_eq!(runs(&PageSet::EMPTY), []);
+        assert_eq!(runs(&PageSet::single(511)), [511..512]);
+        let gaps = PageSet::span(3, 70).without(&PageSet::single(31));
+        assert_eq!(runs(&gaps), [3..31, 32..70]);
+        assert_eq!(runs(&PageSet::FULL.without(&PageSet::single(0))), [1..512]);
+        assert_eq!(runs(&PageSet::FULL.below(511)), [0..511]);
+    }
+
+    #[test]
+    fn one_page_in_any_other_state_is_seen() {
+        let region = Region::new();
+        let words = region.words();
+        let all = [PageSet::FULL, PageSet::span(0, 511), PageSet::span(1, 512)];
+        for index in [0, 31, 32, 510, 511] {
+            for state in STATES {
+                words.record(&PageSet::single(index), state);
+                for pages in &all {
+                    let theirs = !pages.and(&PageSet::single(index)).is_empty();
+                    let expected = !theirs || state == PageState::Unaccepted;
+                    assert_eq!(words.are_unaccepted(pages), expected, "{index} {state:?}");
+                }
+            }
+            words.record(&PageSet::FULL, PageState::Unaccepted);
+        }
     }
 
     #[test]

@@ -87,11 +87,11 @@ impl<B: Backend> Engine<'_, B> {
         let revoked = sweep(region, &leaving.accepted, &mut grain, tally, |block| {
             self.backend.revoke(block)
         });
-        if let Some(stopped) = revoked.stopped {
+        if let Err(stopped) = revoked {
             // A page that the hardware calls invalid is out already; the rest goes back.
             let lost = lost_pages(stopped.trouble, &stopped.at);
             held.record(&lost, PageState::Unaccepted);
-            self.restore(held, leaving, &lost, &revoked.done, grain);
+            self.restore(held, leaving, &lost, &stopped.done, grain);
             let error = held.error(Operation::Revoke, stopped);
             return Ended {
                 result: Err(error),
@@ -103,12 +103,10 @@ impl<B: Backend> Engine<'_, B> {
         let rescinded = sweep(region, &all, &mut grain, tally, |block| {
             self.backend.rescind(block)
         });
-        if let Some(stopped) = rescinded.stopped {
+        if let Err(stopped) = rescinded {
             // What is invalid cannot be brought back: another page may be there by now, and its
             // content would be lost anyway. It is recorded as it is; the rest goes back.
-            let lost = rescinded
-                .done
-                .with(&lost_pages(stopped.trouble, &stopped.at));
+            let lost = stopped.done.with(&lost_pages(stopped.trouble, &stopped.at));
             held.record(&lost, PageState::Unaccepted);
             self.restore(
                 held,

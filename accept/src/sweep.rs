@@ -1,7 +1,7 @@
 //! The one loop that applies an instruction to a set of pages: as one 2 MiB page when it can, as
 //! small pages when it must.
 
-use crate::backend::Trouble;
+use crate::backend::{Broken, Run, Trouble};
 use crate::block::{Block, Frame};
 use crate::counters::Tally;
 use crate::pages::PageSet;
@@ -14,70 +14,66 @@ pub(crate) enum Grain {
     Small,
 }
 
-/// What a sweep did.
-pub(crate) struct Swept {
-    /// The pages on which the instruction succeeded.
-    pub(crate) done: PageSet,
-    /// Why the sweep ended early, if it did.
-    pub(crate) stopped: Option<Stopped>,
-}
-
 /// The end of a sweep before its time.
 #[derive(Clone, Copy)]
 pub(crate) struct Stopped {
+    /// The pages on which the instruction succeeded.
+    pub(crate) done: PageSet,
     /// The pages that the failing instruction was asked for.
     pub(crate) at: PageSet,
     pub(crate) trouble: Trouble,
 }
 
 /// Applies `instruction` to `pages` of the region that starts at `region`, ascending, and stops at
-/// the first failure.
+/// the first failure. After success it was done on all of them.
 pub(crate) fn sweep<F: Into<Trouble>>(
     region: Frame,
     pages: &PageSet,
     grain: &mut Grain,
     tally: &Tally,
     instruction: impl Fn(Block) -> Result<(), F>,
-) -> Swept {
+) -> Result<(), Stopped> {
+    let small = |run: Run| run.page_by_page(&instruction);
+    sweep_runs(region, pages, grain, tally, &instruction, small)
+}
+
+/// As [`sweep`], with an instruction for runs of small pages.
+pub(crate) fn sweep_runs<F: Into<Trouble>>(
+    region: Frame,
+    pages: &PageSet,
+    grain: &mut Grain,
+    tally: &Tally,
+    instruction: impl Fn(Block) -> Result<(), F>,
+    small: impl Fn(Run) -> Result<(), Broken<F>>,
+) -> Result<(), Stopped> {
     if *grain == Grain::Large && pages.is_full() {
         match instruction(Block::region_around(region)).map_err(Into::into) {
-            Ok(()) => {
-                return Swept {
-                    done: PageSet::FULL,
-                    stopped: None,
-                };
-            }
+            Ok(()) => return Ok(()),
             Err(Trouble::SizeMismatch) => {
                 *grain = Grain::Small;
                 tally.splits.add(1);
             }
             Err(trouble) => {
-                return Swept {
+                return Err(Stopped {
                     done: PageSet::EMPTY,
-                    stopped: Some(Stopped {
-                        at: PageSet::FULL,
-                        trouble,
-                    }),
-                };
+                    at: PageSet::FULL,
+                    trouble,
+                });
             }
         }
     }
-    for index in pages.indices() {
-        if let Err(fault) = instruction(Block::page(region.at_index(index))) {
-            let stopped = Stopped {
-                at: PageSet::single(index),
-                trouble: fault.into(),
-            };
-            return Swept {
+    for run in pages.runs() {
+        if let Err(broken) = small(Run::new(region.at_index(run.start), run.len())) {
+            // A platform that says it did more pages than there are did all but the last.
+            let index = run.start + broken.done.min(run.len() - 1);
+            return Err(Stopped {
                 done: pages.below(index),
-                stopped: Some(stopped),
-            };
+                at: PageSet::single(index),
+                trouble: broken.fault.into(),
+            });
         }
     }
-    Swept {
-        done: *pages,
-        stopped: None,
-    }
+    Ok(())
 }
 
 /// As [`sweep`], but goes on after a failure, for cleaning up: returns the pages on which the
@@ -94,13 +90,14 @@ pub(crate) fn sweep_on<F: Into<Trouble>>(
     let mut done = PageSet::EMPTY;
     // Each round either finishes or removes at least the page it stopped at.
     while !rest.is_empty() {
-        let swept = sweep(region, &rest, &mut grain, tally, &instruction);
-        done = done.with(&swept.done);
-        let Some(stopped) = swept.stopped else { break };
+        let Err(stopped) = sweep(region, &rest, &mut grain, tally, &instruction) else {
+            return done.with(&rest);
+        };
+        done = done.with(&stopped.done);
         if as_good(stopped.trouble) {
             done = done.with(&stopped.at);
         }
-        rest = rest.without(&swept.done).without(&stopped.at);
+        rest = rest.without(&stopped.done).without(&stopped.at);
     }
     done
 }
@@ -116,7 +113,7 @@ mod tests {
         pages: &PageSet,
         grain: &mut Grain,
         answer: impl Fn(Block) -> Result<(), AdjustFault>,
-    ) -> (Swept, Vec<(u64, PageSize)>) {
+    ) -> (Result<(), Stopped>, Vec<(u64, PageSize)>) {
         let calls = RefCell::new(Vec::new());
         let region = Frame::containing(0x40_0000);
         let swept = sweep(region, pages, grain, &Tally::new(), |block: Block| {
@@ -129,7 +126,7 @@ mod tests {
     #[test]
     fn a_whole_region_is_one_instruction() {
         let (swept, calls) = run(&PageSet::FULL, &mut Grain::Large, |_| Ok(()));
-        assert!(swept.done.is_full() && swept.stopped.is_none());
+        assert!(swept.is_ok());
         assert_eq!(calls, [(0x40_0000, PageSize::Size2M)]);
     }
 
@@ -140,7 +137,7 @@ mod tests {
             PageSize::Size2M => Err(AdjustFault::SizeMismatch),
             PageSize::Size4K => Ok(()),
         });
-        assert!(swept.done.is_full() && grain == Grain::Small);
+        assert!(swept.is_ok() && grain == Grain::Small);
         assert_eq!(calls.len(), 513);
         let (_, calls) = run(&PageSet::FULL, &mut grain, |_| Ok(()));
         assert_eq!(calls.len(), 512);
@@ -149,7 +146,7 @@ mod tests {
     #[test]
     fn a_partial_set_is_done_in_small_pages() {
         let (swept, calls) = run(&PageSet::span(3, 5), &mut Grain::Large, |_| Ok(()));
-        assert_eq!(swept.done, PageSet::span(3, 5));
+        assert!(swept.is_ok());
         assert_eq!(
             calls,
             [(0x40_3000, PageSize::Size4K), (0x40_4000, PageSize::Size4K)]
@@ -165,12 +162,36 @@ mod tests {
                 Ok(())
             }
         });
-        assert_eq!(swept.done, PageSet::span(0, 7));
-        let stopped = swept.stopped.expect("stopped");
+        let stopped = swept.err().expect("stopped");
+        assert_eq!(stopped.done, PageSet::span(0, 7));
         assert_eq!(
             (stopped.at, stopped.trouble),
             (PageSet::single(7), Trouble::Failed(9))
         );
+    }
+
+    #[test]
+    fn i9_a_run_that_breaks_is_told_by_its_page() {
+        let gaps = PageSet::span(0, 4).with(&PageSet::span(10, 14));
+        for (lie, expected) in [(2, 12), (4, 13), (usize::MAX, 13)] {
+            let swept = sweep_runs(
+                Frame::containing(0),
+                &gaps,
+                &mut Grain::Large,
+                &Tally::new(),
+                |_| -> Result<(), AdjustFault> { panic!("a large page") },
+                |run| match run.first().number() {
+                    0 => Ok(()),
+                    _ => Err(Broken {
+                        done: lie,
+                        fault: AdjustFault::Failed(9),
+                    }),
+                },
+            );
+            let stopped = swept.err().expect("stopped");
+            assert_eq!(stopped.at, PageSet::single(expected));
+            assert_eq!(stopped.done, gaps.below(expected));
+        }
     }
 
     #[test]

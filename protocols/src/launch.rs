@@ -86,6 +86,9 @@ open_enum! {
         SKIP_RESCIND = 11,
         /// Panic at the first page that is to be accepted.
         PANIC = 32,
+        /// No fault, but the control of the benches: all memory is the guest's before the guest
+        /// starts, and its requests execute no instruction.
+        PRE_ACCEPTED = 33,
     }
 }
 

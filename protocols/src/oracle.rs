@@ -90,6 +90,10 @@ open_enum! {
         STALE_TRANSLATION = 10,
         /// Rescinds of a VMSA that runs.
         IN_USE_RESCIND = 11,
+        /// Instructions executed, if they are counted; else 0.
+        INSTRUCTIONS = 12,
+        /// The same at VMPL1.
+        INSTRUCTIONS_OF_GUEST = 13,
     }
 }
 

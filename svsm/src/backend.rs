@@ -3,12 +3,14 @@
 //! No decisions are taken here. The engine calls with the region's lock held; every block lies
 //! in a range of the map and therefore in the guest window.
 
-use accept::{AdjustFault, Backend, Block, Fault, NotFlushed, ValidateFault};
+use accept::{AdjustFault, Backend, Block, Broken, Fault, NotFlushed, Run, ValidateFault};
 use protocols::addr::{Gpa, PAGE_SIZE, PageSize, Vmpl};
 
 use crate::guest::GUEST_VMPL;
 use crate::memory::guest_map;
-use crate::platform::{AccessFault, AdjustError, MappedBlock, Platform, Rights, ValidateError};
+use crate::platform::{
+    AccessFault, AdjustError, FailedAt, MappedBlock, MappedRun, Platform, Rights, ValidateError,
+};
 use crate::system::GuestRegistry;
 
 /// Status reported for a page that is not mapped and for an instruction that faulted (the
@@ -97,6 +99,16 @@ impl<P: Platform, O: Others> Backend for WindowBackend<P, O> {
         self.platform.validate(block).map_err(validate_fault)
     }
 
+    fn validate_run(&self, run: Run) -> Result<(), Broken<ValidateFault>> {
+        let run = run_in_window(run).ok_or(Broken {
+            done: 0,
+            fault: ValidateFault::Failed(FAIL_INPUT),
+        })?;
+        self.platform
+            .validate_run(run)
+            .map_err(|failed| broken(failed, validate_fault))
+    }
+
     fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
         let block = window(block).ok_or(ValidateFault::Failed(FAIL_INPUT))?;
         self.platform.rescind(block).map_err(validate_fault)
@@ -115,6 +127,16 @@ impl<P: Platform, O: Others> Backend for WindowBackend<P, O> {
 
     fn grant(&self, block: Block) -> Result<(), AdjustFault> {
         self.adjust(block, GUEST_VMPL, Rights::Full)
+    }
+
+    fn grant_run(&self, run: Run) -> Result<(), Broken<AdjustFault>> {
+        let run = run_in_window(run).ok_or(Broken {
+            done: 0,
+            fault: AdjustFault::Failed(FAIL_INPUT),
+        })?;
+        self.platform
+            .adjust_run(run, GUEST_VMPL, Rights::Full)
+            .map_err(|failed| broken(failed, adjust_fault))
     }
 
     fn revoke(&self, block: Block) -> Result<(), AdjustFault> {
@@ -158,6 +180,21 @@ fn window(block: Block) -> Option<MappedBlock> {
 fn mapped(gpa: Gpa, size: PageSize) -> Option<MappedBlock> {
     let address = guest_map::address(gpa, size.bytes()).ok()?;
     MappedBlock::try_new(address, size)
+}
+
+/// The run in the guest window.
+fn run_in_window(run: Run) -> Option<MappedRun> {
+    let pages = run.pages() as u64;
+    let address = guest_map::address(Gpa::new(run.first().gpa()), pages * PAGE_SIZE).ok()?;
+    MappedRun::try_new(address, pages)
+}
+
+/// Which page of a run failed, as the engine has it.
+fn broken<E, F>(failed: FailedAt<E>, fault: impl Fn(E) -> F) -> Broken<F> {
+    Broken {
+        done: failed.index as usize,
+        fault: fault(failed.error),
+    }
 }
 
 fn validate_fault(error: ValidateError) -> ValidateFault {

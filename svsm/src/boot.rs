@@ -192,6 +192,12 @@ fn start(
         *context = secondary::make(&platform, index, &mut pool)?;
     }
     publish_descriptor(system, &plan, vcpus.table)?;
+    #[cfg(feature = "faults")]
+    system
+        .engine
+        .backend()
+        .prepare_control(&system.engine.map(), |frame| system.engine.state(frame))
+        .map_err(|_| TurnstileReason::PVALIDATE)?;
     info!(
         "memory of ours: region {}, carve-out {}",
         launch.region(),

@@ -4,11 +4,18 @@
 //! Only in test builds (feature `faults`). The engine and the protocols below and above it are the
 //! code that ships; the fault is in how the wrapper passes on what they ask for.
 
-use accept::{AdjustFault, Backend, Block, Fault as ScrubFault, NotFlushed, ValidateFault};
+use accept::{
+    AdjustFault, Backend, Block, Fault as ScrubFault, Frame, Map, NotFlushed, PageState,
+    ValidateFault,
+};
 use protocols::addr::Gpa;
 use protocols::launch::Fault;
 
 use crate::protocol::{GuestMemory, Unreachable};
+
+pub mod control;
+
+use control::READY;
 
 /// Below this address everything works: the firmware's own areas lie there, and a guest that
 /// cannot even start shows nothing. 16 MiB.
@@ -42,6 +49,25 @@ impl<B> Faulty<B> {
         &self.inner
     }
 
+    /// Makes the control's memory ready, if this is the control.
+    ///
+    /// # Errors
+    ///
+    /// What the platform failed with.
+    pub fn prepare_control(
+        &self,
+        map: &Map<'_>,
+        state: impl Fn(Frame) -> Option<PageState>,
+    ) -> Result<(), ValidateFault>
+    where
+        B: Backend,
+    {
+        match self.fault {
+            Fault::PRE_ACCEPTED => READY.fill(&self.inner, map, state),
+            _ => Ok(()),
+        }
+    }
+
     fn commits(&self, fault: Fault, block: Block) -> bool {
         self.fault == fault && block.gpa() >= FIRST_FAULTY_GPA
     }
@@ -49,6 +75,9 @@ impl<B> Faulty<B> {
 
 impl<B: Backend + OweFlush> Backend for Faulty<B> {
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
+        if self.fault == Fault::PRE_ACCEPTED {
+            return READY.validate(&self.inner, block);
+        }
         if self.commits(Fault::SKIP_VALIDATE, block) {
             return Ok(());
         }
@@ -85,6 +114,9 @@ impl<B: Backend + OweFlush> Backend for Faulty<B> {
     }
 
     fn scrub(&self, block: Block) -> Result<(), ScrubFault> {
+        if self.fault == Fault::PRE_ACCEPTED {
+            return READY.scrub(&self.inner, block);
+        }
         let skipped =
             self.commits(Fault::SKIP_SCRUB, block) || self.commits(Fault::SKIP_VALIDATE, block);
         if skipped {
@@ -95,6 +127,9 @@ impl<B: Backend + OweFlush> Backend for Faulty<B> {
     }
 
     fn grant(&self, block: Block) -> Result<(), AdjustFault> {
+        if self.fault == Fault::PRE_ACCEPTED {
+            return READY.grant(&self.inner, block);
+        }
         let skipped =
             self.commits(Fault::SKIP_GRANT, block) || self.commits(Fault::SKIP_VALIDATE, block);
         if skipped {
@@ -171,7 +206,7 @@ impl<M: GuestMemory> GuestMemory for FaultyMemory<M> {
 mod tests {
     use std::cell::RefCell;
 
-    use accept::{Frame, Operation};
+    use accept::Operation;
 
     use super::*;
 

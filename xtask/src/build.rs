@@ -53,6 +53,12 @@ const SVSM_CASES: Program = Program {
     features: &[],
     artefact: "svsm_cases.elf",
 };
+const SVSM_COUNTS: Program = Program {
+    package: "guest",
+    bin: "svsm_counts",
+    features: &[],
+    artefact: "svsm_counts.elf",
+};
 const FAULTY_PARAVISOR: Program = Program {
     package: "svsm",
     bin: "svsm",
@@ -126,6 +132,8 @@ pub struct ForTests {
     pub isa_cases: PathBuf,
     /// The VMPL1 test guest, packed as a firmware.
     pub svsm_cases: PathBuf,
+    /// The VMPL1 guest that counts, packed as a firmware.
+    pub svsm_counts: PathBuf,
 }
 
 /// Builds what only the scenarios need.
@@ -133,9 +141,12 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let step = progress::step("build the test guests");
     let isa_cases = compile(layout, target, &ISA_CASES, &step)?;
     let guest = compile(layout, target, &SVSM_CASES, &step)?;
+    let counts = compile(layout, target, &SVSM_COUNTS, &step)?;
     step.done("");
     let svsm_cases = layout.artefacts.join("svsm_cases.fd");
     write_flat(&guest, GUEST_ROM_SIZE, &svsm_cases)?;
+    let svsm_counts = layout.artefacts.join("svsm_counts.fd");
+    write_flat(&counts, GUEST_ROM_SIZE, &svsm_counts)?;
     let step = progress::step("build the paravisor with deliberate faults");
     let faulty_paravisor = compile(layout, target, &FAULTY_PARAVISOR, &step)?;
     step.done("");
@@ -143,6 +154,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         faulty_paravisor,
         isa_cases,
         svsm_cases,
+        svsm_counts,
     })
 }
 

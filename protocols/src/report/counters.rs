@@ -31,6 +31,9 @@ pub struct VcpuCounters {
 pub struct VmplCounters {
     /// How often the level was entered from another one.
     pub world_switches: u64,
+    /// Instructions that the level executed; 0 unless they are counted, which takes a QEMU that
+    /// counts them (`-icount shift=0`) and one processor.
+    pub instructions: u64,
     /// VMGEXITs by request (`msr:0x014`, `nae:0x80000010`, …).
     pub vmgexits: BTreeMap<String, u64>,
     /// Intercepts by exit (`cpuid`, `io`, `npf`, …).

@@ -11,13 +11,15 @@
 
 use core::arch::asm;
 
-use protocols::addr::Vmpl;
+use protocols::addr::{PAGE_SIZE, PageSize, Vmpl};
 use protocols::snp::{Permissions, Pvalidate, ReturnCode, RmpAdjust, msr};
 use protocols::vmsa::SevStatus;
 use x86_64::registers::control::{Cr4, Cr4Flags};
 use x86_64::registers::model_specific::Msr;
 
-use super::{AccessFault, AdjustError, MappedBlock, Platform, Rights, ValidateError};
+use super::{
+    AccessFault, AdjustError, FailedAt, MappedBlock, MappedRun, Platform, Rights, ValidateError,
+};
 use crate::exceptions::fixup::guarded;
 use crate::memory::access;
 
@@ -69,6 +71,84 @@ unsafe fn rmpadjust(block: MappedBlock, target: RmpAdjust) -> Result<ReturnCode,
     Ok(ReturnCode(rax as u32))
 }
 
+/// PVALIDATE of small pages one after the other, up to the first that does not change its state.
+/// Returns the address of the last page it was executed on, and what it left behind there.
+///
+/// # Safety
+///
+/// As [`pvalidate`], for each page.
+unsafe fn pvalidate_run(
+    run: MappedRun,
+    validate: bool,
+) -> (u64, Result<PvalidateResult, AccessFault>) {
+    let operands = Pvalidate {
+        size: PageSize::Size4K,
+        validate,
+    };
+    let mut at = run.address();
+    let carry: u8;
+    let result = guarded!(
+        ".byte 0xf2, 0x0f, 0x01, 0xff", // pvalidate
+        "setc {carry}",
+        "jc 4f",
+        "test eax, eax",
+        "jnz 4f",
+        "cmp {at}, {last}",
+        "jae 4f",
+        "add {at}, {page}",
+        "mov rax, {at}",
+        "jmp 2b";
+        rax = run.address(),
+        carry = out(reg_byte) carry,
+        at = inout(reg) at,
+        last = in(reg) run.last(),
+        page = const PAGE_SIZE,
+        in("ecx") operands.ecx(),
+        in("edx") operands.edx(),
+    );
+    let result = result.map(|rax| PvalidateResult {
+        status: ReturnCode(rax as u32),
+        carry: carry != 0,
+    });
+    (at, result)
+}
+
+/// RMPADJUST of small pages one after the other, up to the first that fails. Returns the address
+/// of the last page it was executed on, and the status there.
+///
+/// # Safety
+///
+/// As [`rmpadjust`], for each page.
+unsafe fn rmpadjust_run(
+    run: MappedRun,
+    target: RmpAdjust,
+) -> (u64, Result<ReturnCode, AccessFault>) {
+    let mut at = run.address();
+    let result = guarded!(
+        ".byte 0xf3, 0x0f, 0x01, 0xfe", // rmpadjust
+        "test eax, eax",
+        "jnz 4f",
+        "cmp {at}, {last}",
+        "jae 4f",
+        "add {at}, {page}",
+        "mov rax, {at}",
+        "xor ecx, ecx",
+        "mov rdx, {target}",
+        "jmp 2b";
+        rax = run.address(),
+        at = inout(reg) at,
+        last = in(reg) run.last(),
+        target = in(reg) target.0,
+        page = const PAGE_SIZE,
+        inout("rcx") u64::from(PageSize::Size4K.encoding()) => _,
+        inout("rdx") target.0 => _,
+    );
+    (at, result.map(|rax| ReturnCode(rax as u32)))
+}
+
+// What `rmpadjust_run` clears RCX for.
+const _: () = assert!(PageSize::Size4K.encoding() == 0);
+
 /// Leaves to the hypervisor (VMGEXIT, APM 15.35.6).
 ///
 /// # Safety
@@ -101,6 +181,45 @@ pub fn write_ghcb_msr(value: u64) {
     unsafe { Msr::new(msr::GHCB).write(value) }
 }
 
+/// What the results of PVALIDATE mean.
+fn validated(result: Result<PvalidateResult, AccessFault>) -> Result<(), ValidateError> {
+    match result.map_err(ValidateError::Fault)? {
+        PvalidateResult {
+            status: ReturnCode::SUCCESS,
+            carry: false,
+        } => Ok(()),
+        PvalidateResult {
+            status: ReturnCode::SUCCESS,
+            carry: true,
+        } => Err(ValidateError::NoChange),
+        PvalidateResult {
+            status: ReturnCode::FAIL_SIZE_MISMATCH,
+            ..
+        } => Err(ValidateError::SizeMismatch),
+        PvalidateResult { status, .. } => Err(ValidateError::Status(status.0)),
+    }
+}
+
+/// What the results of RMPADJUST mean.
+fn adjusted(result: Result<ReturnCode, AccessFault>) -> Result<(), AdjustError> {
+    match result.map_err(AdjustError::Fault)? {
+        ReturnCode::SUCCESS => Ok(()),
+        ReturnCode::FAIL_SIZE_MISMATCH => Err(AdjustError::SizeMismatch),
+        status => Err(AdjustError::Status(status.0)),
+    }
+}
+
+/// The operand of RMPADJUST.
+const fn operand(vmpl: Vmpl, rights: Rights) -> RmpAdjust {
+    let (permissions, vmsa) = match rights {
+        Rights::None => (Permissions::empty(), false),
+        Rights::Full => (Permissions::FULL, false),
+        Rights::Vmsa => (Permissions::empty(), true),
+        Rights::ReadableVmsa => (Permissions::READ, true),
+    };
+    RmpAdjust::new(vmpl, permissions, vmsa)
+}
+
 /// The SEV-SNP processor.
 #[derive(Clone, Copy, Debug)]
 pub struct Snp {
@@ -113,22 +232,7 @@ impl Snp {
     fn change(block: MappedBlock, validate: bool) -> Result<(), ValidateError> {
         // SAFETY: callers of `Platform` pass pages that no Rust object lives in (1) and are the
         // ones that keep the books (2).
-        let result = unsafe { pvalidate(block, validate) }.map_err(ValidateError::Fault)?;
-        match result {
-            PvalidateResult {
-                status: ReturnCode::SUCCESS,
-                carry: false,
-            } => Ok(()),
-            PvalidateResult {
-                status: ReturnCode::SUCCESS,
-                carry: true,
-            } => Err(ValidateError::NoChange),
-            PvalidateResult {
-                status: ReturnCode::FAIL_SIZE_MISMATCH,
-                ..
-            } => Err(ValidateError::SizeMismatch),
-            PvalidateResult { status, .. } => Err(ValidateError::Status(status.0)),
-        }
+        validated(unsafe { pvalidate(block, validate) })
     }
 
     /// Reads the first and the last byte of each 4 KiB page, which evicts lines cached under
@@ -154,25 +258,45 @@ impl Platform for Snp {
         Ok(())
     }
 
+    fn validate_run(&self, run: MappedRun) -> Result<(), FailedAt<ValidateError>> {
+        // SAFETY: as in `change`.
+        let (at, result) = unsafe { pvalidate_run(run, true) };
+        let result = validated(result).map_err(|error| FailedAt {
+            index: run.index_of(at),
+            error,
+        });
+        if !self.cache_coherent {
+            let done = result.map_or_else(|failed| failed.index, |()| u64::MAX);
+            for (block, _) in run.blocks().zip(0..done) {
+                // As in `validate`.
+                let _ = Self::evict(block);
+            }
+        }
+        result
+    }
+
     fn rescind(&self, block: MappedBlock) -> Result<(), ValidateError> {
         Self::change(block, false)
     }
 
     fn adjust(&self, block: MappedBlock, vmpl: Vmpl, rights: Rights) -> Result<(), AdjustError> {
-        let (permissions, vmsa) = match rights {
-            Rights::None => (Permissions::empty(), false),
-            Rights::Full => (Permissions::FULL, false),
-            Rights::Vmsa => (Permissions::empty(), true),
-            Rights::ReadableVmsa => (Permissions::READ, true),
-        };
         // SAFETY: callers of `Platform` hand over pages of the guest, or make a VMSA of a page of
         // their own that they have filled and will not touch as an object again.
-        let status = unsafe { rmpadjust(block, RmpAdjust::new(vmpl, permissions, vmsa)) };
-        match status.map_err(AdjustError::Fault)? {
-            ReturnCode::SUCCESS => Ok(()),
-            ReturnCode::FAIL_SIZE_MISMATCH => Err(AdjustError::SizeMismatch),
-            status => Err(AdjustError::Status(status.0)),
-        }
+        adjusted(unsafe { rmpadjust(block, operand(vmpl, rights)) })
+    }
+
+    fn adjust_run(
+        &self,
+        run: MappedRun,
+        vmpl: Vmpl,
+        rights: Rights,
+    ) -> Result<(), FailedAt<AdjustError>> {
+        // SAFETY: as in `adjust`.
+        let (at, result) = unsafe { rmpadjust_run(run, operand(vmpl, rights)) };
+        adjusted(result).map_err(|error| FailedAt {
+            index: run.index_of(at),
+            error,
+        })
     }
 
     fn scrub(&self, block: MappedBlock) -> Result<(), AccessFault> {

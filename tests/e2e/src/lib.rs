@@ -7,6 +7,7 @@
 //! - [`guests`]: the kernels and firmware that are booted, by name;
 //! - [`initramfs`]: the guest's userspace;
 //! - [`stress`]: the stress program's place in it;
+//! - [`bench`]: what is measured in the machine;
 //! - [`report_laws`]: what is true of every report;
 //! - [`scenario`]: what a scenario is given and what it returns;
 //! - [`scenarios`]: the scenarios, one module per intent.
@@ -16,6 +17,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod guests;
 pub mod image;
 pub mod initramfs;

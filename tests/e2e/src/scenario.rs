@@ -30,6 +30,8 @@ pub struct Artefacts {
     pub isa_cases: PathBuf,
     /// The VMPL1 test guest, packed as a firmware.
     pub svsm_cases: PathBuf,
+    /// The VMPL1 guest that counts what calls cost, packed as a firmware.
+    pub svsm_counts: PathBuf,
     /// The default firmware.
     pub ovmf: PathBuf,
     /// The firmware that the chosen scenarios need, the default one included.

@@ -223,6 +223,7 @@ impl Level {
 fn add(sum: &mut VmplCounters, more: &VmplCounters) {
     let VmplCounters {
         world_switches,
+        instructions,
         vmgexits,
         exits,
         pvalidate,
@@ -236,6 +237,7 @@ fn add(sum: &mut VmplCounters, more: &VmplCounters) {
     } = more;
     for (sum, more) in [
         (&mut sum.world_switches, world_switches),
+        (&mut sum.instructions, instructions),
         (&mut sum.rmpquery, rmpquery),
         (&mut sum.npf, npf),
         (&mut sum.vc_injected, vc_injected),

@@ -99,6 +99,8 @@ impl<P: PhysicalMemory> Platform<P> {
                 .iter()
                 .map(|&vmpl| self.counters.level(vmpl).world_switches)
                 .sum(),
+            Counter::INSTRUCTIONS => level.instructions,
+            Counter::INSTRUCTIONS_OF_GUEST => self.counters.level(Vmpl::VMPL1).instructions,
             Counter::DOUBLE_VALIDATION => violations.double_validation,
             Counter::UNSCRUBBED_GRANT => violations.unscrubbed_grant,
             Counter::LIVE_RESCIND => violations.live_rescind,
@@ -186,6 +188,11 @@ mod tests {
         assert_eq!(count(Counter::RMPADJUST), 1);
         assert_eq!(count(Counter::DOUBLE_VALIDATION), 1);
         assert_eq!(count(Counter(999)), u64::MAX);
+        platform.counters().vmpl(Vmpl::VMPL0).instructions = 7;
+        platform.counters().vmpl(Vmpl::VMPL1).instructions = 8;
+        let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
+        assert_eq!(count(Counter::INSTRUCTIONS), 7);
+        assert_eq!(count(Counter::INSTRUCTIONS_OF_GUEST), 8);
     }
 
     #[test]

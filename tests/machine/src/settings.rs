@@ -121,6 +121,8 @@ pub struct Settings {
     pub low_end: Option<Gpa>,
     /// `oracle=on|off`.
     pub oracle: bool,
+    /// `icount=on|off`: QEMU counts instructions, so the time stamp counter does.
+    pub icount: bool,
     /// `hostile=NAME[,NAME…]`.
     pub hostile: Vec<Hostile>,
     /// `trace=off|on|all`.
@@ -215,6 +217,7 @@ impl Settings {
             "low-end" => self.low_end = Some(parse_gpa(value)?),
             "oracle" => self.oracle = on_off(value)?,
             "plain" => self.plain = on_off(value)?,
+            "icount" => self.icount = on_off(value)?,
             "trace" => {
                 self.trace = match value {
                     "off" => Trace::Off,
@@ -234,8 +237,8 @@ impl Settings {
             "hostile" => self.hostile = parse_hostile(value)?,
             _ => {
                 return Err(
-                    "one of backing, vc, referee, low-end, oracle, trace, hostile, break, \
-                 plain",
+                    "one of backing, vc, referee, low-end, oracle, icount, trace, hostile, break, \
+                     plain",
                 );
             }
         }
@@ -269,6 +272,7 @@ impl Settings {
             ("backing".to_string(), backing.to_string()),
             ("vc".to_string(), reflection.to_string()),
             ("oracle".to_string(), on_off(self.oracle)),
+            ("icount".to_string(), on_off(self.icount)),
             ("trace".to_string(), trace.to_string()),
             ("hostile".to_string(), hostile.join(",")),
         ]);

@@ -152,6 +152,7 @@ fn artefacts(
         faulty_paravisor: tests.faulty_paravisor,
         isa_cases: tests.isa_cases,
         svsm_cases: tests.svsm_cases,
+        svsm_counts: tests.svsm_counts,
         ovmf,
         firmwares,
         kernels,

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`isa`] | does the machine behave as the architecture says, without any paravisor? |
 //! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
+//! | [`bench`] | does a call cost what it may? |
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
 //! | [`boot_memory`] | is all of memory accepted when the guest wants all of it? |
 //! | [`ends`] | does the exit status tell how a run ended? |
@@ -18,6 +19,7 @@
 //! | [`observe`] | does a run show what it is asked to show? |
 //! | [`tools`] | what do the tools say to bad input? |
 
+mod bench;
 mod boot;
 mod boot_memory;
 mod cases;
@@ -44,6 +46,7 @@ pub fn all() -> Vec<Scenario> {
         image::scenarios(),
         isa::scenarios(),
         svsm_calls::scenarios(),
+        bench::scenarios(),
         hostile::scenarios(),
         double_validation::scenarios(),
         observe::scenarios(),

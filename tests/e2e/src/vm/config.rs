@@ -117,6 +117,9 @@ pub struct Settings {
     pub low_end: Option<u64>,
     /// Whether a test guest may ask the machine about its state.
     pub oracle: bool,
+    /// QEMU counts instructions: a tick of the time stamp counter is an instruction, time passes by
+    /// them alone, and every run of the same is the same. One processor only.
+    pub icount: bool,
     /// Misbehaviour of the host.
     pub hostile: Option<String>,
     /// What is traced.
@@ -138,6 +141,9 @@ impl Settings {
         }
         if self.oracle {
             text.push_str("oracle=on\n");
+        }
+        if self.icount {
+            text.push_str("icount=on\n");
         }
         if let Some(hostile) = &self.hostile {
             let _ = writeln!(text, "hostile={hostile}");
@@ -242,7 +248,19 @@ impl Config {
         let settings = self.dir.join("settings.txt");
         write(&settings, &self.settings.text())?;
         let low_memory = self.low_memory.as_deref();
-        let mut qemu = hardware(&self.qemu, &self.memory, low_memory, self.vcpus);
+        let counts = self.settings.icount;
+        let threads = if counts { "single" } else { "multi" };
+        let mut qemu = hardware(&self.qemu, &self.memory, low_memory, self.vcpus, threads);
+        if counts {
+            if self.vcpus != 1 {
+                bail!(
+                    "instructions are counted with one processor only, not with {}",
+                    self.vcpus
+                );
+            }
+            qemu.args(["-icount", "shift=0,sleep=off", "-seed", "1"])
+                .args(["-rtc", "clock=vm,base=2026-01-01"]);
+        }
         qemu.arg("-bios")
             .arg(&self.rom)
             .arg("-fw_cfg")
@@ -274,18 +292,29 @@ impl Config {
 }
 
 /// QEMU with the processors and memory of every run, and no device that was not asked for.
-/// `low_memory` limits the memory below 4 GiB.
-pub(super) fn hardware(qemu: &Path, memory: &str, low_memory: Option<&str>, vcpus: u32) -> Command {
+/// `low_memory` limits the memory below 4 GiB; `threads` is a `single` one or `multi`.
+pub(super) fn hardware(
+    qemu: &Path,
+    memory: &str,
+    low_memory: Option<&str>,
+    vcpus: u32,
+    threads: &str,
+) -> Command {
     let mut machine = "q35,smm=off".to_owned();
     if let Some(size) = low_memory {
         machine.push_str(&format!(",max-ram-below-4g={size}"));
     }
     let mut qemu = Command::new(qemu);
-    qemu.args(["-accel", "tcg,thread=multi", "-machine", &machine])
-        .args(["-cpu", "EPYC-Milan,+svm,+x2apic,phys-bits=48"])
-        .args(["-m", memory, "-smp", &vcpus.to_string()])
-        .args(["-nodefaults", "-no-user-config", "-no-reboot"])
-        .args(["-display", "none"]);
+    qemu.args([
+        "-accel",
+        &format!("tcg,thread={threads}"),
+        "-machine",
+        &machine,
+    ])
+    .args(["-cpu", "EPYC-Milan,+svm,+x2apic,phys-bits=48"])
+    .args(["-m", memory, "-smp", &vcpus.to_string()])
+    .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+    .args(["-display", "none"]);
     qemu
 }
 
@@ -343,6 +372,7 @@ mod tests {
             map_descriptor: Some(0x810_0000),
             low_end: Some(0x800_0000),
             oracle: true,
+            icount: true,
             hostile: Some("map-wrap".into()),
             trace: Trace::All,
             breakage: Some("panic"),
@@ -351,7 +381,7 @@ mod tests {
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nhostile=map-wrap\ntrace=all\nbreak=panic\n"
+                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\n"
             ),
             "{text}"
         );

@@ -40,7 +40,7 @@ impl Plain {
         present(files)?;
         let logs = Logs::within(&self.dir);
         logs.empty()?;
-        let mut qemu = config::hardware(&self.qemu, &self.memory, None, self.vcpus);
+        let mut qemu = config::hardware(&self.qemu, &self.memory, None, self.vcpus, "multi");
         qemu.arg("-bios").arg(&self.firmware);
         config::serial_ports(&mut qemu, &logs, Console::File)?;
         self.disk.attach(&mut qemu);

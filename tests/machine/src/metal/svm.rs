@@ -273,7 +273,12 @@ pub fn take_nmi() {
     unsafe { asm!("stgi", "nop", "clgi") };
 }
 
-/// Runs the guest until its next exit.
+/// Ticks of the time stamp counter that [`vmrun`] itself takes where each instruction is a tick:
+/// its instructions between the two RDTSC, VMRUN and one of the two included.
+pub const VMRUN_TICKS: u64 = 37;
+
+/// Runs the guest until its next exit. Returns the ticks of the time stamp counter that this took,
+/// [`VMRUN_TICKS`] included.
 ///
 /// # Safety
 /// 1. `vmcb` is the physical address of a VMCB whose nested tables give the guest no memory
@@ -281,7 +286,7 @@ pub fn take_nmi() {
 /// 2. its intercepts include the SVM instructions (un-intercepted, they act on host memory);
 /// 3. SVM is enabled on this CPU.
 #[unsafe(naked)]
-pub unsafe extern "sysv64" fn vmrun(vmcb: u64, registers: &mut Registers) {
+pub unsafe extern "sysv64" fn vmrun(vmcb: u64, registers: &mut Registers) -> u64 {
     naked_asm!(
         "push rbx",
         "push rbp",
@@ -289,6 +294,10 @@ pub unsafe extern "sysv64" fn vmrun(vmcb: u64, registers: &mut Registers) {
         "push r13",
         "push r14",
         "push r15",
+        "rdtsc",
+        "shl rdx, 32",
+        "or rax, rdx",
+        "push rax",
         "push rsi",
         "mov rax, rdi",
         "mov rbx, [rsi + {rbx}]",
@@ -322,6 +331,11 @@ pub unsafe extern "sysv64" fn vmrun(vmcb: u64, registers: &mut Registers) {
         "mov [rsi + {r8} + 56], r15",
         "pop rax",
         "mov [rsi + {rsi}], rax",
+        "rdtsc",
+        "shl rdx, 32",
+        "or rax, rdx",
+        "pop rdx",
+        "sub rax, rdx",
         "pop r15",
         "pop r14",
         "pop r13",

@@ -85,6 +85,10 @@ pub struct Vcpu {
     hostile: bool,
     /// Times a lower level was resumed, counted for a hostile host only.
     resumes: u64,
+    /// Whether a tick is an instruction (`icount=on`).
+    icount: bool,
+    /// Instructions of the running level that are not in the counters yet.
+    executed: u64,
 }
 
 impl Vcpu {
@@ -111,6 +115,8 @@ impl Vcpu {
             nmi_due: false,
             hostile: settings.is_hostile(Hostile::EarlyReturn),
             resumes: 0,
+            icount: settings.icount,
+            executed: 0,
         }
     }
 
@@ -179,6 +185,15 @@ impl Vcpu {
         let mut machine = shared::lock(self.rip());
         machine.platform.serve(self.id);
         machine
+    }
+
+    /// Moves what the level has executed to the counters.
+    pub fn count_executed(&mut self) {
+        let executed = core::mem::take(&mut self.executed);
+        if executed != 0 {
+            let mut machine = self.lock();
+            machine.platform.counters().vmpl(self.vmpl).instructions += executed;
+        }
     }
 
     /// Writes a line if all of the run is traced.
@@ -428,6 +443,7 @@ impl Vcpu {
             &self.registers,
             why,
         );
+        self.count_executed();
         shared::lock(self.rip()).platform.leave(self.id);
     }
 
@@ -486,8 +502,13 @@ impl Vcpu {
         let at = self.vmcb.physical();
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
-        unsafe { svm::vmrun(at, &mut self.registers) };
+        let ticks = unsafe { svm::vmrun(at, &mut self.registers) };
         smp::left_guest(self.id);
+        if self.icount {
+            // The instruction that exits was not executed; one that the machine carries out is
+            // counted when that is done.
+            self.executed += ticks.saturating_sub(svm::VMRUN_TICKS);
+        }
         self.keep_interrupted_event();
         exit::handle(self)
     }
@@ -519,6 +540,7 @@ impl Vcpu {
     /// Steps over an instruction of known length.
     pub fn skip(&mut self, length: u64) -> Flow {
         let wide = self.is_64_bit();
+        self.executed += u64::from(self.icount);
         let next = self.save().rip.wrapping_add(length);
         self.resume_at(if wide { next } else { next & 0xFFFF_FFFF })
     }

@@ -30,6 +30,7 @@ use super::{shared, smp};
 pub fn handle(vcpu: &mut Vcpu) -> Flow {
     let code = vcpu.vmcb().control.exit_code;
     vcpu.lock().platform.counters().count_exit(vcpu.vmpl, code);
+    vcpu.count_executed();
     let control = &vcpu.vmcb().control;
     let (info_1, info_2) = (control.exit_info1, control.exit_info2);
     vcpu.trace(format_args!("exit {code:#x} {info_1:#x} {info_2:#x}"));

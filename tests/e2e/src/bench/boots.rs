@@ -1,0 +1,116 @@
+//! How long a boot takes in virtual time, and what of it is acceptance.
+//!
+//! A tick is an instruction of the one processor, whoever executes it: the guest, the paravisor, or
+//! the machine, which needs thousands for what a real processor does in one. Time in which the
+//! guest waits for a device passes as on a real clock.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use protocols::launch::Fault;
+use protocols::report::{Event, Outcome, Report, StageName};
+
+use crate::scenario::Context;
+use crate::vm::{Backing, Config, Finished, Settings, Stage, Vc};
+
+/// How long the boot may take.
+const LIMIT: Duration = Duration::from_secs(1800);
+/// The local APIC's timer cannot be read while QEMU counts instructions (it gives up with "Bad
+/// icount read" in x2APIC mode), and Linux reads it to calibrate it: another timer has to do.
+const APPEND: &str = "nolapic_timer";
+
+/// How memory is accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// When the guest asks.
+    Lazy,
+    /// Not at all: it costs nothing ([`Fault::PRE_ACCEPTED`]).
+    Control,
+}
+
+impl Policy {
+    /// All of them, the control last.
+    pub const ALL: [Policy; 2] = [Policy::Lazy, Policy::Control];
+
+    /// The name on command lines and in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Policy::Lazy => "lazy",
+            Policy::Control => "control",
+        }
+    }
+}
+
+/// What one boot took.
+#[derive(Clone, Debug)]
+pub struct Boot {
+    /// How memory was accepted.
+    pub policy: Policy,
+    /// Ticks from the guest's start to its end, which is when userspace runs: the command that it
+    /// runs does nothing.
+    pub ticks: u64,
+    /// Instructions of the paravisor and of the guest in all of the run.
+    pub instructions: [u64; 2],
+    /// What the machine reported.
+    pub report: Report,
+    /// Seconds that it took here.
+    pub wall: Duration,
+}
+
+impl Boot {
+    /// Boots Debian in a guest with so much memory.
+    pub fn run(context: &Context, policy: Policy, backing: Backing, memory: &str) -> Result<Boot> {
+        let artefacts = &context.artefacts;
+        let (paravisor, fault) = match policy {
+            Policy::Lazy => (&artefacts.paravisor, Fault::NONE),
+            Policy::Control => (&artefacts.faulty_paravisor, Fault::PRE_ACCEPTED),
+        };
+        let (image, sidecar) = context.image(paravisor, Some(&artefacts.ovmf), fault)?;
+        let settings = Settings {
+            backing,
+            vc: Vc::Direct,
+            icount: true,
+            ..Settings::default()
+        };
+        let mut linux = context.linux("true")?;
+        linux.append = format!("{} {APPEND}", linux.append);
+        let mut config = Config {
+            memory: memory.to_owned(),
+            linux: Some(linux),
+            ..context.machine(image, &sidecar, settings)
+        };
+        if policy == Policy::Control {
+            // What is valid and unclaimed is just what the referee would complain of.
+            config.settings.map_descriptor = None;
+        }
+        Boot::of(policy, &config.run(LIMIT, |_| {})?)
+    }
+
+    fn of(policy: Policy, finished: &Finished) -> Result<Boot> {
+        let report = finished.report()?;
+        ensure!(
+            report.outcome == Outcome::PowerOff
+                && finished
+                    .stages
+                    .iter()
+                    .any(|(stage, _)| *stage == Stage::Userspace),
+            "the boot did not end in userspace but by {:?}: {}; its logs are in {}",
+            report.outcome,
+            report.reason,
+            finished.dir.display()
+        );
+        let started = finished.events.iter().find_map(|event| match event {
+            Event::Stage(stage) if stage.name == StageName::Firmware => Some(stage.tsc),
+            _ => None,
+        });
+        let started = started.context("the guest's start was not seen")?;
+        let ended = report.samples.last().context("the end was not seen")?.tsc;
+        Ok(Boot {
+            policy,
+            ticks: ended.saturating_sub(started),
+            instructions: [0, 1].map(|vmpl: usize| report.counters[vmpl].instructions),
+            report: report.clone(),
+            wall: finished.wall,
+        })
+    }
+}

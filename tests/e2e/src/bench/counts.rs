@@ -1,0 +1,192 @@
+//! What a call costs: runs the guest `svsm_counts` and reads what it says.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use igvm_build::sidecar::Sidecar;
+use protocols::launch::Fault;
+
+use crate::scenario::Context;
+use crate::vm::{Backing, Config, Finished, Settings, Vc};
+
+/// How long the run may take.
+const LIMIT: Duration = Duration::from_secs(600);
+/// Words that the paravisor fills at a time when it scrubs: an iteration of REP STOSQ, which QEMU
+/// counts as one instruction.
+const WORDS_PER_PAGE: u64 = 512;
+
+/// What one piece of work cost, in calls, at VMPL0.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// What was asked.
+    pub name: String,
+    /// Entries of the list.
+    pub entries: u64,
+    /// 4 KiB pages that changed.
+    pub pages: u64,
+    /// Calls that it took: a list may be worked off in several.
+    pub calls: u64,
+    /// Instructions of VMPL0.
+    pub instructions: u64,
+    /// World switches in both directions.
+    pub switches: u64,
+    /// PVALIDATEs.
+    pub pvalidates: u64,
+    /// RMPADJUSTs.
+    pub rmpadjusts: u64,
+}
+
+impl Count {
+    /// Instructions without the scrub of the pages that became the guest's.
+    pub fn without_scrub(&self) -> u64 {
+        let scrubbed = match self.name.starts_with("accept") {
+            true => self.pages * WORDS_PER_PAGE,
+            false => 0,
+        };
+        self.instructions.saturating_sub(scrubbed)
+    }
+
+    /// Any of the figures, per 2 MiB.
+    pub fn per_2m(&self, figure: u64) -> f64 {
+        figure as f64 * 512.0 / self.pages as f64
+    }
+
+    fn parse(line: &str) -> Option<Count> {
+        let mut words = line.split_whitespace();
+        let mut count = Count {
+            name: words.next()?.to_owned(),
+            ..Count::default()
+        };
+        for word in words {
+            let (key, value) = word.split_once('=')?;
+            let place = match key {
+                "entries" => &mut count.entries,
+                "pages" => &mut count.pages,
+                "calls" => &mut count.calls,
+                "instructions" => &mut count.instructions,
+                "switches" => &mut count.switches,
+                "pvalidates" => &mut count.pvalidates,
+                "rmpadjusts" => &mut count.rmpadjusts,
+                _ => return None,
+            };
+            *place = value.parse().ok()?;
+        }
+        Some(count)
+    }
+}
+
+/// What the guest said.
+#[derive(Clone, Debug)]
+pub struct Counts {
+    /// The granularity of the host's backing.
+    pub backing: Backing,
+    /// In the guest's order.
+    pub lines: Vec<Count>,
+    /// Instructions of known code, as counted and as they are.
+    pub check: (u64, u64),
+    /// The run.
+    pub finished: Finished,
+    /// The image that ran.
+    pub sidecar: Sidecar,
+}
+
+impl Counts {
+    /// Runs the guest.
+    pub fn run(context: &Context, backing: Backing) -> Result<Counts> {
+        let artefacts = &context.artefacts;
+        let (image, sidecar) = context.image(
+            &artefacts.paravisor,
+            Some(&artefacts.svsm_counts),
+            Fault::NONE,
+        )?;
+        let settings = Settings {
+            backing,
+            vc: Vc::Direct,
+            oracle: true,
+            icount: true,
+            ..Settings::default()
+        };
+        let config: Config = context.machine(image, &sidecar, settings);
+        let finished = config.run(LIMIT, |_| {})?;
+        finished.report()?;
+        let text = String::from_utf8_lossy(&finished.output).into_owned();
+        let (lines, check) = parse(&text)?;
+        Ok(Counts {
+            backing,
+            lines,
+            check,
+            finished,
+            sidecar,
+        })
+    }
+
+    /// The line about this many entries.
+    pub fn find(&self, name: &str, entries: u64) -> Result<&Count> {
+        self.lines
+            .iter()
+            .find(|count| count.name == name && count.entries == entries)
+            .with_context(|| format!("the guest did not count {name} with {entries} entries"))
+    }
+
+    /// The budget for a request of 2 MiB on this backing.
+    pub const fn budget(&self) -> u64 {
+        match self.backing {
+            Backing::Small => super::BUDGET_4K,
+            Backing::Large => super::BUDGET_2M,
+        }
+    }
+}
+
+fn parse(text: &str) -> Result<(Vec<Count>, (u64, u64))> {
+    let mut lines = Vec::new();
+    let mut check = None;
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let understood = if let Some(rest) = line.strip_prefix("count ") {
+            Count::parse(rest).map(|count| lines.push(count))
+        } else if let Some(rest) = line.strip_prefix("check nops ") {
+            parse_check(rest).map(|found| check = Some(found))
+        } else {
+            None
+        };
+        if understood.is_none() {
+            bail!("the guest that counts said {line:?}");
+        }
+    }
+    let check = check.context("the guest that counts did not check the counter")?;
+    Ok((lines, check))
+}
+
+fn parse_check(text: &str) -> Option<(u64, u64)> {
+    let (got, want) = text.split_once(' ')?;
+    let number = |text: &str, key| text.strip_prefix(key)?.parse().ok();
+    Some((number(got, "got=")?, number(want, "want=")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Count, parse};
+
+    const LINE: &str = "count accept-2m entries=1 pages=512 calls=1 instructions=263000 \
+                        switches=2 pvalidates=1 rmpadjusts=1";
+
+    #[test]
+    fn lines_are_read_and_nothing_else_is_accepted() {
+        let (lines, check) = parse(&format!("check nops got=9 want=10\r\n{LINE}\r\n")).unwrap();
+        assert_eq!(check, (9, 10));
+        let expected = Count {
+            name: "accept-2m".into(),
+            entries: 1,
+            pages: 512,
+            calls: 1,
+            instructions: 263_000,
+            switches: 2,
+            pvalidates: 1,
+            rmpadjusts: 1,
+        };
+        assert_eq!(lines, [expected]);
+        assert_eq!(lines[0].without_scrub(), 263_000 - 512 * 512);
+        assert!(parse(LINE).is_err(), "no check");
+        assert!(parse("check nops got=9 want=10\nfailed: x\n").is_err());
+        assert!(parse("check nops got=9 want=10\ncount x pages=many\n").is_err());
+    }
+}
