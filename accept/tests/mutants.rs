@@ -53,7 +53,7 @@ fn every_seeded_bug_is_found() {
             .expect("git is installed");
         assert!(applied.status.success(), "{name}: {}", said(&applied));
 
-        let ran = cargo(&copy, &killer);
+        let ran = cargo(&copy, &scratch, &killer);
         if ran.status.success() {
             survivors.push(name);
         } else {
@@ -82,12 +82,9 @@ fn killer(patch: &Path) -> Killer {
     }
 }
 
-/// Builds the copy and runs one test of it. The build directories are the workspace's, so that what
-/// the engine depends on is not built again; the copy itself has a path, and so files, of its own.
-fn cargo(copy: &Path, Killer { file, test }: &Killer) -> Output {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .parent()
-        .expect("it lies in the build directory");
+/// Builds the copy and runs one test of it. Never in the workspace's own build directories: cargo
+/// names what it builds by the path within the workspace, so a mutant would pass for the engine.
+fn cargo(copy: &Path, scratch: &Path, Killer { file, test }: &Killer) -> Output {
     let mut command = Command::new(env!("CARGO"));
     command
         .args(["test", "--offline", "--package", "accept", "--test", file])
@@ -100,12 +97,12 @@ fn cargo(copy: &Path, Killer { file, test }: &Killer) -> Output {
     if file == MODEL_CHECKED {
         command
             .env("RUSTFLAGS", "--cfg loom")
-            .env("CARGO_TARGET_DIR", target.join("loom"))
+            .env("CARGO_TARGET_DIR", scratch.join("target-loom"))
             .arg("--release");
     } else {
         command
             .env_remove("RUSTFLAGS")
-            .env("CARGO_TARGET_DIR", target);
+            .env("CARGO_TARGET_DIR", scratch.join("target"));
     }
     command.args(["--", "--exact", test]);
     command.output().expect("cargo runs")
