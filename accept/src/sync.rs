@@ -3,7 +3,7 @@
 //!
 //! With `--cfg loom` the [loom] model checker takes the processor's place: it runs the engine's
 //! real code through every interleaving, and lets a load return every value that the memory model
-//! allows. See `tests/interleavings.rs`.
+//! allows. See `tests/interleavings`.
 //!
 //! [loom]: https://docs.rs/loom
 

@@ -246,6 +246,43 @@ fn i5_a_page_that_is_valid_already_is_not_granted() {
     }
 }
 
+/// Such a page may be put out only if the hardware says so: a failure is no proof of that.
+#[test]
+fn i5_a_page_that_is_valid_already_and_cannot_be_put_out_is_nobodys() {
+    for (last_call, owned) in [(2, true), (3, false)] {
+        let model = Model::new(1, false);
+        with_engine(&model, 1, 1000, |engine| {
+            model.resurrect(8);
+            // Validate, revoke, rescind.
+            model.fail_in(last_call, Injected::Status, false);
+            let answer = engine.accept(page(8), OnNoChange::Fail);
+            assert_eq!(answer, Err(Error::HostLied));
+            let state = if owned {
+                PageState::Owned
+            } else {
+                PageState::Unaccepted
+            };
+            assert_eq!(engine.state(frame(8)), Some(state));
+            model.stop_failing();
+            model.assert_agrees(engine);
+        });
+    }
+}
+
+/// The host takes the page back while it is being put out: it is as invalid as it should be.
+#[test]
+fn i5_a_page_that_vanishes_while_it_is_put_out_is_out() {
+    let model = Model::new(1, false);
+    with_engine(&model, 1, 1000, |engine| {
+        model.resurrect(8);
+        model.fail_in(2, Injected::PageGone, false);
+        let answer = engine.accept(page(8), OnNoChange::Fail);
+        assert_eq!(answer, Err(Error::HostLied));
+        assert_eq!(engine.state(frame(8)), Some(PageState::Unaccepted));
+        model.assert_agrees(engine);
+    });
+}
+
 #[test]
 fn i5_to_ignore_no_change_is_not_to_ignore_a_lie() {
     let model = Model::new(1, true);

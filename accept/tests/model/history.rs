@@ -17,7 +17,7 @@ pub trait Hardware {
     fn assert_agrees<B: Backend>(&self, engine: &Engine<'_, B>);
     /// Panics with every law of the instructions that was broken.
     fn assert_lawful(&self);
-    /// How often a valid page was validated.
+    /// How often a page was validated again without a rescind between.
     fn double_validations(&self) -> usize;
     /// The host breaks a large page into small ones, which changes nothing else.
     fn smash(&self, region: usize);
@@ -288,4 +288,5 @@ where
         }
         hardware.assert_lawful();
     });
+    assert_eq!(hardware.double_validations(), 0);
 }

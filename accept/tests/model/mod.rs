@@ -68,6 +68,8 @@ pub enum Injected {
 
 struct Machine {
     entries: Vec<Entry>,
+    /// Pages that were validated and not rescinded since, whatever the host has put there.
+    witness: Vec<bool>,
     /// Per 2 MiB: the host holds it as one large page.
     large: Vec<bool>,
     log: Vec<Call>,
@@ -95,6 +97,7 @@ impl Model {
         Self {
             machine: Mutex::new(Machine {
                 entries: vec![FRESH; regions * 512],
+                witness: vec![false; regions * 512],
                 large: vec![large; regions],
                 log: Vec::new(),
                 broken_laws: Vec::new(),
@@ -111,7 +114,8 @@ impl Model {
         self.machine.lock().unwrap().entries[page]
     }
 
-    /// How often a valid page was validated.
+    /// How often a page was validated again without a rescind between, also where the host had
+    /// removed the first one.
     pub fn double_validations(&self) -> usize {
         self.double_validations.load(Ordering::Relaxed)
     }
@@ -247,6 +251,16 @@ impl Model {
                 PageSize::Size4K => machine.large[first / 512] = false,
             }
         }
+        match operation {
+            Operation::Validate => {
+                let twice = machine.witness[first..first + pages].contains(&true);
+                self.double_validations
+                    .fetch_add(usize::from(twice), Ordering::Relaxed);
+                machine.witness[first..first + pages].fill(true);
+            }
+            Operation::Rescind => machine.witness[first..first + pages].fill(false),
+            _ => {}
+        }
         for page in first..first + pages {
             let mut entry = machine.entries[page];
             if let Some(law) = act(&mut entry)? {
@@ -268,7 +282,6 @@ impl Backend for Model {
             failed,
             |entry| {
                 if entry.validated {
-                    self.double_validations.fetch_add(1, Ordering::Relaxed);
                     return Err(ValidateFault::AlreadyDone);
                 }
                 entry.validated = true;

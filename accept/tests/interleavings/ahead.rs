@@ -1,0 +1,101 @@
+//! Memory that is made ready before the guest asks.
+
+use accept::{Done, OnNoChange, PageState, Step};
+use loom::sync::atomic::Ordering;
+
+use crate::hardware::{Guarded, NEIGHBOURS, accept, explore, large, page, rescind};
+
+#[test]
+fn a_claim_against_acceptance_in_the_background() {
+    explore(
+        NEIGHBOURS,
+        |_| {},
+        |engine| accept(engine, page(0, 0)),
+        |engine| engine.prepare(large(0)).map(drop),
+        |shared, claimed, prepared| {
+            assert_eq!(prepared, Ok(()));
+            assert_eq!(claimed, Ok(()), "to the guest the page is new");
+            assert_eq!(shared.hardware.content.load(Ordering::Relaxed), 0);
+            let state = shared.with_engine(|engine| engine.state(page(0, 0).first()));
+            assert_eq!(state, Some(PageState::Accepted));
+        },
+    );
+}
+
+#[test]
+fn two_claims_of_one_page_have_one_winner() {
+    explore(
+        NEIGHBOURS,
+        |engine| engine.prepare(page(0, 0)).map(drop).expect("prepared"),
+        |engine| accept(engine, page(0, 0)),
+        |engine| accept(engine, page(0, 0)),
+        |_, a, b| {
+            let winners = usize::from(a.is_ok()) + usize::from(b.is_ok());
+            assert_eq!(winners, 1, "{a:?} {b:?}");
+        },
+    );
+}
+
+#[test]
+fn a_claim_against_a_rescind_of_what_was_never_claimed() {
+    explore(
+        NEIGHBOURS,
+        |engine| engine.prepare(page(0, 0)).map(drop).expect("prepared"),
+        |engine| accept(engine, page(0, 0)),
+        |engine| engine.rescind(page(0, 0), OnNoChange::Ignore).map(drop),
+        // Map and hardware agree at the end, whoever was first; the page is in no other state.
+        |shared, claimed, rescinded| {
+            assert_eq!((claimed, rescinded), (Ok(()), Ok(())));
+            let state = shared.with_engine(|engine| engine.state(page(0, 0).first()));
+            assert!(matches!(
+                state,
+                Some(PageState::Accepted | PageState::Unaccepted)
+            ));
+        },
+    );
+}
+
+#[test]
+fn what_was_given_back_is_not_made_ready_behind_the_guests_back() {
+    explore(
+        NEIGHBOURS,
+        |engine| accept(engine, page(0, 0)).expect("accepted"),
+        |engine| rescind(engine, page(0, 0)),
+        |engine| engine.prepare_new(large(0)),
+        |shared, rescinded, prepared| {
+            assert_eq!(rescinded, Ok(()));
+            let prepared = prepared.expect("no failure");
+            let state = |index| shared.with_engine(|engine| engine.state(page(0, index).first()));
+            // Guest and host may share it by now.
+            assert_eq!(state(0), Some(PageState::Unaccepted));
+            let rest = match prepared.changed_pages {
+                0 => PageState::Unaccepted,
+                511 => PageState::Ahead,
+                pages => panic!("{pages} pages"),
+            };
+            assert_eq!(state(1), Some(rest));
+        },
+    );
+}
+
+#[test]
+fn the_last_region_of_a_walk_is_made_ready_once() {
+    let step = |engine: &Guarded<'_>| engine.prepare_next(&engine.backend().shared.walk);
+    let done = Step::Done(Done {
+        scrubbed_bytes: 2 << 20,
+        changed_pages: 512,
+    });
+    explore(
+        NEIGHBOURS,
+        move |engine| assert_eq!(step(engine), Ok(done)),
+        step,
+        step,
+        move |shared, a, b| {
+            assert!([(Ok(done), Ok(Step::Over)), (Ok(Step::Over), Ok(done))].contains(&(a, b)));
+            for number in NEIGHBOURS {
+                let state = shared.with_engine(|engine| engine.state(page(number, 511).first()));
+                assert_eq!(state, Some(PageState::Ahead));
+            }
+        },
+    );
+}

@@ -1,0 +1,65 @@
+//! Several regions: lists, and the locks that they share.
+
+use std::sync::{Arc, Mutex};
+
+use accept::{Error, OnNoChange};
+
+use crate::hardware::{Guarded, NEIGHBOURS, Shared, accept, explore, page};
+
+#[test]
+fn lists_in_opposite_order_do_not_wait_for_each_other() {
+    let list = |engine: &Guarded<'_>, numbers: [u64; 2]| {
+        Ok(numbers.map(|number| accept(engine, page(number, 0))))
+    };
+    explore(
+        NEIGHBOURS,
+        |_| {},
+        move |engine| list(engine, [0, 1]),
+        move |engine| list(engine, [1, 0]),
+        |_, mine, theirs| {
+            let ([a0, a1], [b1, b0]) = (mine.expect("a list"), theirs.expect("a list"));
+            for (mine, theirs) in [(a0, b0), (a1, b1)] {
+                // Who is told "busy" has met the other at this very page.
+                assert_eq!(usize::from(mine.is_ok()) + usize::from(theirs.is_ok()), 1);
+                let loser = mine.and(theirs);
+                assert!(
+                    matches!(loser, Err(Error::NoChange | Error::Busy)),
+                    "{loser:?}"
+                );
+            }
+        },
+    );
+}
+
+#[test]
+fn two_regions_with_the_same_lock() {
+    // Found by trying: a region that answers "busy" while region 0 is being worked on.
+    let twin = (1..)
+        .step_by(2)
+        .find(|number| same_lock(0, *number))
+        .expect("64 locks");
+    explore(
+        [0, twin],
+        |_| {},
+        |engine| accept(engine, page(0, 0)),
+        move |engine| accept(engine, page(twin, 0)),
+        |_, a, b| assert_eq!((a, b), (Ok(()), Ok(()))),
+    );
+}
+
+/// Whether two regions share a lock, as seen from outside: with no patience at all, work on the
+/// one is refused while the other's lock is held.
+fn same_lock(a: u64, b: u64) -> bool {
+    let same = Arc::new(Mutex::new(false));
+    let seen = Arc::clone(&same);
+    loom::model(move || {
+        Shared::new([a, b]).with_patience(0, |engine| {
+            accept(engine, page(a, 0)).expect("accepted");
+            let inner = engine.while_accepted(page(a, 0).first(), || {
+                engine.accept(page(b, 0), OnNoChange::Fail)
+            });
+            *seen.lock().expect("no panic") = inner == Ok(Err(Error::Busy));
+        });
+    });
+    *same.lock().expect("no panic")
+}
