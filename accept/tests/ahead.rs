@@ -269,3 +269,61 @@ fn i2_walkers_and_guest_at_once_never_validate_twice() {
     assert_eq!(model.double_validations(), 0);
     model.assert_lawful();
 }
+
+#[test]
+fn a_region_near_a_request_is_paid_from_the_walk_s_budget() {
+    let model = Model::new(REGIONS as usize, true);
+    with_memory(&model, |engine| {
+        let walk = Walk::new(Order::LowFirst, 2 * STEP);
+        // Any block names its region.
+        let done = engine.prepare_near(&walk, page(2 * 512 + 9)).expect("done");
+        assert_eq!(
+            done,
+            Step::Done(Done {
+                scrubbed_bytes: STEP,
+                changed_pages: 512
+            })
+        );
+        // What is ready already costs nothing, and a region that is no memory is an error.
+        engine.prepare_near(&walk, large(2)).expect("done");
+        assert_eq!(
+            engine.prepare_near(&walk, large(REGIONS)),
+            Err(Error::OutOfRange)
+        );
+        assert_eq!(walk_to_the_end(engine, &walk), STEP);
+        assert_eq!(engine.prepare_near(&walk, large(3)), Ok(Step::Over));
+        assert_eq!(validated(&model), [2 * STEP, 0]);
+        model.assert_agrees(engine);
+    });
+    model.assert_lawful();
+}
+
+#[test]
+fn a_region_that_is_left_to_requests_is_neither_walked_over_nor_read_ahead() {
+    let model = Model::new(REGIONS as usize, true);
+    with_memory(&model, |engine| {
+        engine.leave_to_requests(page(512 + 1)).expect("in range");
+        assert_eq!(
+            engine.leave_to_requests(large(REGIONS)),
+            Err(Error::OutOfRange)
+        );
+        let walk = Walk::new(Order::LowFirst, u64::MAX);
+        engine.prepare_near(&walk, large(1)).expect("passed over");
+        assert_eq!(walk_to_the_end(engine, &walk), (REGIONS - 1) * STEP);
+        assert_eq!(engine.state(frame(512 + 1)), Some(PageState::Unaccepted));
+        engine
+            .accept(large(1), OnNoChange::Fail)
+            .expect("a request is served");
+        model.assert_agrees(engine);
+    });
+    model.assert_lawful();
+}
+
+#[test]
+fn the_regions_of_a_walk_are_told_in_its_order() {
+    let model = Model::new(REGIONS as usize, true);
+    with_memory(&model, |engine| {
+        let regions: Vec<Block> = engine.regions_of_walk(Order::HighFirst).collect();
+        assert_eq!(regions, [large(0), large(1), large(2), large(3)]);
+    });
+}

@@ -33,8 +33,10 @@ impl Budget {
     pub const fn bytes_of(self, memory: u64) -> u64 {
         let bytes = match self.unit {
             BudgetUnit::BYTES => self.amount,
-            // Divided first: no memory is so large that the product wraps.
-            BudgetUnit::PER_CENT => (memory / 100).saturating_mul(self.amount),
+            // No more than `memory`, however large the product is on the way there.
+            BudgetUnit::PER_CENT if self.amount < 100 => {
+                (memory as u128 * self.amount as u128 / 100) as u64
+            }
             _ => memory,
         };
         bytes / LARGE_PAGE_SIZE * LARGE_PAGE_SIZE
@@ -236,6 +238,9 @@ mod tests {
         assert_eq!(bytes(BudgetUnit::ALL, 0, (5 << 20) + 1), 4 << 20);
         assert_eq!(bytes(BudgetUnit::BYTES, 6 << 20, 1 << 40), 6 << 20);
         assert_eq!(bytes(BudgetUnit::PER_CENT, 50, 100 << 21), 50 << 21);
-        assert!(bytes(BudgetUnit::PER_CENT, 100, u64::MAX) > u64::MAX - (2 << 21));
+        // All of it is all of it, to the last region.
+        assert_eq!(bytes(BudgetUnit::PER_CENT, 100, 2 << 30), 2 << 30);
+        assert_eq!(bytes(BudgetUnit::PER_CENT, 99, 100 << 21), 99 << 21);
+        assert!(bytes(BudgetUnit::PER_CENT, 99, u64::MAX) > u64::MAX / 100 * 98);
     }
 }
