@@ -1,16 +1,19 @@
-//! What the engine itself costs per 2 MiB, with a platform that costs nothing (design §10: at most
-//! 150 ns, and 0.5 % of filling the block with zeros).
+//! What the engine itself costs per request, with a platform that costs nothing (design §10: at
+//! most 150 ns per 2 MiB, and 0.5 % of filling the block with zeros).
 //!
-//! `cargo bench -p accept`. A plain timer: the figure is wanted to a few nanoseconds, and as a
-//! ratio to a fill on the same machine.
+//! `cargo bench -p accept --bench cost`. Rounds of the fill and of the engine are interleaved, each
+//! on new state; the figures are medians over the rounds, of times on a processor and of their
+//! ratios within a round.
+
+mod figures;
 
 use std::hint::black_box;
-use std::time::Instant;
 
 use accept::{
     AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, OnNoChange, PageSize,
     Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
+use figures::{Limit, figure, median, thread_time};
 
 /// A platform on which every instruction is free.
 struct Free {
@@ -47,23 +50,30 @@ impl Backend for Free {
 }
 
 const REGIONS: u64 = 4096;
-const ROUNDS: u64 = 20;
+const ROUNDS: usize = 61;
+/// Fills per round: some milliseconds.
+const FILLS: usize = 32;
 
-/// Nanoseconds per region of `work`, best of all rounds.
-fn measure(mut work: impl FnMut(Block)) -> f64 {
-    let mut best = f64::MAX;
-    for _ in 0..ROUNDS {
-        let start = Instant::now();
-        for region in 0..REGIONS {
-            work(Block::region_around(Frame::containing(region << 21)));
-        }
-        best = best.min(start.elapsed().as_nanos() as f64 / REGIONS as f64);
+/// Nanoseconds per region of `work`.
+fn per_region(work: impl Fn(Block)) -> f64 {
+    let start = thread_time();
+    for region in 0..REGIONS {
+        work(Block::region_around(Frame::containing(region << 21)));
     }
-    best
+    (thread_time() - start).as_nanos() as f64 / REGIONS as f64
+}
+
+/// Nanoseconds per fill of 2 MiB.
+fn fill(memory: &mut [u8]) -> f64 {
+    let start = thread_time();
+    for _ in 0..FILLS {
+        black_box(&mut *memory).fill(0);
+    }
+    (thread_time() - start).as_nanos() as f64 / FILLS as f64
 }
 
 /// Runs `test` with an engine on a free platform.
-fn with_engine(small: bool, test: impl FnOnce(&Engine<'_, Free>)) {
+fn with_engine<T>(small: bool, test: impl FnOnce(&Engine<'_, Free>) -> T) -> T {
     let states: Vec<Region> = (0..REGIONS).map(|_| Region::new()).collect();
     let ranges =
         [Range::try_new(Frame::containing(0), REGIONS * 512, &states).expect("good range")];
@@ -73,41 +83,73 @@ fn with_engine(small: bool, test: impl FnOnce(&Engine<'_, Free>)) {
         Free { small },
         map,
         RegionLocks::try_new(&locks).expect("good locks"),
-    ));
+    ))
 }
 
-/// Accepts a block and takes it back.
-fn there_and_back(engine: &Engine<'_, Free>, block: Block) {
+fn accept(engine: &Engine<'_, Free>, block: Block) {
     engine.accept(block, OnNoChange::Fail).expect("accepted");
+}
+
+fn rescind(engine: &Engine<'_, Free>, block: Block) {
     let rescinded = engine.rescind(block, OnNoChange::Fail).expect("rescinded");
     if let Some(owed) = rescinded.flush {
         engine.flush(owed).expect("flushed");
     }
 }
 
+/// The times of one round, in nanoseconds per region.
+struct Round {
+    fill: f64,
+    accept: f64,
+    refused: f64,
+    rescind: f64,
+    small: f64,
+    page: f64,
+}
+
+fn round(memory: &mut [u8]) -> Round {
+    let (accepted, refused, rescinded) = with_engine(false, |engine| {
+        (
+            per_region(|block| accept(engine, block)),
+            per_region(|block| {
+                engine
+                    .accept(block, OnNoChange::Fail)
+                    .expect_err("accepted before");
+            }),
+            per_region(|block| rescind(engine, block)),
+        )
+    });
+    Round {
+        fill: fill(memory),
+        accept: accepted,
+        refused,
+        rescind: rescinded,
+        small: with_engine(true, |engine| per_region(|block| accept(engine, block))),
+        page: with_engine(false, |engine| {
+            per_region(|block| accept(engine, Block::page(block.first())))
+        }),
+    }
+}
+
 fn main() {
     let mut memory = vec![1u8; 2 << 20];
-    let fill = measure(|_| black_box(&mut memory).fill(0));
-    println!("filling 2 MiB with zeros:                 {fill:8.0} ns");
-    with_engine(false, |engine| {
-        let both = measure(|block| there_and_back(engine, block));
-        let share = both / fill * 100.0;
-        println!("accept and rescind of 2 MiB, large page:  {both:8.1} ns, {share:.3} % of a fill");
-        measure(|block| {
-            engine.accept(block, OnNoChange::Ignore).expect("accepted");
-        });
-        let refused = measure(|block| {
-            engine
-                .accept(block, OnNoChange::Fail)
-                .expect_err("accepted before");
-        });
-        println!("\"already accepted\", 2 MiB:                {refused:8.1} ns");
-    });
-    with_engine(true, |engine| {
-        let both = measure(|block| there_and_back(engine, block));
-        println!("accept and rescind of 2 MiB, small pages: {both:8.1} ns");
-        // One small page in each region.
-        let both = measure(|block| there_and_back(engine, Block::page(block.first())));
-        println!("accept and rescind of 4 KiB:              {both:8.1} ns");
-    });
+    let rounds: Vec<Round> = (0..ROUNDS).map(|_| round(&mut memory)).collect();
+    let middle = |of: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(of).collect::<Vec<_>>());
+    let ns = |name: &str, of: &dyn Fn(&Round) -> f64, limit| figure(name, middle(of), "ns", limit);
+    ns("fill 2 MiB", &|r| r.fill, Limit::None);
+    ns(
+        "accept 2 MiB, large page",
+        &|r| r.accept,
+        Limit::AtMost(150.0),
+    );
+    figure(
+        "accept 2 MiB, large page, of a fill",
+        middle(&|r| r.accept / r.fill * 100.0),
+        "%",
+        Limit::AtMost(0.5),
+    );
+    ns("accept 2 MiB, small pages", &|r| r.small, Limit::None);
+    ns("accept 4 KiB", &|r| r.page, Limit::None);
+    ns("refuse 2 MiB that is accepted", &|r| r.refused, Limit::None);
+    ns("rescind 2 MiB, large page", &|r| r.rescind, Limit::None);
 }

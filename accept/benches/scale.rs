@@ -1,22 +1,25 @@
 //! The engine at sizes that no test machine has: how much memory its record takes, and how often
 //! vCPUs meet at a lock.
 //!
-//! `cargo bench -p accept --bench scale`. The record of 1 TiB is made and used; of 16 TiB it is
-//! computed, because a bench should run on a laptop. Collisions are counted on the real choice of
-//! locks, by what can be seen from outside: while one region's lock is held, a request for another
-//! region is refused if it has the same lock.
+//! `cargo bench -p accept --bench scale [-- --sizes TIB,TIB]`. The record of each size is made (1 GiB
+//! for 16 TiB) and its memory is both computed and measured. Collisions are counted on the real
+//! choice of locks, by what can be seen from outside: 128 simulated vCPUs hold the lock of a region
+//! each, one after the other; who finds the lock taken is refused.
+
+mod figures;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Error, Fault, Frame, Map, NotFlushed, PageState, Range,
+    AdjustFault, Backend, Block, Engine, Error, Fault, Frame, Map, NotFlushed, OnNoChange, Range,
     Region, RegionLock, RegionLocks, ValidateFault,
 };
+use figures::{Limit, figure, option};
 
 const TIB: u64 = 1 << 40;
 const GIB: u64 = 1 << 30;
 const REGION_BYTES: u64 = 2 << 20;
 const VCPUS: usize = 128;
-/// Pairs of regions that are looked at per pattern.
-const PAIRS: u64 = 200_000;
+/// Times that all vCPUs take a lock, per pattern.
+const ROUNDS: u64 = 4_000;
 
 struct Free;
 
@@ -57,27 +60,82 @@ fn frame(region: u64) -> Frame {
     Frame::try_new(region * 512).expect("below 2^52")
 }
 
-/// Whether two regions share a lock.
-fn meet(engine: &Engine<'_, Free>, a: u64, b: u64) -> bool {
-    let inner = engine.while_accepted(frame(a), || engine.while_accepted(frame(b), || ()));
-    inner.expect("accepted before") == Err(Error::Busy)
+/// How many of the vCPUs find the lock of their region taken, when each keeps what it has got until
+/// the last had its turn.
+fn refused(engine: &Engine<'_, Free>, regions: &[u64]) -> u64 {
+    let Some((first, rest)) = regions.split_first() else {
+        return 0;
+    };
+    match engine.while_accepted(frame(*first), || refused(engine, rest)) {
+        Ok(count) => count,
+        Err(Error::Busy) => 1 + refused(engine, rest),
+        Err(error) => panic!("accepted before: {error:?}"),
+    }
+}
+
+/// Resident memory of this process in bytes.
+fn resident() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages = text
+        .split_whitespace()
+        .nth(1)
+        .and_then(|word| word.parse::<u64>().ok());
+    pages.unwrap_or(0) * 4096
 }
 
 fn main() {
-    let regions = TIB / REGION_BYTES;
     let count = RegionLocks::count_for(VCPUS);
     let lock_bytes = count * size_of::<RegionLock>();
-    println!("{VCPUS} vCPUs, {count} locks, {lock_bytes} bytes of locks");
-    for tib in [1, 16] {
-        let bytes = tib * TIB / REGION_BYTES * size_of::<Region>() as u64;
-        println!(
-            "map of {tib:>2} TiB: {} MiB, {} KiB per GiB",
-            bytes >> 20,
-            (bytes / (tib * TIB / GIB)) >> 10
-        );
+    figure("locks for 128 vCPUs", count as f64, "locks", Limit::None);
+    figure(
+        "memory of the locks",
+        lock_bytes as f64 / 1024.0,
+        "KiB",
+        Limit::None,
+    );
+    // Balls in bins: of n that choose among m at random, n - m (1 - (1 - 1/m)^n) find theirs taken.
+    let (n, m) = (VCPUS as f64, count as f64);
+    let computed = 1.0 - m / n * (1.0 - (1.0 - 1.0 / m).powf(n));
+    figure(
+        "refused of 128 vCPUs, as computed",
+        computed,
+        "share",
+        Limit::None,
+    );
+    let sizes = option("--sizes").unwrap_or_else(|| "1,16".into());
+    for size in sizes.split(',') {
+        let tib: u64 = size.parse().expect("--sizes takes numbers of TiB");
+        at_size(tib, count, computed);
     }
+}
 
+fn at_size(tib: u64, count: usize, computed: f64) {
+    let regions = tib * TIB / REGION_BYTES;
+    let before = resident();
     let states: Vec<Region> = (0..regions).map(|_| Region::new()).collect();
+    let used = resident().saturating_sub(before);
+    let bytes = regions * size_of::<Region>() as u64;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    figure(
+        &format!("map of {tib} TiB, computed"),
+        mib(bytes),
+        "MiB",
+        Limit::None,
+    );
+    figure(
+        &format!("map of {tib} TiB, measured"),
+        mib(used),
+        "MiB",
+        Limit::None,
+    );
+    let per_gib = bytes as f64 / 1024.0 / (tib * TIB / GIB) as f64;
+    figure(
+        &format!("map of {tib} TiB, per GiB"),
+        per_gib,
+        "KiB",
+        Limit::AtMost(64.0),
+    );
+
     let ranges = [Range::try_new(frame(0), regions * 512, &states).expect("a good range")];
     let locks: Vec<RegionLock> = (0..count).map(|_| RegionLock::new()).collect();
     let engine = Engine::new(
@@ -87,36 +145,51 @@ fn main() {
             .expect("good locks")
             .with_spin_limit(0),
     );
-    engine
-        .record_launch(frame(0), regions * 512, PageState::Accepted)
-        .expect("recorded");
-
     let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
-    let mut share = |pick: &mut dyn FnMut(&mut Dice) -> (u64, u64)| {
-        let mut met = 0_u64;
-        for _ in 0..PAIRS {
-            let (a, b) = pick(&mut dice);
-            met += u64::from(a != b && meet(&engine, a, b));
+    let vcpus = VCPUS as u64;
+    let mut share = |what: &str, limit, pick: &dyn Fn(&mut Dice) -> Vec<u64>| {
+        let mut met = 0;
+        for _ in 0..ROUNDS {
+            let chosen = pick(&mut dice);
+            for region in &chosen {
+                let block = Block::region_around(frame(*region));
+                engine.accept(block, OnNoChange::Ignore).expect("accepted");
+            }
+            met += refused(&engine, &chosen);
         }
-        met as f64 / PAIRS as f64
+        let share = met as f64 / (ROUNDS * vcpus) as f64;
+        figure(
+            &format!("{tib} TiB, refused: {what}"),
+            share,
+            "share",
+            limit,
+        );
     };
-    println!(
-        "share of pairs of regions with one lock; 1 / locks = {:.5}",
-        1.0 / count as f64
-    );
-    let any = share(&mut |dice| (dice.below(regions), dice.below(regions)));
-    println!("  any two regions of 1 TiB:        {any:.5}");
-    let near = share(&mut |dice| {
-        let a = dice.below(regions - VCPUS as u64);
-        (a, a + 1 + dice.below(VCPUS as u64 - 1))
+    // Half as much again is far outside of what chance does in so many rounds.
+    let by_chance = Limit::AtMost(computed * 1.5);
+    share("regions anywhere", by_chance, &|dice| {
+        let mut chosen = Vec::new();
+        while chosen.len() < VCPUS {
+            let region = dice.below(regions);
+            if !chosen.contains(&region) {
+                chosen.push(region);
+            }
+        }
+        chosen
     });
-    println!("  less than {VCPUS} regions apart:      {near:.5}");
-    let slices = share(&mut |dice| {
-        // Each vCPU walks its own 8 GiB; all are equally far.
-        let (slice, at) = (regions / VCPUS as u64, dice.below(regions / VCPUS as u64));
-        let a = dice.below(VCPUS as u64);
-        let b = (a + 1 + dice.below(VCPUS as u64 - 1)) % VCPUS as u64;
-        (a * slice + at, b * slice + at)
+    share("neighbours", Limit::AtMost(computed), &|dice| {
+        let first = dice.below(regions - vcpus);
+        (first..first + vcpus).collect()
     });
-    println!("  same place of two 8 GiB slices:  {slices:.5}");
+    share("same place of 128 slices", by_chance, &|dice| {
+        let slice = regions / vcpus;
+        let at = dice.below(slice);
+        (0..vcpus).map(|vcpu| vcpu * slice + at).collect()
+    });
+    share("anywhere in 128 slices", by_chance, &|dice| {
+        let slice = regions / vcpus;
+        (0..vcpus)
+            .map(|vcpu| vcpu * slice + dice.below(slice))
+            .collect()
+    });
 }

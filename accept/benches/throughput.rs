@@ -1,26 +1,33 @@
 //! How much of the memory's own speed is left when several vCPUs accept at once, and what two
 //! simpler designs would leave of it.
 //!
-//! `cargo bench -p accept --bench throughput [-- --memory MIB --threads N,N]`. Every figure is a
-//! ratio of times within this run: the time of filling the memory with zeros, by the same threads
-//! over the same blocks, divided by the time of accepting it. 1.00 means that accepting costs no
-//! more than the fill which it contains. Rounds of all candidates are interleaved and the best of
-//! each counts, because the machine that runs this is never quiet.
+//! `cargo bench -p accept --bench throughput [-- --memory MIB --threads N,N --rounds N --only PATTERN]`. All
+//! figures are ratios of times within one round: of the fill alone to the engine (1.00 means that
+//! accepting costs no more than the fill which it contains), and of each baseline to the engine
+//! (above 1.00 the engine is faster).
+//!
+//! Noise: a thread's time is its time on a processor ([`figures::thread_time`]), so who waits for
+//! one because the machine is busy is not counted; the time of all threads is that of the one that
+//! took longest. The candidates are interleaved, in another order each round, and a figure is the
+//! median over the rounds. "Not slower" means that the upper quartile of the ratios is at least
+//! 1.00: a difference that three of four rounds show is believed.
+
+mod figures;
 
 use std::hint::{black_box, spin_loop};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use accept::{
     AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, OnNoChange, PageSize,
     Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
+use figures::{Limit, figure, median, option, quantile, thread_time};
 
 const UNIT: usize = PageSize::Size2M.bytes() as usize;
 const PAGE: usize = PageSize::Size4K.bytes() as usize;
-const ROUNDS: usize = 7;
 
 /// Guest memory: one buffer per 2 MiB. The mutex is never contended where the design under test
 /// keeps two vCPUs off one page, and costs nothing beside a fill.
@@ -197,25 +204,28 @@ impl Pattern {
     }
 }
 
-/// The time that the threads need for their blocks.
+/// The time that the threads need for their blocks: that of the slowest.
 fn time(candidate: &dyn Candidate, memory: &Memory, work: &[Vec<Block>]) -> Duration {
-    let start = Barrier::new(work.len() + 1);
-    let end = Barrier::new(work.len() + 1);
+    let start = Barrier::new(work.len());
     thread::scope(|scope| {
-        let (start, end) = (&start, &end);
-        for blocks in work {
-            scope.spawn(move || {
-                start.wait();
-                for block in blocks {
-                    candidate.accept(memory, *block);
-                }
-                end.wait();
-            });
-        }
-        start.wait();
-        let begun = Instant::now();
-        end.wait();
-        begun.elapsed()
+        let threads: Vec<_> = work
+            .iter()
+            .map(|blocks| {
+                let start = &start;
+                scope.spawn(move || {
+                    start.wait();
+                    let begun = thread_time();
+                    for block in blocks {
+                        candidate.accept(memory, *block);
+                    }
+                    thread_time() - begun
+                })
+            })
+            .collect();
+        let times = threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"));
+        times.max().unwrap_or_default()
     })
 }
 
@@ -233,63 +243,85 @@ fn time_engine(memory: &Memory, work: &[Vec<Block>]) -> Duration {
     time(&Turnstile(engine), memory, work)
 }
 
+/// What is compared, in the order of [`round`]'s times.
+const CANDIDATES: usize = 4;
+
+/// The times of the fill, the engine, and the two baselines, measured in an order that starts with
+/// another one each round.
+fn round(
+    memory: &Memory,
+    work: &[Vec<Block>],
+    raw: &[Vec<Block>],
+    first: usize,
+) -> [f64; CANDIDATES] {
+    let units = memory.0.len();
+    let mut times = [0.0; CANDIDATES];
+    for turn in 0..CANDIDATES {
+        let which = (first + turn) % CANDIDATES;
+        let taken = match which {
+            0 => time(&Raw, memory, raw),
+            1 => time_engine(memory, work),
+            2 => time(
+                &GlobalLock(ByteLock::default(), Bytes::new(units)),
+                memory,
+                work,
+            ),
+            _ => {
+                let locks = std::array::from_fn(|_| ByteLock::default());
+                time(&AdjacentLocks(locks, Bytes::new(units)), memory, work)
+            }
+        };
+        times[which] = taken.as_secs_f64();
+    }
+    times
+}
+
+/// The least that has to be left of the memory's speed, on blocks that nobody else asks for.
+const DISJOINT_SHARE: f64 = 0.95;
+
 fn main() {
-    let arguments: Vec<String> = std::env::args().collect();
-    let option = |name: &str| {
-        let at = arguments.iter().position(|argument| argument == name)?;
-        arguments.get(at + 1).cloned()
+    let number = |name: &str, default: usize| {
+        option(name).map_or(default, |text| text.parse().expect("a number"))
     };
-    let mib = option("--memory").map_or(512, |mib| mib.parse().expect("--memory takes MiB"));
-    let threads = option("--threads").unwrap_or_else(|| "1,2,4".into());
+    let (mib, rounds) = (number("--memory", 256), number("--rounds", 15));
+    let threads = option("--threads").unwrap_or_else(|| "1,2".into());
     let units = mib / 2;
     let memory = Memory::new(units);
-
-    println!("{mib} MiB, best of {ROUNDS}: time of the fill alone / time of the candidate");
-    println!(
-        "{:<22}{:>8}{:>12}{:>12}{:>12}",
-        "pattern", "threads", "engine", "one lock", "64 locks"
-    );
-    for (pattern, name) in Pattern::ALL {
+    let only = option("--only").unwrap_or_default();
+    for (pattern, name) in Pattern::ALL
+        .into_iter()
+        .filter(|(_, name)| name.contains(&only))
+    {
         for threads in threads.split(',') {
             let threads: usize = threads.parse().expect("--threads takes numbers");
             let work: Vec<Vec<Block>> = (0..threads)
                 .map(|thread| pattern.blocks(units, threads, thread))
                 .collect();
             // When all ask for the same, the fill is done once: the raw time is one thread's.
-            let raw_work = match pattern {
+            let raw = match pattern {
                 Pattern::Colliding => &work[..1],
                 _ => &work[..],
             };
-            let mut best = [Duration::MAX; 4];
-            for _ in 0..ROUNDS {
-                let round = [
-                    time(&Raw, &memory, raw_work),
-                    time_engine(&memory, &work),
-                    time(
-                        &GlobalLock(ByteLock::default(), Bytes::new(units)),
-                        &memory,
-                        &work,
-                    ),
-                    time(
-                        &AdjacentLocks(
-                            std::array::from_fn(|_| ByteLock::default()),
-                            Bytes::new(units),
-                        ),
-                        &memory,
-                        &work,
-                    ),
-                ];
-                for (best, time) in best.iter_mut().zip(round) {
-                    *best = (*best).min(time);
-                }
+            let times: Vec<_> = (0..rounds).map(|n| round(&memory, &work, raw, n)).collect();
+            let ratios = |other: usize| -> Vec<f64> {
+                times.iter().map(|times| times[other] / times[1]).collect()
+            };
+            let label = |what: &str| format!("{name}, {threads} thr: {what}");
+            let limit = match pattern {
+                Pattern::Disjoint if threads == 2 => Limit::AtLeast(DISJOINT_SHARE),
+                _ => Limit::None,
+            };
+            figure(&label("share of fill"), median(&ratios(0)), "ratio", limit);
+            for (other, what) in [(2, "one lock"), (3, "64 locks")] {
+                let ratios = ratios(other);
+                figure(&label(what), median(&ratios), "ratio", Limit::None);
+                figure(
+                    &label(&format!("{what}, q3")),
+                    quantile(&ratios, 0.75),
+                    "ratio",
+                    Limit::AtLeast(1.0),
+                );
             }
-            let ratio = |time: Duration| best[0].as_secs_f64() / time.as_secs_f64();
-            println!(
-                "{name:<22}{threads:>8}{:>12.3}{:>12.3}{:>12.3}",
-                ratio(best[1]),
-                ratio(best[2]),
-                ratio(best[3])
-            );
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::backend::{Backend, Operation, Trouble};
 use crate::block::{Block, PageSize};
 use crate::engine::{Done, Ended, Engine, Error, Held, OnNoChange};
 use crate::pages::{PageSet, PageState};
+use crate::shape::{OnePage, Pages, WholeRegion};
 use crate::sweep::{Grain, Stopped, sweep, sweep_on, sweep_runs};
 
 /// What becomes of the pages.
@@ -64,12 +65,7 @@ impl<B: Backend> Engine<'_, B> {
             return Ok(Done::NOTHING);
         }
         let fresh = unaccepted_of(&held, block);
-        let ended = self.bring_in(
-            &held,
-            &fresh,
-            &PageSet::EMPTY,
-            For::Paravisor(PageState::Ahead),
-        );
+        let ended = self.bring_in(&held, &fresh, None, For::Paravisor(PageState::Ahead));
         self.end(held, ended)
     }
 
@@ -98,7 +94,7 @@ impl<B: Backend> Engine<'_, B> {
         let held = self.hold(block)?;
         let fresh = unaccepted_of(&held, block);
         let ended = match check(fresh) {
-            Ok(()) => self.bring_in(&held, &fresh, &PageSet::EMPTY, For::Paravisor(state)),
+            Ok(()) => self.bring_in(&held, &fresh, None, For::Paravisor(state)),
             Err(error) => Ended::with(Err(error)),
         };
         self.end(held, ended)
@@ -106,10 +102,21 @@ impl<B: Backend> Engine<'_, B> {
 
     /// The test under the lock, and the work.
     fn accept_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
-        let asked = PageSet::of(block);
-        if held.are_unaccepted(&asked) {
-            return self.accept_pages(held, block, &asked, &PageSet::EMPTY);
+        // What nearly every request finds: nobody has anything of it.
+        match block.size() {
+            PageSize::Size4K => {
+                if held.state(block.first()) == PageState::Unaccepted {
+                    let page = OnePage(block.first().index_in_region());
+                    return self.accept_pages(held, block, &page, None);
+                }
+            }
+            PageSize::Size2M => {
+                if held.is_unaccepted() {
+                    return self.accept_pages(held, block, &WholeRegion, None);
+                }
+            }
         }
+        let asked = PageSet::of(block);
         let states = held.states(&asked);
         if !states.owned.is_empty() {
             return Ended::with(Err(Error::Owned));
@@ -125,7 +132,8 @@ impl<B: Backend> Engine<'_, B> {
             held.tally().no_change_slow.add(1);
             return Ended::with(Ok(Done::NOTHING));
         }
-        self.accept_pages(held, block, &fresh, &ready)
+        let ready = (!ready.is_empty()).then_some(&ready);
+        self.accept_pages(held, block, &fresh, ready)
     }
 
     /// The work, and what is counted of it.
@@ -133,8 +141,8 @@ impl<B: Backend> Engine<'_, B> {
         &self,
         held: &Held<'_>,
         block: Block,
-        fresh: &PageSet,
-        ready: &PageSet,
+        fresh: &impl Pages,
+        ready: Option<&PageSet>,
     ) -> Ended {
         let ended = self.bring_in(held, fresh, ready, For::Guest);
         if let Ok(done) = &ended.result {
@@ -144,8 +152,9 @@ impl<B: Backend> Engine<'_, B> {
             }
             let page = PageSize::Size4K.bytes();
             held.tally().accepted_bytes.add(done.changed_pages * page);
-            let claimed = done.changed_pages * page - done.scrubbed_bytes;
-            held.tally().claimed_bytes.add(claimed);
+            if let Some(ready) = ready {
+                held.tally().claimed_bytes.add(ready.len() * page);
+            }
         }
         ended
     }
@@ -155,8 +164,8 @@ impl<B: Backend> Engine<'_, B> {
     fn bring_in(
         &self,
         held: &Held<'_>,
-        fresh: &PageSet,
-        ready: &PageSet,
+        fresh: &impl Pages,
+        ready: Option<&PageSet>,
         destination: For,
     ) -> Ended {
         let (region, tally) = (held.region(), held.tally());
@@ -171,7 +180,7 @@ impl<B: Backend> Engine<'_, B> {
             |run| self.backend.validate_run(run),
         );
         if let Err(stopped) = validated {
-            self.take_back(held, &stopped.done, &PageSet::EMPTY, grain);
+            self.take_back(held, &stopped.done(fresh), &PageSet::EMPTY, grain);
             let expelled = self.expel(held, stopped, grain);
             let error = held.error(Operation::Validate, stopped);
             return Ended {
@@ -185,47 +194,60 @@ impl<B: Backend> Engine<'_, B> {
             self.backend.scrub(block)
         });
         if let Err(stopped) = scrubbed {
-            self.take_back(held, fresh, &PageSet::EMPTY, grain);
+            self.take_back(held, &fresh.to_set(), &PageSet::EMPTY, grain);
             return Ended::with(Err(held.error(Operation::Scrub, stopped)));
         }
 
-        let both;
-        let all = if ready.is_empty() {
-            fresh
-        } else {
-            both = fresh.with(ready);
-            &both
-        };
-        let state = match destination {
-            For::Paravisor(state) => state,
-            For::Guest => {
-                let granted = sweep_runs(
-                    region,
-                    all,
-                    &mut grain,
-                    tally,
-                    |block| self.backend.grant(block),
-                    |run| self.backend.grant_run(run),
-                );
-                if let Err(stopped) = granted {
-                    // A page that was ready and not yet granted stays ready.
-                    let ours = fresh.with(&stopped.done);
-                    self.take_back(held, &ours, &stopped.done, grain);
-                    return Ended {
-                        result: Err(held.error(Operation::Grant, stopped)),
-                        flush_now: !stopped.done.is_empty(),
-                    };
-                }
-                PageState::Accepted
-            }
-        };
-        held.record(all, state);
         let scrubbed_bytes = fresh.len() * PageSize::Size4K.bytes();
-        if state == PageState::Ahead {
-            tally.prepared_bytes.add(scrubbed_bytes);
+        match (destination, ready) {
+            (For::Paravisor(state), _) => {
+                held.record(fresh, state);
+                if state == PageState::Ahead {
+                    tally.prepared_bytes.add(scrubbed_bytes);
+                }
+                Ended::with(Ok(Done {
+                    scrubbed_bytes,
+                    changed_pages: fresh.len(),
+                }))
+            }
+            (For::Guest, None) => self.hand_over(held, fresh, fresh, grain),
+            (For::Guest, Some(ready)) => {
+                let all = fresh.to_set().with(ready);
+                self.hand_over(held, &all, fresh, grain)
+            }
         }
+    }
+
+    /// The last phases of what is for the guest: `all` pages, of which `fresh` were just scrubbed,
+    /// are granted and recorded.
+    fn hand_over(
+        &self,
+        held: &Held<'_>,
+        all: &impl Pages,
+        fresh: &impl Pages,
+        mut grain: Grain,
+    ) -> Ended {
+        let granted = sweep_runs(
+            held.region(),
+            all,
+            &mut grain,
+            held.tally(),
+            |block| self.backend.grant(block),
+            |run| self.backend.grant_run(run),
+        );
+        if let Err(stopped) = granted {
+            // A page that was ready and not yet granted stays ready.
+            let granted = stopped.done(all);
+            let ours = fresh.to_set().with(&granted);
+            self.take_back(held, &ours, &granted, grain);
+            return Ended {
+                result: Err(held.error(Operation::Grant, stopped)),
+                flush_now: !granted.is_empty(),
+            };
+        }
+        held.record(all, PageState::Accepted);
         Ended::with(Ok(Done {
-            scrubbed_bytes,
+            scrubbed_bytes: fresh.len() * PageSize::Size4K.bytes(),
             changed_pages: all.len(),
         }))
     }
@@ -286,7 +308,7 @@ impl<B: Backend> Engine<'_, B> {
         // Failure to revoke makes no difference to what follows.
         sweep_on(
             region,
-            &stopped.at,
+            &stopped.at(),
             grain,
             tally,
             |b| self.backend.revoke(b),
@@ -298,14 +320,14 @@ impl<B: Backend> Engine<'_, B> {
         } else {
             sweep_on(
                 region,
-                &stopped.at,
+                &stopped.at(),
                 grain,
                 tally,
                 |b| self.backend.rescind(b),
                 not_valid,
             )
         };
-        held.record(&stopped.at.without(&gone), PageState::Owned);
+        held.record(&stopped.at().without(&gone), PageState::Owned);
         true
     }
 }

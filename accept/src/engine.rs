@@ -11,6 +11,7 @@ use crate::given_back::Flag;
 use crate::lock::{Guard, RegionLocks};
 use crate::map::{Map, Place};
 use crate::pages::{PageSet, PageState, StateSets};
+use crate::shape::Pages;
 use crate::sweep::Stopped;
 
 /// The acceptance engine of one VM. All methods take `&self` and may be called on all vCPUs at
@@ -278,9 +279,9 @@ impl<'m> Held<'m> {
         self.place.words.states(pages)
     }
 
-    /// Whether all of `pages` are Unaccepted, for sure.
-    pub(crate) fn are_unaccepted(&self, pages: &PageSet) -> bool {
-        self.place.words.are_unaccepted(pages)
+    /// Whether the whole region is Unaccepted, for sure.
+    pub(crate) fn is_unaccepted(&self) -> bool {
+        self.place.words.is_unaccepted()
     }
 
     /// The state of one page, for sure.
@@ -288,8 +289,8 @@ impl<'m> Held<'m> {
         self.place.words.state(frame.index_in_region())
     }
 
-    pub(crate) fn record(&self, pages: &PageSet, state: PageState) {
-        self.place.words.record(pages, state);
+    pub(crate) fn record(&self, pages: &impl Pages, state: PageState) {
+        pages.record(self.place.words, state);
     }
 
     /// Remembers that the guest gives pages of the region back.

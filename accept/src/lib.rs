@@ -94,6 +94,7 @@ mod map;
 mod owned;
 mod pages;
 mod rescinding;
+mod shape;
 mod sweep;
 mod sync;
 mod view;

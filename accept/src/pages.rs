@@ -5,8 +5,8 @@
 //! those of [`PageState`]. A region that was never touched is all zero: Unaccepted.
 //!
 //! Invariants:
-//! * Words are written only by [`RegionWords::record`], under the region's lock; they are read
-//!   with or without it.
+//! * Words are written only by [`RegionWords::record`] and its two special cases, under the region's
+//!   lock; they are read with or without it.
 //! * A [`PageSet`] uses even bits only, so that sets and state words combine without shuffling.
 
 use crate::block::{Block, PAGES_PER_REGION, PageSize};
@@ -114,17 +114,13 @@ impl RegionWords {
         sets
     }
 
-    /// Whether all of `pages` are Unaccepted: what nearly every request finds, told without
-    /// sorting. For sure only while the region's lock is held.
-    pub(crate) fn are_unaccepted(&self, pages: &PageSet) -> bool {
-        let word = |index: usize| self.0[index].load(Ordering::Acquire);
-        if pages.is_full() {
-            return (0..WORDS).fold(0, |any, index| any | word(index)) == 0;
-        }
-        pages
-            .touched
-            .indices()
-            .all(|index| word(index) & (pages.words[index] * 3) == 0)
+    /// Whether the whole region is Unaccepted. For sure only while its lock is held.
+    pub(crate) fn is_unaccepted(&self) -> bool {
+        let any = self
+            .0
+            .iter()
+            .fold(0, |any, word| any | word.load(Ordering::Acquire));
+        any == 0
     }
 
     /// Whether the whole region holds an Accepted page and no Owned one. May read less than the
@@ -145,14 +141,24 @@ impl RegionWords {
         accepted != 0
     }
 
+    /// Writes `state` for the page at `index` (0 to 511), as [`RegionWords::record`].
+    pub(crate) fn record_one(&self, index: usize, state: PageState) {
+        let index = index % PAGES_PER_REGION;
+        let word = &self.0[index / PAGES_PER_WORD];
+        let mask = 3 << (2 * (index % PAGES_PER_WORD));
+        let kept = word.load(Ordering::Relaxed) & !mask;
+        word.store(kept | state.pattern() & mask, Ordering::Release);
+    }
+
+    /// Writes `state` for every page, as [`RegionWords::record`].
+    pub(crate) fn record_all(&self, state: PageState) {
+        for word in &self.0 {
+            word.store(state.pattern(), Ordering::Release);
+        }
+    }
+
     /// Writes `state` for every page of `pages`. The caller holds the region's lock.
     pub(crate) fn record(&self, pages: &PageSet, state: PageState) {
-        if pages.is_full() {
-            for word in &self.0 {
-                word.store(state.pattern(), Ordering::Release);
-            }
-            return;
-        }
         for index in pages.touched.indices() {
             let (word, set) = (&self.0[index], pages.words[index]);
             if set != 0 {
@@ -462,29 +468,30 @@ mod tests {
 
     #[test]
     fn runs_are_the_indices_without_gaps() {
-        let runs = |set: &PageSet| set.runs().collect::<Vec<_>>();
-        assert_eq!(runs(&PageSet::FULL), [0..512]);
+        let runs = |set: &PageSet| {
+            set.runs()
+                .map(|run| (run.start, run.end))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(runs(&PageSet::FULL), [(0, 512)]);
         assert_eq!(runs(&PageSet::EMPTY), []);
-        assert_eq!(runs(&PageSet::single(511)), [511..512]);
+        assert_eq!(runs(&PageSet::single(511)), [(511, 512)]);
         let gaps = PageSet::span(3, 70).without(&PageSet::single(31));
-        assert_eq!(runs(&gaps), [3..31, 32..70]);
-        assert_eq!(runs(&PageSet::FULL.without(&PageSet::single(0))), [1..512]);
-        assert_eq!(runs(&PageSet::FULL.below(511)), [0..511]);
+        assert_eq!(runs(&gaps), [(3, 31), (32, 70)]);
+        let rest = PageSet::FULL.without(&PageSet::single(0));
+        assert_eq!(runs(&rest), [(1, 512)]);
+        assert_eq!(runs(&PageSet::FULL.below(511)), [(0, 511)]);
     }
 
     #[test]
     fn one_page_in_any_other_state_is_seen() {
         let region = Region::new();
         let words = region.words();
-        let all = [PageSet::FULL, PageSet::span(0, 511), PageSet::span(1, 512)];
         for index in [0, 31, 32, 510, 511] {
             for state in STATES {
                 words.record(&PageSet::single(index), state);
-                for pages in &all {
-                    let theirs = !pages.and(&PageSet::single(index)).is_empty();
-                    let expected = !theirs || state == PageState::Unaccepted;
-                    assert_eq!(words.are_unaccepted(pages), expected, "{index} {state:?}");
-                }
+                let expected = state == PageState::Unaccepted;
+                assert_eq!(words.is_unaccepted(), expected, "{index} {state:?}");
             }
             words.record(&PageSet::FULL, PageState::Unaccepted);
         }

@@ -89,9 +89,10 @@ impl<B: Backend> Engine<'_, B> {
         });
         if let Err(stopped) = revoked {
             // A page that the hardware calls invalid is out already; the rest goes back.
-            let lost = lost_pages(stopped.trouble, &stopped.at);
+            let lost = lost_pages(stopped.trouble, &stopped.at());
             held.record(&lost, PageState::Unaccepted);
-            self.restore(held, leaving, &lost, &stopped.done, grain);
+            let revoked = stopped.done(&leaving.accepted);
+            self.restore(held, leaving, &lost, &revoked, grain);
             let error = held.error(Operation::Revoke, stopped);
             return Ended {
                 result: Err(error),
@@ -106,7 +107,9 @@ impl<B: Backend> Engine<'_, B> {
         if let Err(stopped) = rescinded {
             // What is invalid cannot be brought back: another page may be there by now, and its
             // content would be lost anyway. It is recorded as it is; the rest goes back.
-            let lost = stopped.done.with(&lost_pages(stopped.trouble, &stopped.at));
+            let lost = stopped
+                .done(&all)
+                .with(&lost_pages(stopped.trouble, &stopped.at()));
             held.record(&lost, PageState::Unaccepted);
             self.restore(
                 held,

@@ -5,6 +5,7 @@ use crate::backend::{Broken, Run, Trouble};
 use crate::block::{Block, Frame};
 use crate::counters::Tally;
 use crate::pages::PageSet;
+use crate::shape::Pages;
 
 /// The page size that is worth trying next on a region. A platform that holds the region as small
 /// pages says so once per flow, not once per instruction.
@@ -15,20 +16,31 @@ pub(crate) enum Grain {
 }
 
 /// The end of a sweep before its time.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Stopped {
-    /// The pages on which the instruction succeeded.
-    pub(crate) done: PageSet,
-    /// The pages that the failing instruction was asked for.
-    pub(crate) at: PageSet,
+    /// The index of the small page that failed; none if it was the whole region as one page.
+    index: Option<usize>,
     pub(crate) trouble: Trouble,
+}
+
+impl Stopped {
+    /// The pages that the failing instruction was asked for.
+    pub(crate) fn at(&self) -> PageSet {
+        self.index.map_or(PageSet::FULL, PageSet::single)
+    }
+
+    /// The pages of the sweep, `pages`, on which the instruction succeeded.
+    pub(crate) fn done(&self, pages: &impl Pages) -> PageSet {
+        self.index
+            .map_or(PageSet::EMPTY, |index| pages.to_set().below(index))
+    }
 }
 
 /// Applies `instruction` to `pages` of the region that starts at `region`, ascending, and stops at
 /// the first failure. After success it was done on all of them.
 pub(crate) fn sweep<F: Into<Trouble>>(
     region: Frame,
-    pages: &PageSet,
+    pages: &impl Pages,
     grain: &mut Grain,
     tally: &Tally,
     instruction: impl Fn(Block) -> Result<(), F>,
@@ -40,7 +52,7 @@ pub(crate) fn sweep<F: Into<Trouble>>(
 /// As [`sweep`], with an instruction for runs of small pages.
 pub(crate) fn sweep_runs<F: Into<Trouble>>(
     region: Frame,
-    pages: &PageSet,
+    pages: &impl Pages,
     grain: &mut Grain,
     tally: &Tally,
     instruction: impl Fn(Block) -> Result<(), F>,
@@ -55,8 +67,7 @@ pub(crate) fn sweep_runs<F: Into<Trouble>>(
             }
             Err(trouble) => {
                 return Err(Stopped {
-                    done: PageSet::EMPTY,
-                    at: PageSet::FULL,
+                    index: None,
                     trouble,
                 });
             }
@@ -67,8 +78,7 @@ pub(crate) fn sweep_runs<F: Into<Trouble>>(
             // A platform that says it did more pages than there are did all but the last.
             let index = run.start + broken.done.min(run.len() - 1);
             return Err(Stopped {
-                done: pages.below(index),
-                at: PageSet::single(index),
+                index: Some(index),
                 trouble: broken.fault.into(),
             });
         }
@@ -93,11 +103,12 @@ pub(crate) fn sweep_on<F: Into<Trouble>>(
         let Err(stopped) = sweep(region, &rest, &mut grain, tally, &instruction) else {
             return done.with(&rest);
         };
-        done = done.with(&stopped.done);
+        let finished = stopped.done(&rest);
+        done = done.with(&finished);
         if as_good(stopped.trouble) {
-            done = done.with(&stopped.at);
+            done = done.with(&stopped.at());
         }
-        rest = rest.without(&stopped.done).without(&stopped.at);
+        rest = rest.without(&finished).without(&stopped.at());
     }
     done
 }
@@ -162,10 +173,10 @@ mod tests {
                 Ok(())
             }
         });
-        let stopped = swept.err().expect("stopped");
-        assert_eq!(stopped.done, PageSet::span(0, 7));
+        let stopped = swept.expect_err("stopped");
+        assert_eq!(stopped.done(&PageSet::span(0, 9)), PageSet::span(0, 7));
         assert_eq!(
-            (stopped.at, stopped.trouble),
+            (stopped.at(), stopped.trouble),
             (PageSet::single(7), Trouble::Failed(9))
         );
     }
@@ -188,9 +199,9 @@ mod tests {
                     }),
                 },
             );
-            let stopped = swept.err().expect("stopped");
-            assert_eq!(stopped.at, PageSet::single(expected));
-            assert_eq!(stopped.done, gaps.below(expected));
+            let stopped = swept.expect_err("stopped");
+            assert_eq!(stopped.at(), PageSet::single(expected));
+            assert_eq!(stopped.done(&gaps), gaps.below(expected));
         }
     }
 

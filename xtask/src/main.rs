@@ -14,6 +14,7 @@
 //! | [`stress`] | the stress program and its kernel module |
 //! | [`run`] | a boot with its progress and the machine's report |
 //! | [`observe`] | what a run can be asked to show: stack traces, reports, plots, gdb |
+//! | [`bench`] | what things cost |
 //! | [`test`] | everything that decides whether the tree is good |
 //! | [`disk`] | the disk with a real Debian |
 //! | [`doctor`] | what is there and what is missing |
@@ -25,6 +26,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod command;
 mod disk;
@@ -64,6 +66,8 @@ enum Task {
     Run(Box<run::Options>),
     /// Run all tests and end with one line of totals
     Test(test::Options),
+    /// Measure what things cost, and end with a table
+    Bench(bench::Options),
     /// Build everything: paravisor, machine, test guests, images
     Build(BuildOptions),
     /// Say what this machine lacks and how to get it
@@ -95,6 +99,7 @@ fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Run(options) => run::run(&layout, &options),
         Task::Test(options) => test::run(&layout, &options),
+        Task::Bench(options) => bench::run(&layout, &options),
         Task::Build(options) => {
             let acceptance = options.accept.with(options.accept_extras)?;
             let target = build::prepare(&layout)?;

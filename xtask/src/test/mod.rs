@@ -101,6 +101,12 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     })
 }
 
+/// Fetches and builds what the benches in the machine use: the defaults of everything.
+pub fn artefacts_for_benches(layout: &Layout) -> Result<Artefacts> {
+    let xtask = env::current_exe().context("the path of xtask is not known")?;
+    artefacts(layout, build::prepare(layout)?, xtask, &[])
+}
+
 /// Fetches and builds what `scenarios` use.
 fn artefacts(
     layout: &Layout,

@@ -15,6 +15,11 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// counts as one instruction.
 const WORDS_PER_PAGE: u64 = 512;
 
+/// The guest's own fill of 2 MiB.
+pub const FILL: &str = "fill";
+/// A list of 2 MiB pages.
+pub const ACCEPT_2M: &str = "accept-2m";
+
 /// What one piece of work cost, in calls, at VMPL0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Count {
