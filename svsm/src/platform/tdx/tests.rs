@@ -32,6 +32,8 @@ struct Entry {
     zero: bool,
     /// The host has exchanged the page behind the guest's back.
     exchanged: bool,
+    /// The guest gave the page back, and the host has not taken it.
+    left: bool,
 }
 
 const PENDING: Entry = Entry {
@@ -39,6 +41,7 @@ const PENDING: Entry = Entry {
     access: PageAttributes::empty(),
     zero: false,
     exchanged: false,
+    left: false,
 };
 
 struct Sept {
@@ -107,7 +110,7 @@ impl Sept {
         };
         for entry in &mut self.entries[pages] {
             if entry.mapped {
-                self.double += 1;
+                self.double += usize::from(!entry.left);
                 return Status::PAGE_ALREADY_ACCEPTED;
             }
             if entry.exchanged {
@@ -295,6 +298,7 @@ impl Hardware for Tdx {
         sept.large[page / 512] = false;
         sept.entries[page] = Entry {
             mapped: true,
+            left: true,
             ..PENDING
         };
     }
