@@ -96,7 +96,7 @@ fn boot(context: &Context, settings: Settings) -> Result<Findings> {
 
 /// The host has no large page, and the guest does not hear of it: each of its requests for 2 MiB is
 /// done with the call that made it.
-fn no_mismatch_reaches_the_guest(findings: &mut Findings, report: &Report) {
+pub(super) fn no_mismatch_reaches_the_guest(findings: &mut Findings, report: &Report) {
     let mismatch = ResultCode::FAIL_SIZE_MISMATCH.name().unwrap_or_default();
     let told: u64 = report
         .calls
