@@ -33,6 +33,9 @@ const STACK_SIZE: u64 = 16 * 1024;
 pub const BYTES_PER_PROCESSOR: u64 =
     STACK_SIZE + (size_of::<PerCpu>() + size_of::<Vmsa>()) as u64 + 3 * PAGE_SIZE;
 
+// What a processor may take (design.md §10); tables of its own come to another KiB.
+const _: () = assert!(BYTES_PER_PROCESSOR + 1024 <= 128 << 10);
+
 /// Selector of the code segment as the processor starts; its own GDT has the same.
 const CODE_SELECTOR: u16 = 8;
 /// Selector of the data segments.

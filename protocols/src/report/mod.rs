@@ -104,6 +104,9 @@ pub struct Stage {
     pub name: StageName,
     /// Time stamp counter when it began.
     pub tsc: u64,
+    /// Instructions of VMPL0 until then, if they are counted; else 0.
+    #[serde(default)]
+    pub instructions: u64,
 }
 
 /// The stages that the machine can see.

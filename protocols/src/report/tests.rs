@@ -12,9 +12,13 @@ fn a_line_names_its_event() {
     let line = serde_json::to_string(&Event::Stage(Stage {
         name: StageName::Paravisor,
         tsc: 7,
+        instructions: 9,
     }))
     .unwrap();
-    assert_eq!(line, r#"{"event":"stage","name":"paravisor","tsc":7}"#);
+    assert_eq!(
+        line,
+        r#"{"event":"stage","name":"paravisor","tsc":7,"instructions":9}"#
+    );
 }
 
 #[test]

@@ -180,7 +180,12 @@ impl<P: PhysicalMemory> Platform<P> {
         if !core::mem::replace(seen, true) {
             let sample = self.sample();
             self.counters.samples.offer(sample);
-            self.events.push(Event::Stage(Stage { name: stage, tsc }));
+            let instructions = self.counters.level(Vmpl::VMPL0).instructions;
+            self.events.push(Event::Stage(Stage {
+                name: stage,
+                tsc,
+                instructions,
+            }));
         }
         Ok(spa)
     }
@@ -433,7 +438,8 @@ mod tests {
             events,
             [Event::Stage(Stage {
                 name: StageName::Firmware,
-                tsc: 42
+                tsc: 42,
+                instructions: 0,
             })]
         );
         assert_eq!(platform.counters.level(Vmpl::VMPL1).world_switches, 1);

@@ -143,12 +143,9 @@ fn boot_figures(boots: &[Boot]) -> Vec<Figure> {
         let million = |what: &str, value: u64| {
             Figure::new(format!("{name}: {what}"), value as f64 / 1e6, "million")
         };
-        figures.push(million("ticks from guest start to userspace", boot.ticks));
-        figures.push(million(
-            "instructions of the paravisor",
-            boot.instructions[0],
-        ));
-        figures.push(million("instructions of the guest", boot.instructions[1]));
+        figures.push(million("instructions of guest and paravisor", boot.time()));
+        figures.push(million("of these the paravisor's", boot.paravisor));
+        figures.push(million("ticks, the machine's own included", boot.ticks));
         let accepted = boot.report.memory.validated_bytes >> 20;
         figures.push(Figure::new(
             format!("{name}: validated"),
@@ -156,7 +153,7 @@ fn boot_figures(boots: &[Boot]) -> Vec<Figure> {
             "MiB",
         ));
         if let Some(control) = control.filter(|_| boot.policy != Policy::Control) {
-            let ratio = boot.ticks as f64 / control.ticks as f64;
+            let ratio = boot.time() as f64 / control.time() as f64;
             let figure = Figure::new(format!("{name}: time, to the control's"), ratio, "ratio");
             figures.push(match boot.policy {
                 Policy::Lazy => figure.limit(Limit::AtMost(BUDGET_LAZY)),
