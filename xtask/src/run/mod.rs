@@ -6,6 +6,7 @@
 //! wrong never exits with 0.
 
 mod ending;
+mod native;
 mod processors;
 mod table;
 
@@ -18,7 +19,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use e2e::guests::{Firmware, Kernel};
-use e2e::vm::{Backing, Config, Console, Finished, Happening, Linux, Settings, Stage, Vc};
+use e2e::vm::{
+    Backing, Config, Console, Finished, Happening, Linux, Loader, Platform, Settings, Stage, Vc,
+};
 use e2e::{image, initramfs};
 use protocols::report::Event;
 
@@ -31,6 +34,10 @@ use ending::Ending;
 /// What `xtask run` can be told.
 #[derive(Debug, Args)]
 pub struct Options {
+    /// What the image is started on: snp (emulated), or native (nothing confidential, acceptance
+    /// simulated)
+    #[arg(long, default_value = "snp")]
+    platform: Platform,
     /// Memory of the machine, such as 4G or 2048M
     #[arg(long, default_value = "4G", value_parser = memory_size)]
     mem: String,
@@ -103,7 +110,14 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
             file.display()
         );
     }
-    let config = prepare(layout, options, terminal)?;
+    if options.platform == Platform::Native && options.vcpus != 1 {
+        bail!("--platform native has one processor; leave --vcpus out");
+    }
+    let mut config = prepare(layout, options, terminal)?;
+    if options.platform == Platform::Native {
+        config = config.native()?;
+        eprintln!("  {}", config.way());
+    }
     let limit = match (options.timeout, &options.exec) {
         (Some(seconds), _) => Duration::from_secs(seconds),
         (None, Some(_)) if config.debugger.is_none() => EXEC_LIMIT,
@@ -116,7 +130,11 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
         display.show(happening);
     })?;
     display.end();
-    let (code, good) = conclude(&finished, options.exec.is_some());
+    let (code, good) = if config.is_native() {
+        native::conclude(&finished, options.exec.is_some())
+    } else {
+        conclude(&finished, options.exec.is_some())
+    };
     observer.end(&finished)?;
     if options.out.is_none() && !options.keep_logs && good {
         fs::remove_dir_all(&config.dir)
@@ -162,6 +180,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
             ..Settings::default()
         },
         image: built.image,
+        loader: Loader::Machine,
         memory: options.mem.clone(),
         low_memory: None,
         vcpus: options.vcpus,

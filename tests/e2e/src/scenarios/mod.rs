@@ -7,6 +7,7 @@
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
 //! | [`boot_memory`] | is all of memory accepted when the guest wants all of it? |
 //! | [`ends`] | does the exit status tell how a run ended? |
+//! | [`native`] | does the same image start where nothing is confidential? |
 //! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
 //! | [`stress`] | is nothing lost when memory and processors change all the time? |
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
@@ -26,6 +27,7 @@ mod hostile;
 mod image;
 mod isa;
 mod matrix;
+mod native;
 mod observe;
 mod stress;
 mod svsm_calls;
@@ -46,6 +48,7 @@ pub fn all() -> Vec<Scenario> {
         boot::scenarios(),
         boot_memory::scenarios(),
         ends::scenarios(),
+        native::scenarios(),
         matrix::scenarios(),
         stress::scenarios(),
         disk::scenarios(),
