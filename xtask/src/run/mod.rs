@@ -116,7 +116,6 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     let mut config = prepare(layout, options, terminal)?;
     if options.platform == Platform::Native {
         config = config.native()?;
-        eprintln!("  {}", config.way());
     }
     let limit = match (options.timeout, &options.exec) {
         (Some(seconds), _) => Duration::from_secs(seconds),
@@ -225,17 +224,21 @@ struct Display {
     /// Console lines go to standard output: neither a command nor a terminal wants it.
     print_console: bool,
     stage: &'static str,
-    accepted: u64,
+    /// What has been accepted, if somebody tells.
+    accepted: Option<u64>,
 }
 
 impl Display {
     fn new(config: &Config, exec: bool) -> Display {
-        let size = format!(
-            "{} and {} backing",
-            config.memory,
-            config.settings.backing.name()
-        );
-        let title = format!("boot with {size}");
+        let title = if config.is_native() {
+            format!("boot with {}, {}", config.memory, config.way())
+        } else {
+            format!(
+                "boot with {} and {} backing",
+                config.memory,
+                config.settings.backing.name()
+            )
+        };
         let interactive = config.console == Console::Terminal;
         if interactive {
             eprintln!("  {title}; Ctrl-A X leaves");
@@ -244,7 +247,7 @@ impl Display {
             step: (!interactive).then(|| progress::step(title)),
             print_console: !interactive && !exec,
             stage: "QEMU",
-            accepted: 0,
+            accepted: (!config.is_native()).then_some(0),
         }
     }
 
@@ -252,12 +255,15 @@ impl Display {
         match happening {
             Happening::Stage(stage, at) => {
                 self.stage = stage.name();
-                let line = format!(
-                    "  {:6.1} s  {:<10} {} MiB accepted",
-                    at.as_secs_f64(),
-                    self.stage,
-                    self.accepted >> 20
-                );
+                let line = match self.accepted {
+                    Some(bytes) => format!(
+                        "  {:6.1} s  {:<10} {} MiB accepted",
+                        at.as_secs_f64(),
+                        self.stage,
+                        bytes >> 20
+                    ),
+                    None => format!("  {:6.1} s  {}", at.as_secs_f64(), self.stage),
+                };
                 match &self.step {
                     Some(step) => step.line(&line),
                     None => eprintln!("{line}"),
@@ -267,7 +273,7 @@ impl Display {
                 }
             }
             Happening::Machine(Event::Progress(progress)) => {
-                self.accepted = progress.validated_bytes
+                self.accepted = self.accepted.map(|_| progress.validated_bytes);
             }
             Happening::Machine(Event::Log(log)) => self.remark(&log.text),
             Happening::Machine(Event::Refusal(refusal)) => {
@@ -286,11 +292,10 @@ impl Display {
             }
         }
         if let Some(step) = &self.step {
-            step.note(&format!(
-                "{}, {} MiB accepted",
-                self.stage,
-                self.accepted >> 20
-            ));
+            step.note(&match self.accepted {
+                Some(bytes) => format!("{}, {} MiB accepted", self.stage, bytes >> 20),
+                None => self.stage.to_owned(),
+            });
         }
     }
 
