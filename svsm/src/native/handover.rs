@@ -128,11 +128,13 @@ unsafe extern "sysv64" fn leave(table: &Pointer, ip: u32, signature: u32) -> ! {
         "mov eax, {cr0_protected}",
         "mov cr0, eax",
         "xor eax, eax",
-        "mov cr3, eax",
-        "mov cr4, eax",
         "xor edx, edx",
         "mov ecx, 0xC0000080",
         "wrmsr",
+        // After EFER: a #VMEXIT out of a guest with LME but without PAE and paging loses the host's CR0
+        // in QEMU's TCG (cpu_x86_update_cr0).
+        "mov cr3, eax",
+        "mov cr4, eax",
         "mov eax, {data16}",
         "mov ds, eax",
         "mov es, eax",

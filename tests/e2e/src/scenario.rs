@@ -13,7 +13,7 @@ use protocols::report::{Event, Outcome, Report};
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
-use crate::vm::{Config, Console, Finished, Linux, Settings};
+use crate::vm::{Config, Console, Finished, Linux, Loader, Settings};
 
 /// Everything that was built and fetched for the scenarios.
 #[derive(Clone, Debug)]
@@ -313,6 +313,7 @@ impl Context {
             qemu: self.artefacts.qemu.clone(),
             rom: self.artefacts.rom.clone(),
             image,
+            loader: Loader::Machine,
             settings: Settings {
                 map_descriptor: sidecar.map_descriptor,
                 low_end: sidecar.low_end,

@@ -126,7 +126,8 @@ impl Ending {
 /// The status of a run whose QEMU left no report.
 pub const NO_REPORT: u8 = 92;
 
-fn switched_off(finished: &Finished, exec: bool) -> Ending {
+/// How a run ended whose guest switched the machine off; all else is well.
+pub fn switched_off(finished: &Finished, exec: bool) -> Ending {
     let kernels = finished.console.matches(KERNEL_BEGINS).count();
     match finished.exec_status {
         None if exec => Ending::Unfinished,

@@ -6,6 +6,7 @@
 //! wrong never exits with 0.
 
 mod ending;
+mod native;
 mod processors;
 mod table;
 
@@ -19,7 +20,9 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use e2e::guests::{Firmware, Kernel};
 use e2e::image::{Accept, Extras};
-use e2e::vm::{Backing, Config, Console, Finished, Happening, Linux, Settings, Stage, Vc};
+use e2e::vm::{
+    Backing, Config, Console, Finished, Happening, Linux, Loader, Platform, Settings, Stage, Vc,
+};
 use e2e::{image, initramfs};
 use protocols::report::Event;
 
@@ -32,6 +35,10 @@ use ending::Ending;
 /// What `xtask run` can be told.
 #[derive(Debug, Args)]
 pub struct Options {
+    /// What the image is started on: snp (emulated), or native (nothing confidential, acceptance
+    /// simulated)
+    #[arg(long, default_value = "snp")]
+    platform: Platform,
     /// Memory of the machine, such as 4G or 2048M
     #[arg(long, default_value = "4G", value_parser = memory_size)]
     mem: String,
@@ -112,7 +119,13 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
             file.display()
         );
     }
-    let config = prepare(layout, options, terminal)?;
+    if options.platform == Platform::Native && options.vcpus != 1 {
+        bail!("--platform native has one processor; leave --vcpus out");
+    }
+    let mut config = prepare(layout, options, terminal)?;
+    if options.platform == Platform::Native {
+        config = config.native()?;
+    }
     let limit = match (options.timeout, &options.exec) {
         (Some(seconds), _) => Duration::from_secs(seconds),
         (None, Some(_)) if config.debugger.is_none() => EXEC_LIMIT,
@@ -125,7 +138,11 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
         display.show(happening);
     })?;
     display.end();
-    let (code, good) = conclude(&finished, options.exec.is_some());
+    let (code, good) = if config.is_native() {
+        native::conclude(&finished, options.exec.is_some())
+    } else {
+        conclude(&finished, options.exec.is_some())
+    };
     observer.end(&finished)?;
     if options.out.is_none() && !options.keep_logs && good {
         fs::remove_dir_all(&config.dir)
@@ -178,6 +195,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
             ..Settings::default()
         },
         image: built.image,
+        loader: Loader::Machine,
         memory: options.mem.clone(),
         low_memory: None,
         vcpus: options.vcpus,
@@ -222,17 +240,21 @@ struct Display {
     /// Console lines go to standard output: neither a command nor a terminal wants it.
     print_console: bool,
     stage: &'static str,
-    accepted: u64,
+    /// What has been accepted, if somebody tells.
+    accepted: Option<u64>,
 }
 
 impl Display {
     fn new(config: &Config, exec: bool) -> Display {
-        let size = format!(
-            "{} and {} backing",
-            config.memory,
-            config.settings.backing.name()
-        );
-        let title = format!("boot with {size}");
+        let title = if config.is_native() {
+            format!("boot with {}, {}", config.memory, config.way())
+        } else {
+            format!(
+                "boot with {} and {} backing",
+                config.memory,
+                config.settings.backing.name()
+            )
+        };
         let interactive = config.console == Console::Terminal;
         if interactive {
             eprintln!("  {title}; Ctrl-A X leaves");
@@ -241,7 +263,7 @@ impl Display {
             step: (!interactive).then(|| progress::step(title)),
             print_console: !interactive && !exec,
             stage: "QEMU",
-            accepted: 0,
+            accepted: (!config.is_native()).then_some(0),
         }
     }
 
@@ -249,12 +271,15 @@ impl Display {
         match happening {
             Happening::Stage(stage, at) => {
                 self.stage = stage.name();
-                let line = format!(
-                    "  {:6.1} s  {:<10} {} MiB accepted",
-                    at.as_secs_f64(),
-                    self.stage,
-                    self.accepted >> 20
-                );
+                let line = match self.accepted {
+                    Some(bytes) => format!(
+                        "  {:6.1} s  {:<10} {} MiB accepted",
+                        at.as_secs_f64(),
+                        self.stage,
+                        bytes >> 20
+                    ),
+                    None => format!("  {:6.1} s  {}", at.as_secs_f64(), self.stage),
+                };
                 match &self.step {
                     Some(step) => step.line(&line),
                     None => eprintln!("{line}"),
@@ -264,7 +289,7 @@ impl Display {
                 }
             }
             Happening::Machine(Event::Progress(progress)) => {
-                self.accepted = progress.validated_bytes
+                self.accepted = self.accepted.map(|_| progress.validated_bytes);
             }
             Happening::Machine(Event::Log(log)) => self.remark(&log.text),
             Happening::Machine(Event::Refusal(refusal)) => {
@@ -283,11 +308,10 @@ impl Display {
             }
         }
         if let Some(step) = &self.step {
-            step.note(&format!(
-                "{}, {} MiB accepted",
-                self.stage,
-                self.accepted >> 20
-            ));
+            step.note(&match self.accepted {
+                Some(bytes) => format!("{}, {} MiB accepted", self.stage, bytes >> 20),
+                None => self.stage.to_owned(),
+            });
         }
     }
 

@@ -8,6 +8,7 @@
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
 //! | [`boot_memory`] | is all of memory accepted when the guest wants all of it? |
 //! | [`ends`] | does the exit status tell how a run ended? |
+//! | [`native`] | does the same image start where nothing is confidential? |
 //! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
 //! | [`policy`] | is memory accepted before the guest asks, unnoticed? |
 //! | [`stress`] | is nothing lost when memory and processors change all the time? |
@@ -31,6 +32,7 @@ mod hostile;
 mod image;
 mod isa;
 mod matrix;
+mod native;
 mod observe;
 mod policy;
 mod stress;
@@ -55,6 +57,7 @@ pub fn all() -> Vec<Scenario> {
         boot_memory::scenarios(),
         policy::scenarios(),
         ends::scenarios(),
+        native::scenarios(),
         matrix::scenarios(),
         stress::scenarios(),
         disk::scenarios(),

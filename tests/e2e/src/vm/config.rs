@@ -126,6 +126,8 @@ pub struct Settings {
     pub trace: Trace,
     /// How the machine itself breaks: `panic` or `exception`.
     pub breakage: Option<&'static str>,
+    /// The image's native platform, in a guest without SEV-SNP.
+    pub plain: bool,
 }
 
 impl Settings {
@@ -154,6 +156,9 @@ impl Settings {
         if let Some(breakage) = self.breakage {
             let _ = writeln!(text, "break={breakage}");
         }
+        if self.plain {
+            text.push_str("plain=on\n");
+        }
         text
     }
 }
@@ -167,6 +172,16 @@ pub struct Linux {
     pub initrd: PathBuf,
     /// The kernel command line.
     pub append: String,
+}
+
+/// Who reads the image and starts what is in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Loader {
+    /// The machine, QEMU's firmware.
+    #[default]
+    Machine,
+    /// QEMU itself: no machine, nothing confidential, the native platform.
+    Qemu,
 }
 
 /// Where the guest's console goes.
@@ -187,6 +202,8 @@ pub struct Config {
     pub rom: PathBuf,
     /// The IGVM image to launch.
     pub image: PathBuf,
+    /// Who launches it.
+    pub loader: Loader,
     /// The machine's settings.
     pub settings: Settings,
     /// Memory, as QEMU's `-m` takes it.
@@ -261,12 +278,19 @@ impl Config {
             qemu.args(["-icount", "shift=0,sleep=off", "-seed", "1"])
                 .args(["-rtc", "clock=vm,base=2026-01-01"]);
         }
-        qemu.arg("-bios")
-            .arg(&self.rom)
-            .arg("-fw_cfg")
-            .arg(option("name=opt/turnstile/igvm,file=", &self.image))
-            .arg("-fw_cfg")
-            .arg(option("name=opt/turnstile/settings,file=", &settings));
+        match self.loader {
+            Loader::Machine => qemu
+                .arg("-bios")
+                .arg(&self.rom)
+                .arg("-fw_cfg")
+                .arg(option("name=opt/turnstile/igvm,file=", &self.image))
+                .arg("-fw_cfg")
+                .arg(option("name=opt/turnstile/settings,file=", &settings)),
+            Loader::Qemu => qemu
+                .arg("-object")
+                .arg(option("igvm-cfg,id=igvm,file=", &self.image))
+                .args(["-machine", "igvm-cfg=igvm"]),
+        };
         serial_ports(&mut qemu, &logs, self.console)?;
         qemu.arg("-chardev")
             .arg(option("file,id=machine,path=", &logs.machine))
@@ -376,12 +400,13 @@ mod tests {
             hostile: Some("map-wrap".into()),
             trace: Trace::All,
             breakage: Some("panic"),
+            plain: true,
             ..Settings::default()
         };
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\n"
+                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplain=on\n"
             ),
             "{text}"
         );

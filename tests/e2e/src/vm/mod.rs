@@ -9,6 +9,7 @@
 mod config;
 mod disk;
 mod exec;
+mod native;
 mod plain;
 mod tail;
 
@@ -20,9 +21,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use protocols::report::{Event, Launch, Report, StageName};
 
-pub use config::{Backing, Config, Console, Linux, Logs, Settings, Trace, Vc};
+pub use config::{Backing, Config, Console, Linux, Loader, Logs, Settings, Trace, Vc};
 pub use disk::{Bus, Disk};
 use exec::ExecStream;
+pub use native::{Census, Platform};
 pub use plain::Plain;
 use tail::{Lines, Tail};
 
@@ -225,6 +227,9 @@ impl Running {
         let bytes = tail.read();
         self.seen.console.push_str(&String::from_utf8_lossy(&bytes));
         for line in lines.push(&bytes) {
+            if let Some(stage) = native::stage(&line) {
+                self.stage(stage, watch);
+            }
             if line.contains("EFI stub: ") || line.contains("Linux version ") {
                 self.stage(Stage::Kernel, watch);
             }

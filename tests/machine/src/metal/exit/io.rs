@@ -166,6 +166,10 @@ fn element(vcpu: &Vcpu, info: Info, address: u64) -> Element {
 
 fn write(machine: &mut Machine, vcpu: &Vcpu, to: walk::Translation, data: &[u8]) {
     match to.alias {
+        // In plain mode there are no aliases, and the C-bit is never set.
+        _ if machine.platform.settings().plain => {
+            View::new(&machine.platform, vcpu.vmpl).write(to.gpa, data);
+        }
         Alias::Private => {
             View::new(&machine.platform, vcpu.vmpl).write(to.gpa, data);
         }
