@@ -73,6 +73,8 @@ pub struct Vcpu {
     reflection: Reflection,
     /// What is traced.
     pub trace: Trace,
+    /// EVENTINJ at the last entry.
+    injected: u64,
     /// A level that was to be started while a more privileged one ran, and has not run since.
     due: Option<Vmpl>,
     /// Interrupts of each level that wait for RFLAGS.IF, as the VMCB has them.
@@ -105,6 +107,7 @@ impl Vcpu {
             permissions,
             reflection: settings.reflection,
             trace: settings.trace,
+            injected: 0,
             due: None,
             interrupts: [0; Vmpl::COUNT],
             halted: false,
@@ -475,6 +478,7 @@ impl Vcpu {
             machine.tables.root(self.vmpl, mode)
         };
         self.vmcb_mut().control.n_cr3 = root;
+        self.injected = self.vmcb().control.event_inj;
         cpu::match_cr4(self.save().cr4);
         let at = self.vmcb.physical();
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
@@ -483,6 +487,41 @@ impl Vcpu {
         smp::left_guest(self.id);
         self.keep_interrupted_event();
         exit::handle(self)
+    }
+
+    /// Says in the log in what state a guest was that shut its processor down: nothing is left of
+    /// it afterwards, and the guest itself is past saying anything.
+    pub fn tell_shutdown(&self) {
+        self.save_hidden_state();
+        let save = self.save();
+        let table = |index: usize| {
+            let Segment { base, limit, .. } = save.segments[index];
+            format!("{base:#x}+{limit:#x}")
+        };
+        let (cs, ss) = (save.segments[seg::CS], save.segments[seg::SS]);
+        console::log!(
+            "vCPU {} {} shut down: CS {:#x} SS {:#x} (DPL {}) RIP {:#x} RSP {:#x} RFLAGS {:#x} \
+             CR0 {:#x} CR2 {:#x} CR3 {:#x} CR4 {:#x} IDT {} GDT {} TR {} GS {:#x}; \
+             EVENTINJ {:#x} EXITINTINFO {:#x}",
+            self.id.0,
+            self.vmpl,
+            cs.selector,
+            ss.selector,
+            self.cpl(),
+            save.rip,
+            save.rsp,
+            save.rflags,
+            save.cr0,
+            save.cr2,
+            save.cr3,
+            save.cr4,
+            table(seg::IDTR),
+            table(seg::GDTR),
+            table(seg::TR),
+            save.segments[seg::GS].base,
+            self.injected,
+            self.vmcb().control.exit_int_info,
+        );
     }
 
     /// Stores what VMRUN does not switch (TR among it) in the VMCB, to be read there.
