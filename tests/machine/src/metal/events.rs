@@ -14,7 +14,9 @@ use machine::guest::operand::{self, CodeSize};
 use machine::platform::End;
 use machine::types::{Gpa, Kind};
 use protocols::exit_code::ExitCode;
+use protocols::vmsa::Segment;
 
+use super::console::log;
 use super::guest_memory::{View, fetch};
 use super::shared;
 use super::svm::{Registers, seg, virq};
@@ -139,6 +141,41 @@ impl Vcpu {
             // Nothing in the handler holds an NMI off.
             _ => self.inject(event),
         }
+    }
+
+    /// Says in the log in what state a guest was that shut its processor down: nothing is left of
+    /// it afterwards, and the guest itself is past saying anything.
+    pub fn tell_shutdown(&self) {
+        self.save_hidden_state();
+        let save = self.save();
+        let table = |index: usize| {
+            let Segment { base, limit, .. } = save.segments[index];
+            format!("{base:#x}+{limit:#x}")
+        };
+        let (cs, ss) = (save.segments[seg::CS], save.segments[seg::SS]);
+        log!(
+            "vCPU {} {} shut down: CS {:#x} SS {:#x} (DPL {}) RIP {:#x} RSP {:#x} RFLAGS {:#x} \
+             CR0 {:#x} CR2 {:#x} CR3 {:#x} CR4 {:#x} IDT {} GDT {} TR {} GS {:#x}; \
+             EVENTINJ {:#x} EXITINTINFO {:#x}",
+            self.id.0,
+            self.vmpl,
+            cs.selector,
+            ss.selector,
+            self.cpl(),
+            save.rip,
+            save.rsp,
+            save.rflags,
+            save.cr0,
+            save.cr2,
+            save.cr3,
+            save.cr4,
+            table(seg::IDTR),
+            table(seg::GDTR),
+            table(seg::TR),
+            save.segments[seg::GS].base,
+            self.injected,
+            self.vmcb().control.exit_int_info,
+        );
     }
 
     /// The virtual address of an access that faulted at `gpa`, which TCG does not report; 0 if

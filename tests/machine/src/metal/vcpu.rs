@@ -73,6 +73,8 @@ pub struct Vcpu {
     reflection: Reflection,
     /// What is traced.
     pub trace: Trace,
+    /// EVENTINJ at the last entry.
+    pub injected: u64,
     /// A level that was to be started while a more privileged one ran, and has not run since.
     due: Option<Vmpl>,
     /// Interrupts of each level that wait for RFLAGS.IF, as the VMCB has them.
@@ -109,6 +111,7 @@ impl Vcpu {
             permissions,
             reflection: settings.reflection,
             trace: settings.trace,
+            injected: 0,
             due: None,
             interrupts: [0; Vmpl::COUNT],
             halted: false,
@@ -498,6 +501,7 @@ impl Vcpu {
             machine.tables.root(self.vmpl, mode)
         };
         self.vmcb_mut().control.n_cr3 = root;
+        self.injected = self.vmcb().control.event_inj;
         cpu::match_cr4(self.save().cr4);
         let at = self.vmcb.physical();
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved

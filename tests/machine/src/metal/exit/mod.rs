@@ -74,10 +74,13 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
                 vcpu.nmi()
             }
         }
-        ExitCode::SHUTDOWN => Flow::End(End::Shutdown {
-            vmpl: vcpu.vmpl,
-            rip: vcpu.rip(),
-        }),
+        ExitCode::SHUTDOWN => {
+            vcpu.tell_shutdown();
+            Flow::End(End::Shutdown {
+                vmpl: vcpu.vmpl,
+                rip: vcpu.rip(),
+            })
+        }
         other => Flow::End(End::Refused(format!("{} exited with {other:?}", vcpu.vmpl))),
     }
 }
