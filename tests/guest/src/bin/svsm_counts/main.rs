@@ -18,7 +18,7 @@
     target_os = "none",
     expect(
         clippy::result_large_err,
-        reason = "there is no heap for findings, and one ends its case: its size costs nothing"
+        reason = "there is no heap for findings, and one ends the run: its size costs nothing"
     )
 )]
 
