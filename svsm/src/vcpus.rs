@@ -543,6 +543,14 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         self.shown_vmsa(*slot)
     }
 
+    fn is_changing(&self, apic_id: u32) -> bool {
+        let owner = self.vcpus.iter().position(|vcpu| vcpu.apic_id == apic_id);
+        owner.is_some_and(|owner| {
+            self.records_of(owner)
+                .any(|(_, record)| record.slot.is_changing())
+        })
+    }
+
     fn begin_delete(
         &self,
         VcpuIndex(caller): VcpuIndex,

@@ -244,6 +244,8 @@ pub enum Outcome {
     LaunchFailed,
     /// The settings were not understood.
     BadSettings,
+    /// QEMU has lost the state of a processor; nothing is said about the guest.
+    EmulatorFault,
 }
 
 impl Outcome {
@@ -260,6 +262,7 @@ impl Outcome {
             Self::Refused => 0x16,
             Self::LaunchFailed => 0x17,
             Self::BadSettings => 0x18,
+            Self::EmulatorFault => 0x19,
         }
     }
 

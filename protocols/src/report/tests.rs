@@ -87,6 +87,7 @@ fn exit_states_cannot_be_confused_with_those_of_qemu() {
         Outcome::Refused,
         Outcome::LaunchFailed,
         Outcome::BadSettings,
+        Outcome::EmulatorFault,
     ];
     for (index, outcome) in all.iter().enumerate() {
         assert!(outcome.qemu_status() > 1);

@@ -184,6 +184,9 @@ pub trait Vcpus {
     /// Of the VMSAs of a processor that a newer one has replaced, the `nth` oldest.
     fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame>;
 
+    /// Whether a place of a processor is just being filled or emptied by others.
+    fn is_changing(&self, apic_id: u32) -> bool;
+
     /// Begins to delete: makes the VMSA impossible to run and hands out its pages. Until
     /// [`Vcpus::end_delete`] or [`Vcpus::undo_delete`] the VMSA can neither run nor be deleted by
     /// anybody else.

@@ -148,7 +148,14 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
         let mut code = ResultCode::INVALID_REQUEST;
         for _ in 0..REGISTER_TRIES {
             let Some(old) = self.vcpus.replaced(apic_id, kept) else {
-                return Ok(Err((refused, code)));
+                // Places that others are just filling or emptying are free again soon.
+                if self.vcpus.is_changing(apic_id) {
+                    code = ResultCode::BUSY;
+                }
+                return Ok(match self.vcpus.register(apic_id, refused.0) {
+                    Ok(()) => Ok(()),
+                    Err(refused) => Err((refused, code)),
+                });
             };
             if self.vcpus.runs_from(caller, old) {
                 kept += 1;

@@ -315,6 +315,7 @@ fn a_deletion_in_progress_keeps_its_processor_waiting() {
     // It may stay: a processor that took it for gone was never run again (svsm_cases,
     // smp_delete_while_running).
     assert_eq!(world.registry.presence(1), Presence::Leaving);
+    assert!((&world.registry).is_changing(1) && !(&world.registry).is_changing(0));
     let slot = world.registry.slots_of(1).next().unwrap();
     assert!(matches!(
         world.registry.begin_service(1, slot),

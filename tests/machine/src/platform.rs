@@ -287,6 +287,8 @@ pub enum End {
     LaunchFailed(String),
     /// The settings were not understood.
     BadSettings(String),
+    /// QEMU has lost the state of this processor.
+    EmulatorFault(u32),
 }
 
 /// RSP with which Linux stops when its C-bit check fails (`guests.md`, sev_verify_cbit).
@@ -332,6 +334,12 @@ impl End {
             Self::Refused(why) => (Outcome::Refused, 0, why, None),
             Self::LaunchFailed(why) => (Outcome::LaunchFailed, 0, why, None),
             Self::BadSettings(why) => (Outcome::BadSettings, 0, why, None),
+            Self::EmulatorFault(vcpu) => (
+                Outcome::EmulatorFault,
+                u64::from(vcpu),
+                format!("QEMU has put the machine's own state in place of that of vCPU {vcpu}"),
+                None,
+            ),
         }
     }
 }

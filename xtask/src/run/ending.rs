@@ -20,9 +20,10 @@
 //! | 92 | QEMU ended without a report of the machine |
 //! | 93 | the guest was switched off before the command of `--exec` had ended |
 //! | 94 | as 0, in a kernel that was started by kexec |
+//! | 95 | QEMU has lost the state of a processor; nothing is said about the guest |
 //!
 //! Any other status is that of the command of `--exec` (above 255: 255). Such a command is told from
-//! the rows above by its own use of 80 to 94.
+//! the rows above by its own use of 80 to 95.
 
 use std::fmt;
 
@@ -111,6 +112,7 @@ impl Ending {
                 Outcome::LaunchFailed => 87,
                 Outcome::BadSettings => 88,
                 Outcome::GuestExit => 89,
+                Outcome::EmulatorFault => 95,
                 // The first three have endings of their own.
                 Outcome::PowerOff | Outcome::Reset | Outcome::Terminated | Outcome::Refused => 86,
             },
@@ -276,6 +278,7 @@ mod tests {
             Outcome::Refused,
             Outcome::LaunchFailed,
             Outcome::BadSettings,
+            Outcome::EmulatorFault,
         ]
         .map(|outcome| status(outcome, "", None))
         .into();

@@ -381,6 +381,10 @@ impl Vcpus for &Machine {
         Some(of_it.split_last()?.1.get(nth)?.frame)
     }
 
+    fn is_changing(&self, _: u32) -> bool {
+        false
+    }
+
     fn begin_delete(&self, _: VcpuIndex, vmsa: Frame) -> Result<Deletion, DeleteRefusal> {
         let mut records = self.records.borrow_mut();
         let record = records

@@ -49,19 +49,15 @@ pub fn scenarios() -> Vec<Scenario> {
     let calls = [
         // All of it is ready when the guest starts.
         Scenario::new("policy/calls-eager", |context| {
-            calls(context, EAGER, Backing::Large, "2G").map(|(findings, _)| findings)
+            calls(context, EAGER, Backing::Large, "2G")
         })
         .weighing(2),
         // More of it, in smaller pages, than is ready when the guest wants its second processor.
         Scenario::new("policy/calls-ahead", |context| {
-            let (mut findings, report) = calls(context, AHEAD, Backing::Small, "4G")?;
-            let awaited: u64 = report.vcpus.iter().map(|vcpu| vcpu.awaited_starts).sum();
-            findings.check(
-                "the guest wanted a processor that was at work",
-                awaited > 0,
-                || "no start ever waited".into(),
-            );
-            Ok(findings)
+            // That there is work left then is for the guest to see (policy_processor_starts). The
+            // start need not wait: the processor may give itself back between the guest's call
+            // and its request to the host.
+            calls(context, AHEAD, Backing::Small, "4G")
         })
         .weighing(2),
     ];
@@ -74,7 +70,7 @@ fn calls(
     acceptance: Acceptance,
     backing: Backing,
     memory: &str,
-) -> Result<(Findings, Report)> {
+) -> Result<Findings> {
     let settings = Settings {
         backing,
         vc: Vc::Direct,
@@ -91,9 +87,8 @@ fn calls(
     let mut findings = Findings::default();
     cases::judge(&mut findings, &finished, LEAST_CASES)?;
     findings.good_run(&finished, &sidecar)?;
-    let report = finished.report()?.clone();
-    starts_wait_a_step(&mut findings, &report);
-    Ok((findings, report))
+    starts_wait_a_step(&mut findings, finished.report()?);
+    Ok(findings)
 }
 
 /// Debian on four processors, to userspace.

@@ -19,7 +19,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use protocols::report::{Event, Launch, Report, StageName};
+use protocols::report::{Event, Launch, Outcome, Report, StageName};
 
 pub use config::{Backing, Config, Console, Linux, Loader, Logs, Settings, Trace, Vc};
 pub use disk::{Bus, Disk};
@@ -32,6 +32,8 @@ use crate::initramfs::USERSPACE_MARKER;
 
 /// How often the logs are looked at.
 const POLL: Duration = Duration::from_millis(25);
+/// How often a run is made at most, while QEMU spoils it.
+const RUNS_IN_ALL: u32 = 3;
 
 /// The stages of a boot, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -136,7 +138,19 @@ impl Config {
     }
 
     /// Runs the machine to its end, or until `limit` has passed, telling `watch` what happens.
-    pub fn run(&self, limit: Duration, watch: impl FnMut(&Happening)) -> Result<Finished> {
+    ///
+    /// A run in which QEMU has lost the state of a processor says nothing about the guest: it is
+    /// made again, and that is told on standard error.
+    pub fn run(&self, limit: Duration, mut watch: impl FnMut(&Happening)) -> Result<Finished> {
+        for _ in 1..RUNS_IN_ALL {
+            let finished = self.start()?.watch(limit, &mut watch)?;
+            match &finished.report {
+                Some(report) if report.outcome == Outcome::EmulatorFault => {
+                    eprintln!("  {}: {}; run again", self.dir.display(), report.reason);
+                }
+                _ => return Ok(finished),
+            }
+        }
         self.start()?.watch(limit, watch)
     }
 }

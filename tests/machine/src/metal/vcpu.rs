@@ -508,6 +508,12 @@ impl Vcpu {
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
         let ticks = unsafe { svm::vmrun(at, &mut self.registers) };
         smp::left_guest(self.id);
+        // Seen a few times on overloaded computers: the exit stores the state that the host is to
+        // go on with, not the guest's, which is lost. No guest has these tables: no memory of
+        // theirs is the guest's.
+        if self.save().cr3 & !0xFFF == cpu::cr3() {
+            return Flow::End(End::EmulatorFault(self.id.0));
+        }
         if self.icount {
             // The instruction that exits was not executed; one that the machine carries out is
             // counted when that is done.
