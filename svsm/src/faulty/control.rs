@@ -20,6 +20,13 @@ const BITS: usize = u64::BITS as usize;
 /// The pages that are the guest's already and were not claimed yet.
 pub struct Ready([AtomicU64; PAGES / BITS]);
 
+/// How much of a block is ready.
+enum Share {
+    None,
+    Part,
+    All,
+}
+
 /// The one of this paravisor.
 pub static READY: Ready = Ready::none();
 
@@ -41,8 +48,46 @@ impl Ready {
             .is_some_and(|(word, bit)| word.load(Ordering::Relaxed) & bit != 0)
     }
 
-    fn count(&self, block: Block) -> u64 {
-        pages(block).filter(|page| self.contains(*page)).count() as u64
+    /// How much of a block is ready. Must cost next to nothing: it is part of what is measured.
+    fn share(&self, block: Block) -> Share {
+        let first = block.first().number();
+        if block.size() == PageSize::Size4K {
+            return match self.contains(first) {
+                true => Share::All,
+                false => Share::None,
+            };
+        }
+        let Some(words) = usize::try_from(first)
+            .ok()
+            .and_then(|first| self.0.get(first / BITS..(first + PAGES_PER_REGION) / BITS))
+        else {
+            return Share::None;
+        };
+        let (mut any, mut all) = (0, u64::MAX);
+        for word in words {
+            let word = word.load(Ordering::Relaxed);
+            (any, all) = (any | word, all & word);
+        }
+        match (any, all) {
+            (0, _) => Share::None,
+            (_, u64::MAX) => Share::All,
+            _ => Share::Part,
+        }
+    }
+
+    /// Forgets that a block is ready.
+    fn forget(&self, block: Block) {
+        if block.size() == PageSize::Size4K {
+            if let Some((word, bit)) = self.bit(block.first().number()) {
+                word.fetch_and(!bit, Ordering::Relaxed);
+            }
+            return;
+        }
+        for word in pages(block).step_by(BITS) {
+            if let Some((word, _)) = self.bit(word) {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Makes all regions ready that are Unaccepted as a whole; `state` tells what a page is.
@@ -84,10 +129,10 @@ impl Ready {
     ///
     /// Those of the platform; a block that is ready in part has to be split.
     pub fn validate(&self, backend: &impl Backend, block: Block) -> Result<(), ValidateFault> {
-        match self.count(block) {
-            0 => backend.validate(block),
-            all if all == block.size().pages() => Ok(()),
-            _ => Err(ValidateFault::SizeMismatch),
+        match self.share(block) {
+            Share::None => backend.validate(block),
+            Share::All => Ok(()),
+            Share::Part => Err(ValidateFault::SizeMismatch),
         }
     }
 
@@ -97,8 +142,10 @@ impl Ready {
     ///
     /// Those of the platform.
     pub fn scrub(&self, backend: &impl Backend, block: Block) -> Result<(), Fault> {
-        if self.count(block) == 0 {
-            return backend.scrub(block);
+        match self.share(block) {
+            Share::None => return backend.scrub(block),
+            Share::All => return Ok(()),
+            Share::Part => {}
         }
         pages(block)
             .filter(|page| !self.contains(*page))
@@ -112,15 +159,13 @@ impl Ready {
     ///
     /// Those of the platform; a block that is ready in part has to be split.
     pub fn grant(&self, backend: &impl Backend, block: Block) -> Result<(), AdjustFault> {
-        match self.count(block) {
-            0 => backend.grant(block),
-            all if all == block.size().pages() => {
-                for (word, bit) in pages(block).filter_map(|page| self.bit(page)) {
-                    word.fetch_and(!bit, Ordering::Relaxed);
-                }
+        match self.share(block) {
+            Share::None => backend.grant(block),
+            Share::All => {
+                self.forget(block);
                 Ok(())
             }
-            _ => Err(AdjustFault::SizeMismatch),
+            Share::Part => Err(AdjustFault::SizeMismatch),
         }
     }
 }
