@@ -120,10 +120,12 @@ impl<'a> Symbols<'a> {
         if rows.is_empty() {
             rows.push((None, None));
         }
+        // The debug information of a function that others were inlined into has a name without
+        // its path; of one without them it has none.
         if let Some((name, _)) = rows.last_mut()
-            && name.is_none()
+            && let Some(symbol) = symbol
         {
-            *name = symbol.map(|name| short_name(&name));
+            *name = Some(short_name(&symbol));
         }
         let first = match site {
             Site::At(address) | Site::From(address) => format!("{address:#x}"),
