@@ -157,7 +157,7 @@ fn boot_figures(boots: &[Boot]) -> Vec<Figure> {
             let figure = Figure::new(format!("{name}: time, to the control's"), ratio, "ratio");
             figures.push(match boot.policy {
                 Policy::Lazy => figure.limit(Limit::AtMost(BUDGET_LAZY)),
-                Policy::Control => figure,
+                Policy::Eager | Policy::Ahead | Policy::Control => figure,
             });
         }
     }

@@ -8,9 +8,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use protocols::launch::Fault;
+use protocols::launch::{AcceptPolicy, Acceptance, Fault};
 use protocols::report::{Event, Outcome, Report, StageName};
 
+use crate::image::Recipe;
 use crate::scenario::Context;
 use crate::vm::{Backing, Config, Finished, Settings, Stage, Vc};
 
@@ -25,19 +26,38 @@ const APPEND: &str = "nolapic_timer";
 pub enum Policy {
     /// When the guest asks.
     Lazy,
+    /// All of it before the guest starts, which is not counted.
+    Eager,
+    /// On other processors meanwhile; here there is none, so only what is read ahead.
+    Ahead,
     /// Not at all: it costs nothing ([`Fault::PRE_ACCEPTED`]).
     Control,
 }
 
 impl Policy {
     /// All of them, the control last.
-    pub const ALL: [Policy; 2] = [Policy::Lazy, Policy::Control];
+    pub const ALL: [Policy; 4] = [Policy::Lazy, Policy::Eager, Policy::Ahead, Policy::Control];
 
     /// The name on command lines and in tables.
     pub const fn name(self) -> &'static str {
         match self {
             Policy::Lazy => "lazy",
+            Policy::Eager => "eager",
+            Policy::Ahead => "ahead",
             Policy::Control => "control",
+        }
+    }
+
+    /// What the image says about it.
+    const fn acceptance(self) -> Acceptance {
+        let policy = match self {
+            Policy::Lazy | Policy::Control => AcceptPolicy::LAZY,
+            Policy::Eager => AcceptPolicy::EAGER,
+            Policy::Ahead => AcceptPolicy::AHEAD,
+        };
+        Acceptance {
+            policy,
+            ..Acceptance::LAZY
         }
     }
 }
@@ -70,10 +90,15 @@ impl Boot {
     pub fn run(context: &Context, policy: Policy, backing: Backing, memory: &str) -> Result<Boot> {
         let artefacts = &context.artefacts;
         let (paravisor, fault) = match policy {
-            Policy::Lazy => (&artefacts.paravisor, Fault::NONE),
             Policy::Control => (&artefacts.faulty_paravisor, Fault::PRE_ACCEPTED),
+            _ => (&artefacts.paravisor, Fault::NONE),
         };
-        let (image, sidecar) = context.image(paravisor, Some(&artefacts.ovmf), fault)?;
+        let (image, sidecar) = context.image_of(Recipe {
+            paravisor,
+            firmware: Some(&artefacts.ovmf),
+            fault,
+            acceptance: policy.acceptance(),
+        })?;
         let settings = Settings {
             backing,
             vc: Vc::Direct,
