@@ -289,6 +289,7 @@ fn delete_while_running() -> Verdict {
                     // run, and how long that is decides the host: then it may be deleted, and
                     // its call is never answered. All else has to go on.
                     ResultCode::SUCCESS => {
+                        team.lose(number);
                         expect_guests(vmsa)?;
                         team.revive(number, call_until_stop)
                     }

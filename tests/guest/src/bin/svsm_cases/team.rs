@@ -63,6 +63,8 @@ static DESKS: [Desk; MAX_WORKERS] = [const {
 static HOMES: [Mutex<Gpa>; MAX_WORKERS] = [const { Mutex::new(Gpa::new(0)) }; MAX_WORKERS];
 /// Workers that may be stopped.
 static PARKED: [AtomicBool; MAX_WORKERS] = [const { AtomicBool::new(false) }; MAX_WORKERS];
+/// Workers that nobody hears of any more: their VMSA was deleted, and they were not started again.
+static LOST: [AtomicBool; MAX_WORKERS] = [const { AtomicBool::new(false) }; MAX_WORKERS];
 /// Members of the team, the first processor included.
 static MEMBERS: AtomicUsize = AtomicUsize::new(1);
 /// How often a member has come to a meeting.
@@ -204,7 +206,7 @@ impl Team {
         MEMBERS.store(team.workers + 1, Ordering::SeqCst);
         ARRIVALS.store(0, Ordering::SeqCst);
         verdict = verdict.and_then(|()| play(&mut team));
-        for number in 1..=team.workers {
+        for number in team.workers().filter(|number| !is_lost(*number)) {
             // Also after a finding: a processor left behind would disturb other cases.
             let left = team.stop(number).and_then(|()| {
                 let vmsa = team.vmsa(number);
@@ -238,6 +240,7 @@ impl Team {
         let home = memory::fresh_region();
         done(&[validate(home, PageSize::Size2M)])?;
         *HOMES[number - 1].lock() = home;
+        LOST[number - 1].store(false, Ordering::SeqCst);
         self.launch(number)
     }
 
@@ -260,11 +263,18 @@ impl Team {
         Ok(true)
     }
 
+    /// A worker's VMSA was deleted: nobody waits for it until it is started again.
+    pub fn lose(&self, number: usize) {
+        LOST[number - 1].store(true, Ordering::SeqCst);
+    }
+
     /// Starts a worker again whose VMSA was deleted in the middle of `job`, with the same pages.
     pub fn revive(&self, number: usize, job: Job) -> Verdict {
         *DESKS[number - 1].job.lock() = Some(job);
         let started = self.launch(number)?;
-        expect("started again", started, true)
+        expect("started again", started, true)?;
+        LOST[number - 1].store(false, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Has the host stop a worker. Its VMSA stays.
@@ -287,7 +297,7 @@ impl Team {
     /// Waits for the verdicts of all workers; returns the first finding.
     pub fn collect(&self) -> Verdict {
         let mut verdict = Ok(());
-        for number in self.workers() {
+        for number in self.workers().filter(|number| !is_lost(*number)) {
             let mut theirs = None;
             wait_until(|| {
                 theirs = DESKS[number - 1].verdict.lock().take();
@@ -307,6 +317,10 @@ impl Team {
         });
         mine.and(self.collect())
     }
+}
+
+fn is_lost(number: usize) -> bool {
+    LOST[number - 1].load(Ordering::SeqCst)
 }
 
 /// CREATE_VCPU by the first processor, for cases that need no team.
