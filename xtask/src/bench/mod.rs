@@ -35,7 +35,7 @@ pub struct Options {
     /// Run the engine with maps of 1 and 16 TiB and 128 simulated processors, too
     #[arg(long)]
     scale: bool,
-    /// Boot with these policies of acceptance: lazy, control
+    /// Boot with these policies of acceptance: lazy, eager, ahead, control
     #[arg(long, value_name = "POLICY,POLICY", value_delimiter = ',', value_parser = policy)]
     policies: Vec<Policy>,
     /// Write the figures to this file as JSON
