@@ -33,7 +33,7 @@ use crate::initramfs::USERSPACE_MARKER;
 /// How often the logs are looked at.
 const POLL: Duration = Duration::from_millis(25);
 /// How often a run is made at most, while QEMU spoils it.
-const RUNS_IN_ALL: u32 = 3;
+const RUNS_IN_ALL: u32 = 5;
 
 /// The stages of a boot, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -16,6 +16,7 @@ use core::fmt;
 use machine::access::Denial;
 use machine::cpuid::Context;
 use machine::guest::decode::{self, MAX_LENGTH, Opcode};
+use machine::guest::event::{Event, vector};
 use machine::platform::End;
 use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
@@ -76,13 +77,27 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
         }
         ExitCode::SHUTDOWN => {
             vcpu.tell_shutdown();
-            Flow::End(End::Shutdown {
-                vmpl: vcpu.vmpl,
-                rip: vcpu.rip(),
+            Flow::End(if fetch_fault_is_unfounded(vcpu) {
+                End::EmulatorFault(vcpu.id.0)
+            } else {
+                End::Shutdown {
+                    vmpl: vcpu.vmpl,
+                    rip: vcpu.rip(),
+                }
             })
         }
         other => Flow::End(End::Refused(format!("{} exited with {other:?}", vcpu.vmpl))),
     }
+}
+
+/// Whether the shutdown began with a page fault at the instruction at RIP, "not present", although
+/// the guest's tables map it: QEMU has walked something else than the guest's tables.
+fn fetch_fault_is_unfounded(vcpu: &Vcpu) -> bool {
+    /// Error code of #PF (APM 8.4.2): P clear, I/D set, in all else as a supervisor reads.
+    const FETCH_NOT_PRESENT: u32 = 0x10;
+    let began = Event::decode(vcpu.vmcb().control.exit_int_info);
+    began == Some(Event::exception(vector::PF, Some(FETCH_NOT_PRESENT)))
+        && fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu).1 > 0
 }
 
 /// The instruction at RIP; its length is meaningful for the expected opcode only.
