@@ -88,6 +88,13 @@ open_enum! {
         STALE_TRANSLATION = 10,
         /// Rescinds of a VMSA that runs.
         IN_USE_RESCIND = 11,
+        /// TDG.MEM.PAGE.ACCEPT of 4 KiB by L1, any result.
+        ACCEPT_4K = 12,
+        /// TDG.MEM.PAGE.ACCEPT of 2 MiB by L1, any result.
+        ACCEPT_2M = 13,
+        /// Exits of a trust domain to its host that the module made in the midst of an instruction
+        /// of L1's.
+        TD_EXIT = 14,
     }
 }
 
@@ -100,6 +107,8 @@ open_enum! {
         TAKE_AWAY = 1,
         /// Converts the page to shared.
         CONVERT_TO_SHARED = 2,
+        /// Blocks the page's entry in the secure EPT of a trust domain.
+        BLOCK = 3,
     }
 }
 

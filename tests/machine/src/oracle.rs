@@ -102,6 +102,9 @@ impl<P: PhysicalMemory> Platform<P> {
             Counter::LIVE_RESCIND => violations.live_rescind,
             Counter::STALE_TRANSLATION => violations.stale_translation,
             Counter::IN_USE_RESCIND => violations.in_use_rescind,
+            Counter::ACCEPT_4K => level.accept.size_4k.total(),
+            Counter::ACCEPT_2M => level.accept.size_2m.total(),
+            Counter::TD_EXIT => self.counters.td_exits(Vmpl::VMPL0),
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
                 .iter()
                 .map(|&vmpl| self.counters.level(vmpl).implicit_conversions)
@@ -124,6 +127,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 self.host
                     .convert(memory, &place, gpa, PageSize::Size4K, Alias::Shared)
             }
+            HostAct::BLOCK => return self.host.block(&place, gpa).then_some(()),
             _ => return None,
         };
         result.ok()

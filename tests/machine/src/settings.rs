@@ -34,6 +34,15 @@ pub enum Reflection {
     All,
 }
 
+/// A platform that the machine can be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PlatformKind {
+    /// SEV-SNP.
+    Snp,
+    /// TDX.
+    Tdx,
+}
+
 /// What the run is traced in.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub enum Trace {
@@ -102,6 +111,8 @@ hostile! {
     GhcbUnknown = "ghcb-unknown",
     /// VMPL0 is entered although the guest asked for nothing.
     EarlyReturn = "early-return",
+    /// MapGPA is answered with "again" and makes no progress.
+    MapGpaRetry = "map-gpa-retry",
 }
 
 /// Everything a run can be told.
@@ -109,6 +120,8 @@ hostile! {
 pub struct Settings {
     /// `backing=4k|2m`.
     pub backing: HostBacking,
+    /// `platform=snp|tdx`, if the image is for both.
+    pub platform: Option<PlatformKind>,
     /// `vc=direct|strict|all`.
     pub reflection: Reflection,
     /// `referee=0xGPA`: the paravisor's map descriptor.
@@ -197,6 +210,13 @@ impl Settings {
                     _ => return Err("4k or 2m"),
                 }
             }
+            "platform" => {
+                self.platform = Some(match value {
+                    "snp" => PlatformKind::Snp,
+                    "tdx" => PlatformKind::Tdx,
+                    _ => return Err("snp or tdx"),
+                });
+            }
             "vc" => {
                 self.reflection = match value {
                     "direct" => Reflection::Direct,
@@ -225,7 +245,11 @@ impl Settings {
                 }
             }
             "hostile" => self.hostile = parse_hostile(value)?,
-            _ => return Err("one of backing, vc, referee, low-end, oracle, trace, hostile, break"),
+            _ => {
+                return Err(
+                    "one of backing, platform, vc, referee, low-end, oracle, trace, hostile, break",
+                );
+            }
         }
         Ok(())
     }
@@ -260,6 +284,13 @@ impl Settings {
             ("trace".to_string(), trace.to_string()),
             ("hostile".to_string(), hostile.join(",")),
         ]);
+        if let Some(platform) = self.platform {
+            let name = match platform {
+                PlatformKind::Snp => "snp",
+                PlatformKind::Tdx => "tdx",
+            };
+            echo.insert("platform".to_string(), name.to_string());
+        }
         if let Some(gpa) = self.referee {
             echo.insert("referee".to_string(), format!("{gpa:#x}"));
         }
@@ -306,12 +337,13 @@ mod tests {
     #[test]
     fn all_keys_are_read_and_echoed() {
         let text = "backing=2m\nvc=strict\n# why\n\nreferee=0x8123000\noracle=on\n\
-                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\n";
+                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\nplatform=tdx\n";
         let settings = Settings::parse(text).unwrap();
         assert_eq!(settings.backing, HostBacking::Size2M);
         assert_eq!(settings.reflection, Reflection::Strict);
         assert_eq!(settings.referee, Some(Gpa::new(0x812_3000)));
         assert!(settings.oracle);
+        assert_eq!(settings.platform, Some(PlatformKind::Tdx));
         assert_eq!(settings.trace, Trace::Switches);
         assert_eq!(settings.breakage, Some(Breakage::Exception));
         assert!(settings.is_hostile(Hostile::MapWrap) && settings.is_hostile(Hostile::EarlyReturn));
@@ -351,6 +383,7 @@ mod tests {
             ("backing=1g", 1, "backing", "1g"),
             ("\nvc=maybe", 2, "vc", "maybe"),
             ("colour=red", 1, "colour", "red"),
+            ("platform=sgx", 1, "platform", "sgx"),
             ("referee=8123000", 1, "referee", "8123000"),
             ("referee=0x8123004", 1, "referee", "0x8123004"),
             ("hostile=map-wrap,nice", 1, "hostile", "map-wrap,nice"),

@@ -44,6 +44,9 @@ struct Page {
     shared: bool,
     /// The guest lost the page by its own access through the shared alias.
     given_away: bool,
+    /// A trust domain has accepted the page, or was launched with it, and it was private ever
+    /// since, whatever the host has put there meanwhile.
+    accepted: bool,
 }
 
 /// Layout, attributes and RMP of all guest memory.
@@ -231,14 +234,18 @@ impl HostMemory {
     }
 
     /// Gives a private page that has no RMP entry one, as KVM does at the first private fault.
-    /// Does nothing if it has one.
+    /// Does nothing if it has one, but for unblocking it.
     pub fn prepare<P: PhysicalMemory>(
         &mut self,
         memory: &P,
         place: &Place,
         gpa: Gpa,
     ) -> Result<(), UpdateError> {
-        if self.rmp.entry(place).is_assigned() {
+        let entry = self.rmp.entry(place);
+        if entry.is_assigned() {
+            if entry.is_blocked() {
+                self.rmp.set_blocked(place, false);
+            }
             return Ok(());
         }
         let large = self.touch(place) == PageSize::Size2M
@@ -251,6 +258,43 @@ impl HostMemory {
             PageSize::Size4K
         };
         self.assign(memory, place, gpa, size)
+    }
+
+    /// TDG.MEM.PAGE.ACCEPT of a pending page or block: its contents become zero, and the guest
+    /// may use it. Says whether a part of it was accepted before and never given back.
+    pub(crate) fn accept<P: PhysicalMemory>(
+        &mut self,
+        memory: &P,
+        place: &Place,
+        gpa: Gpa,
+        size: PageSize,
+    ) -> Result<bool, UpdateError> {
+        let (start, slots) = extent(place, gpa, size).ok_or(UpdateError::Input)?;
+        memory.fill_zero(start, size.bytes());
+        self.rmp.set_validated(place, true);
+        let again = self.pages[slots.clone()].iter().any(|page| page.accepted);
+        for page in &mut self.pages[slots] {
+            page.generation = 0;
+            page.accepted = true;
+        }
+        Ok(again)
+    }
+
+    /// The page at `place` belongs to the trust domain from its launch on.
+    pub(crate) fn accept_at_launch(&mut self, place: &Place) {
+        self.pages[place.slot.index()].accepted = true;
+    }
+
+    /// Blocks the secure EPT entry of a page, as hosts do before they change it. False if there is
+    /// none.
+    pub(crate) fn block(&mut self, place: &Place, gpa: Gpa) -> bool {
+        let entry = self.rmp.entry(place);
+        if !entry.is_assigned() {
+            return false;
+        }
+        self.rmp.set_blocked(place, true);
+        self.invalidate(gpa, entry.size(), Views::ALL, Cause::Host);
+        true
     }
 
     /// Backs a block by 2 MiB whatever the settings say. Refused if one of its pages is shared, or
@@ -399,6 +443,7 @@ impl HostMemory {
         self.conversions.invalidated_pages += size.pages();
         for page in &mut self.pages[slots] {
             page.shared = shared;
+            page.accepted &= !shared;
         }
         Ok(())
     }

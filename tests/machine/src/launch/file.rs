@@ -1,8 +1,8 @@
 //! The IGVM file, read as a host that trusts nothing in it.
 //!
 //! This reader shares no code with `igvm-build`: what the one writes, the other checks. It
-//! takes what QEMU's loader takes for an SEV-SNP guest (QEMU `backends/igvm.c`) and refuses
-//! the rest by name. Stricter than QEMU: overlapping pages, reserved fields, shared and 2 MiB
+//! takes what QEMU's loader takes for an SEV-SNP guest (QEMU `backends/igvm.c`), or the same for a
+//! TDX guest (which QEMU has no loader for; `igvm.md` §7), and refuses the rest by name. Stricter than QEMU: overlapping pages, reserved fields, shared and 2 MiB
 //! pages, and initial contents of parameter areas (which QEMU ignores) are errors.
 //!
 //! Invariants of a [`File`]:
@@ -19,14 +19,17 @@ use core::ops::Range;
 
 use igvm_defs::{
     IGVM_FIXED_HEADER, IGVM_FORMAT_VERSION_1, IGVM_MAGIC_VALUE, IGVM_SEV_SNP_PLATFORM_VERSION,
-    IGVM_VHS_GUEST_POLICY, IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_AREA,
-    IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_REQUIRED_MEMORY, IGVM_VHS_SUPPORTED_PLATFORM,
-    IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT, IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT,
-    IGVM_VHT_RANGE_PLATFORM, IgvmPageDataType, IgvmPlatformType, IgvmVariableHeaderType as Type,
+    IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_GUEST_POLICY, IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER,
+    IGVM_VHS_PARAMETER_AREA, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_REQUIRED_MEMORY,
+    IGVM_VHS_SUPPORTED_PLATFORM, IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT,
+    IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT, IGVM_VHT_RANGE_PLATFORM, IgvmPageDataType,
+    IgvmPlatformType, IgvmVariableHeaderType as Type,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::crc32::Crc32;
+use crate::settings::PlatformKind;
+use crate::tdx;
 use crate::types::{Gpa, PAGE_SIZE, PageSize};
 
 /// Largest parameter area: far more than a memory map can need.
@@ -108,9 +111,11 @@ pub enum Directive<'a> {
 /// A checked IGVM file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct File<'a> {
+    /// The platform it was read for.
+    pub platform: PlatformKind,
     /// The launch policy, if the file has one.
     pub policy: Option<u64>,
-    /// What is to be done for SEV-SNP, in the order of the file.
+    /// What is to be done for this platform, in the order of the file.
     pub directives: Vec<Directive<'a>>,
 }
 
@@ -136,8 +141,12 @@ pub enum FileError {
     BodyLength(u32),
     /// A platform's mask is not one bit, or a bit or a platform comes twice.
     Platform(u32),
-    /// The file is for other platforms only.
+    /// The file is not for SEV-SNP, nor for TDX unless SEV-SNP was asked for.
     NotForSnp,
+    /// TDX was asked for, and the file is not for it.
+    NotForTdx,
+    /// A processor state, which a TDX guest does not have.
+    ContextForTdx,
     /// A reserved field of this header type is not zero.
     Reserved(u32),
     /// An address or size is not whole pages, or a range wraps.
@@ -170,6 +179,8 @@ impl core::fmt::Display for FileError {
             Self::BodyLength(kind) => write!(f, "header type {kind:#x} has a wrong length"),
             Self::Platform(mask) => write!(f, "platform mask {mask:#x} is wrong or used twice"),
             Self::NotForSnp => write!(f, "no SEV-SNP platform"),
+            Self::NotForTdx => write!(f, "no TDX platform"),
+            Self::ContextForTdx => write!(f, "a processor state for TDX"),
             Self::Reserved(kind) => write!(f, "header type {kind:#x} has reserved bits set"),
             Self::Misaligned(value) => write!(f, "{value:#x} is not a range of whole pages"),
             Self::DataOutside(offset) => write!(f, "data at offset {offset:#x} is outside"),
@@ -182,8 +193,9 @@ impl core::fmt::Display for FileError {
 }
 
 impl<'a> File<'a> {
-    /// Reads and checks a file.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, FileError> {
+    /// Reads and checks a file for the `wanted` platform; for SEV-SNP if nothing is wanted and the
+    /// file has it.
+    pub fn parse(bytes: &'a [u8], wanted: Option<PlatformKind>) -> Result<Self, FileError> {
         let header = fixed_header(bytes)?;
         let start = header.variable_header_offset as usize;
         let end = start + header.variable_header_size as usize;
@@ -195,7 +207,10 @@ impl<'a> File<'a> {
             section: Section::Platform,
             masks_seen: 0,
             platforms_seen: Vec::new(),
+            wanted,
             snp_mask: 0,
+            tdx_mask: 0,
+            chosen: None,
             policy: None,
             areas: BTreeMap::new(),
             launched: Vec::new(),
@@ -287,7 +302,11 @@ struct Reader<'a> {
     section: Section,
     masks_seen: u32,
     platforms_seen: Vec<IgvmPlatformType>,
+    wanted: Option<PlatformKind>,
     snp_mask: u32,
+    tdx_mask: u32,
+    /// The platform the file is read for, from behind its platforms on.
+    chosen: Option<PlatformKind>,
     policy: Option<u64>,
     areas: BTreeMap<u32, Area>,
     launched: Vec<Range<u64>>,
@@ -309,8 +328,8 @@ impl<'a> Reader<'a> {
         if section < self.section {
             return Err(FileError::Order(kind));
         }
-        if self.section == Section::Platform && section != Section::Platform && self.snp_mask == 0 {
-            return Err(FileError::NotForSnp);
+        if self.section == Section::Platform && section != Section::Platform {
+            self.chosen = Some(self.choose()?);
         }
         self.section = section;
         match Type(kind) {
@@ -352,12 +371,38 @@ impl<'a> Reader<'a> {
             }
             self.snp_mask = mask;
         }
+        if header.platform_type == IgvmPlatformType::TDX {
+            // Some builders leave the boundary open; VTLs are the L2 VMs that there may be.
+            let supported = header.platform_version == IGVM_TDX_PLATFORM_VERSION
+                && matches!(header.shared_gpa_boundary, 0 | tdx::SHARED)
+                && header.highest_vtl <= 2;
+            if !supported {
+                return Err(FileError::NotForTdx);
+            }
+            self.tdx_mask = mask;
+        }
         Ok(())
     }
 
-    /// Whether a header with this mask is for SEV-SNP.
+    /// The platform that the file is read for.
+    fn choose(&self) -> Result<PlatformKind, FileError> {
+        match self.wanted {
+            Some(PlatformKind::Tdx) if self.tdx_mask == 0 => Err(FileError::NotForTdx),
+            Some(PlatformKind::Tdx) => Ok(PlatformKind::Tdx),
+            _ if self.snp_mask != 0 => Ok(PlatformKind::Snp),
+            None if self.tdx_mask != 0 => Ok(PlatformKind::Tdx),
+            _ => Err(FileError::NotForSnp),
+        }
+    }
+
+    /// Whether a header with this mask is for the platform that the file is read for.
     fn applies(&self, mask: u32) -> bool {
-        mask & self.snp_mask != 0
+        let chosen = match self.chosen {
+            Some(PlatformKind::Snp) => self.snp_mask,
+            Some(PlatformKind::Tdx) => self.tdx_mask,
+            None => 0,
+        };
+        mask & chosen != 0
     }
 
     fn policy(&mut self, header: &IGVM_VHS_GUEST_POLICY) -> Result<(), FileError> {
@@ -453,6 +498,11 @@ impl<'a> Reader<'a> {
             _ => return Err(FileError::PageFlags(header.gpa)),
         };
         if self.applies(header.compatibility_mask) {
+            // The AMD-SP fills those; a trust domain has no such pages.
+            let special = matches!(kind, PageKind::Secrets | PageKind::Cpuid);
+            if special && self.chosen == Some(PlatformKind::Tdx) {
+                return Err(FileError::PageFlags(header.gpa));
+            }
             let gpa = self.launch_range(header.gpa, PAGE_SIZE)?;
             self.directives.push(Directive::Page { gpa, kind });
         }
@@ -465,6 +515,9 @@ impl<'a> Reader<'a> {
         }
         if !self.applies(header.compatibility_mask) {
             return Ok(());
+        }
+        if self.chosen == Some(PlatformKind::Tdx) {
+            return Err(FileError::ContextForTdx);
         }
         let vmsa = self.data(header.file_offset)?;
         let range = page_range(header.gpa.get(), PAGE_SIZE)?;
@@ -497,9 +550,11 @@ impl<'a> Reader<'a> {
     }
 
     fn finish(mut self) -> Result<File<'a>, FileError> {
-        if self.snp_mask == 0 {
-            return Err(FileError::NotForSnp);
-        }
+        let platform = match self.chosen {
+            Some(platform) => platform,
+            // Nothing but platforms.
+            None => self.choose()?,
+        };
         self.launched.sort_by_key(|range| range.start);
         for pair in self.launched.windows(2) {
             if let [first, second] = pair
@@ -509,6 +564,7 @@ impl<'a> Reader<'a> {
             }
         }
         Ok(File {
+            platform,
             policy: self.policy,
             directives: self.directives,
         })

@@ -1,5 +1,8 @@
 //! The launch: what a VMM and the AMD-SP do with an IGVM file before the guest runs.
 //!
+//! A trust domain is launched by the same steps, with the TDX module in the AMD-SP's place: pages
+//! are added in the order of the file, and there is no VMSA ([`crate::tdx`]).
+//!
 //! The VMM (here: QEMU's rules) reads the file, finds memory for every page, fills in
 //! parameters and presents page after page. The AMD-SP assigns each page immutably, writes
 //! and measures it, and hands it to the guest as validated, with VMPL0 alone allowed to touch
@@ -33,6 +36,8 @@ use crate::cpuid::Table;
 use crate::layout::{Backing, LayoutError};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
+use crate::settings::PlatformKind;
+use crate::tdx::measure::Mrtd;
 use crate::types::{Gpa, PAGE_SIZE, Spa, VcpuId, Vmpl};
 
 mod crc32;
@@ -43,7 +48,7 @@ pub mod pages;
 pub mod parameters;
 pub mod vmsa;
 
-use digest::{Digest, LaunchDigest, PageType};
+use digest::{Digest, LaunchDigest, Measurement, PageType};
 use file::{Directive, File, FileError, PageKind, Parameter};
 
 /// Pages without RAM may lie in the ROM window of a PC.
@@ -59,8 +64,10 @@ pub struct Environment<'e> {
     pub allocate: &'e mut dyn FnMut(usize) -> Option<Spa>,
     /// Gives a random number, for the keys of the secrets page.
     pub random: &'e mut dyn FnMut() -> u64,
-    /// What CPUID says in the guest.
+    /// What CPUID says in an SNP guest.
     pub cpuid: &'e Table,
+    /// What CPUID says in a trust domain.
+    pub td_cpuid: &'e Table,
 }
 
 /// A launched image.
@@ -70,8 +77,8 @@ pub struct Launched {
     pub digest: Digest,
     /// Launched pages by type.
     pub pages: LaunchPages,
-    /// Where the VMSA of the first vCPU lies.
-    pub vmsa: Gpa,
+    /// Where the VMSA of the first vCPU lies; a trust domain has none.
+    pub vmsa: Option<Gpa>,
 }
 
 /// Why an image was not launched.
@@ -79,7 +86,7 @@ pub struct Launched {
 pub enum LaunchError {
     /// The file is not good.
     File(FileError),
-    /// The policy lacks the bit that must be one.
+    /// The policy lacks the bit that must be one, or has bits that mean nothing.
     Policy(u64),
     /// There is no RAM at this address and none can be put there.
     NoMemory(Gpa),
@@ -119,7 +126,10 @@ impl fmt::Display for LaunchError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(error) => write!(f, "IGVM file: {error}"),
-            Self::Policy(policy) => write!(f, "policy {policy:#x}: bit 17 must be one"),
+            Self::Policy(policy) => write!(
+                f,
+                "policy {policy:#x}: bit 17 must be one for SEV-SNP, bits 63:3 zero for TDX"
+            ),
             Self::NoMemory(gpa) => write!(f, "the image wants memory at {gpa:#x}; there is none"),
             Self::OutOfMemory { pages } => {
                 write!(
@@ -154,7 +164,7 @@ type Page = [u8; PAGE_SIZE as usize];
 
 /// What is known while the launch goes on.
 struct InProgress {
-    digest: LaunchDigest,
+    digest: Measurement,
     pages: LaunchPages,
     areas: BTreeMap<u32, Vec<u8>>,
 }
@@ -166,8 +176,9 @@ impl<P: PhysicalMemory> Platform<P> {
         bytes: &[u8],
         environment: &mut Environment<'_>,
     ) -> Result<Launched, LaunchError> {
-        let file = File::parse(bytes)?;
-        if let Some(policy) = file.policy
+        let file = File::parse(bytes, self.settings.platform)?;
+        if file.platform == PlatformKind::Snp
+            && let Some(policy) = file.policy
             && policy & POLICY_MUST_BE_ONE == 0
         {
             return Err(LaunchError::Policy(policy));
@@ -177,30 +188,49 @@ impl<P: PhysicalMemory> Platform<P> {
             .iter()
             .filter(|d| matches!(d, Directive::Context { .. }))
             .count();
-        if contexts != 1 {
+        let expected = match file.platform {
+            PlatformKind::Snp => 1,
+            PlatformKind::Tdx => 0,
+        };
+        if contexts != expected {
             return Err(LaunchError::Contexts(contexts));
         }
         self.find_memory(&file.directives, environment)?;
         let own = self.own_range(&file.directives);
 
         let mut state = InProgress {
-            digest: LaunchDigest::before_first_page(),
+            digest: match file.platform {
+                PlatformKind::Snp => Measurement::Snp(LaunchDigest::before_first_page()),
+                PlatformKind::Tdx => Measurement::Td(Mrtd::before_first_page()),
+            },
             pages: LaunchPages::default(),
             areas: BTreeMap::new(),
         };
-        for directive in order::launch_order(&file.directives) {
+        let directives = match file.platform {
+            PlatformKind::Snp => order::launch_order(&file.directives),
+            PlatformKind::Tdx => file.directives,
+        };
+        for directive in directives {
             self.perform(&directive, &own, &mut state, environment)?;
         }
-        self.set_vmsa(VcpuId(0), Vmpl::VMPL0, Some(vmsa::VMSA_GPA));
+        let digest = state.digest.value();
+        let vmsa = match file.platform {
+            PlatformKind::Snp => Some(vmsa::VMSA_GPA),
+            PlatformKind::Tdx => None,
+        };
+        match vmsa {
+            Some(_) => self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa),
+            None => self.finish_td(file.policy.unwrap_or(0), digest, environment)?,
+        }
         let launched = Launched {
-            digest: state.digest.value(),
+            digest,
             pages: state.pages,
-            vmsa: vmsa::VMSA_GPA,
+            vmsa,
         };
         self.events.push(Event::Launch(Launch {
             digest: hex(&launched.digest),
             pages: launched.pages,
-            vmsa_gpa: launched.vmsa.get(),
+            vmsa_gpa: launched.vmsa.map_or(0, Gpa::get),
         }));
         Ok(launched)
     }
@@ -335,6 +365,9 @@ impl<P: PhysicalMemory> Platform<P> {
         self.host
             .rmp_mut()
             .finish_launch(&place, kind == PageType::Vmsa);
+        if matches!(state.digest, Measurement::Td(_)) {
+            self.host.accept_at_launch(&place);
+        }
         let count = match kind {
             PageType::Normal => &mut state.pages.normal,
             PageType::Vmsa => &mut state.pages.vmsa,
