@@ -1,4 +1,4 @@
-//! Hands each bare-metal program its linker script. Both run at fixed addresses; the host
+//! Hands each bare-metal program its linker script. All run at fixed addresses; the host
 //! build of this crate (unit tests of the library) needs none of it.
 
 use std::env;
@@ -7,7 +7,7 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     let bare_metal = env::var("CARGO_CFG_TARGET_OS").is_ok_and(|os| os == "none");
     let directory = env::var("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
-    for program in ["isa_cases", "svsm_cases"] {
+    for program in ["isa_cases", "svsm_cases", "tdx_cases"] {
         let script = format!("{directory}/{program}.ld");
         println!("cargo::rerun-if-changed={script}");
         if bare_metal {

@@ -53,6 +53,12 @@ const SVSM_CASES: Program = Program {
     features: &[],
     artefact: "svsm_cases.elf",
 };
+const TDX_CASES: Program = Program {
+    package: "guest",
+    bin: "tdx_cases",
+    features: &[],
+    artefact: "tdx_cases.elf",
+};
 const FAULTY_PARAVISOR: Program = Program {
     package: "svsm",
     bin: "svsm",
@@ -124,6 +130,8 @@ pub struct ForTests {
     pub isa_cases: PathBuf,
     /// The VMPL1 test guest, packed as a firmware.
     pub svsm_cases: PathBuf,
+    /// The test program for L1 of a trust domain, an ELF file.
+    pub tdx_cases: PathBuf,
 }
 
 /// Builds what only the scenarios need.
@@ -131,6 +139,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let step = progress::step("build the test guests");
     let isa_cases = compile(layout, target, &ISA_CASES, &step)?;
     let guest = compile(layout, target, &SVSM_CASES, &step)?;
+    let tdx_cases = compile(layout, target, &TDX_CASES, &step)?;
     step.done("");
     let svsm_cases = layout.artefacts.join("svsm_cases.fd");
     write_flat(&guest, GUEST_ROM_SIZE, &svsm_cases)?;
@@ -141,6 +150,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         faulty_paravisor,
         isa_cases,
         svsm_cases,
+        tdx_cases,
     })
 }
 

@@ -145,6 +145,7 @@ fn artefacts(
         faulty_paravisor: tests.faulty_paravisor,
         isa_cases: tests.isa_cases,
         svsm_cases: tests.svsm_cases,
+        tdx_cases: tests.tdx_cases,
         ovmf,
         firmwares,
         kernels,

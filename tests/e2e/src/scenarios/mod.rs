@@ -3,6 +3,7 @@
 //! | module | question |
 //! |---|---|
 //! | [`isa`] | does the machine behave as the architecture says, without any paravisor? |
+//! | [`tdx`] | does it behave as TDX says when it is a trust domain? |
 //! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
 //! | [`boot_memory`] | is all of memory accepted when the guest wants all of it? |
@@ -29,6 +30,7 @@ mod matrix;
 mod observe;
 mod stress;
 mod svsm_calls;
+mod tdx;
 mod tools;
 
 use crate::scenario::Scenario;
@@ -39,6 +41,7 @@ pub fn all() -> Vec<Scenario> {
         tools::scenarios(),
         image::scenarios(),
         isa::scenarios(),
+        tdx::scenarios(),
         svsm_calls::scenarios(),
         hostile::scenarios(),
         observe::scenarios(),

@@ -27,6 +27,7 @@ mod svm;
 mod vcpu;
 mod world;
 
+use machine::settings::PlatformKind;
 use machine::types::{VcpuId, Vmpl};
 
 use permissions::Permissions;
@@ -44,6 +45,10 @@ pub extern "C" fn start(image: u64, low_end: u64) -> ! {
     let permissions = Permissions::new();
     let mut first = Vcpu::new(VcpuId(0), permissions);
     smp::start_others(permissions);
+    if first.kind == PlatformKind::Tdx {
+        // No processor of a trust domain waits for another.
+        smp::release_others();
+    }
     first.run(Vmpl::VMPL0)
 }
 

@@ -9,7 +9,7 @@ use machine::Platform;
 use machine::cpuid::{Leaf, Table};
 use machine::launch::Environment;
 use machine::platform::End;
-use machine::settings::Settings;
+use machine::settings::{PlatformKind, Settings};
 use machine::types::Gpa;
 use protocols::report::{Event, FORMAT_VERSION, Machine as MachineEvent};
 
@@ -53,15 +53,11 @@ pub fn launch(layout: &Layout) {
     }));
     let low_end = settings.low_end;
     let platform = Platform::new(DirectMap, settings, u32::from(vcpus), cpu::tsc);
-    let native = |leaf, subleaf| {
-        let [eax, ebx, ecx, edx] = cpu::cpuid(leaf, subleaf);
-        Leaf { eax, ebx, ecx, edx }
-    };
     shared::init(Machine {
         platform,
         tables: Tables::new(layout.tables),
         ports: Ports::new(layout, low_end),
-        cpuid: Table::build(&native, u32::from(vcpus)),
+        cpuid: Table::build(&native_cpuid, u32::from(vcpus)),
     });
     if let Some(error) = bad {
         finish::end(End::BadSettings(error), 0);
@@ -75,6 +71,8 @@ pub fn launch(layout: &Layout) {
 /// Adds the memory and launches the image.
 fn fill(layout: &Layout) -> Result<(), alloc::string::String> {
     let mut machine = shared::lock(0);
+    let vcpus = machine.platform.vcpu_count();
+    let td_cpuid = Table::build_td(&native_cpuid, vcpus, clock::tsc_hz());
     let Machine {
         platform, cpuid, ..
     } = &mut *machine;
@@ -93,9 +91,19 @@ fn fill(layout: &Layout) -> Result<(), alloc::string::String> {
         allocate: &mut memory::allocate_window,
         random: &mut cpu::random,
         cpuid,
+        td_cpuid: &td_cpuid,
     };
     platform
         .launch(&image, &mut environment)
         .map_err(|error| error.to_string())?;
+    if platform.kind() == PlatformKind::Tdx {
+        *cpuid = td_cpuid;
+    }
     Ok(())
+}
+
+/// CPUID of the processor below.
+fn native_cpuid(leaf: u32, subleaf: u32) -> Leaf {
+    let [eax, ebx, ecx, edx] = cpu::cpuid(leaf, subleaf);
+    Leaf { eax, ebx, ecx, edx }
 }

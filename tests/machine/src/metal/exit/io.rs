@@ -17,22 +17,22 @@ use machine::memory::PhysicalMemory;
 
 /// EXITINFO1 of an IOIO exit (APM 15.10.2).
 #[derive(Clone, Copy)]
-struct Info(u64);
+pub(super) struct Info(pub u64);
 
 impl Info {
-    fn is_input(self) -> bool {
+    pub fn is_input(self) -> bool {
         self.0 & 1 != 0
     }
-    fn is_string(self) -> bool {
+    pub fn is_string(self) -> bool {
         self.0 & 1 << 2 != 0
     }
-    fn is_repeated(self) -> bool {
+    pub fn is_repeated(self) -> bool {
         self.0 & 1 << 3 != 0
     }
-    fn bytes(self) -> u8 {
+    pub fn bytes(self) -> u8 {
         (self.0 >> 4 & 7) as u8
     }
-    fn port(self) -> u16 {
+    pub fn port(self) -> u16 {
         (self.0 >> 16) as u16
     }
 }
