@@ -183,6 +183,7 @@ fn run(settings: &str, bytes: &[u8]) -> (Platform<Sparse>, Result<Launched, Laun
         },
         random: &mut || 0x5555_5555_5555_5555,
         cpuid: &table,
+        td_cpuid: &table,
     };
     let result = platform.launch(bytes, &mut environment);
     (platform, result)
@@ -291,7 +292,7 @@ fn hostile_files_are_refused_by_name() {
         (|h| h[0] = platform(3, 2), FileError::Platform(3)),
         (|h| h.insert(1, platform(1, 0)), FileError::Platform(1)),
         (|h| h.insert(1, platform(2, 2)), FileError::Platform(2)),
-        (|h| h[0] = platform(1, 3), FileError::NotForSnp),
+        (|h| h[0] = platform(1, 1), FileError::NotForSnp),
         (|h| h[1].1[12] = 1, FileError::Reserved(0x101)),
         (|h| h.insert(2, policy(0x3_0000)), FileError::PolicyTwice),
         (|h| h.swap(1, 2), FileError::Order(0x101)),
@@ -367,10 +368,7 @@ fn hostile_files_are_refused_by_name() {
     for (spoil, expected) in rows {
         let mut headers = headers();
         spoil(&mut headers);
-        assert_eq!(
-            File::parse(&file(&headers), file::For::SevSnp),
-            Err(*expected)
-        );
+        assert_eq!(File::parse(&file(&headers), None), Err(*expected));
     }
 }
 
@@ -414,11 +412,11 @@ fn launches_that_no_host_could_do_are_refused() {
 #[test]
 fn fixed_headers_are_checked() {
     let good = file(&headers());
-    assert!(File::parse(&good, file::For::SevSnp).is_ok());
+    assert!(File::parse(&good, None).is_ok());
     let spoilt = |at: usize, value: u32| {
         let mut bytes = good.clone();
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        File::parse(&bytes, file::For::SevSnp).unwrap_err()
+        File::parse(&bytes, None).unwrap_err()
     };
     for (at, value) in [
         (0, 0),
@@ -445,13 +443,13 @@ fn fixed_headers_are_checked() {
 fn every_truncation_is_refused() {
     let good = file(&headers());
     for length in (0..good.len()).step_by(7) {
-        assert!(File::parse(&good[..length], file::For::SevSnp).is_err());
+        assert!(File::parse(&good[..length], None).is_err());
         // Also when header and checksum are made to agree with the shorter file.
         let mut cut = good[..length].to_vec();
         if length > 1200 {
             cut[16..20].copy_from_slice(&(length as u32).to_le_bytes());
             seal(&mut cut);
-            assert!(File::parse(&cut, file::For::SevSnp).is_err(), "{length}");
+            assert!(File::parse(&cut, None).is_err(), "{length}");
         }
     }
 }
@@ -459,7 +457,7 @@ fn every_truncation_is_refused() {
 proptest! {
     #[test]
     fn noise_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        prop_assert!(File::parse(&bytes, file::For::SevSnp).is_err());
+        prop_assert!(File::parse(&bytes, None).is_err());
     }
 
     /// Damaged headers with a right checksum: refused or launched, never a panic, and never a
@@ -475,7 +473,7 @@ proptest! {
         seal(&mut bytes);
         if let (platform, Ok(launched)) = run("", &bytes) {
             prop_assert_eq!(launched.pages.vmsa, 1);
-            prop_assert!(platform.spa_of(launched.vmsa).is_some());
+            prop_assert!(launched.vmsa.is_some_and(|gpa| platform.spa_of(gpa).is_some()));
         }
     }
 }

@@ -164,6 +164,8 @@ const _: () = {
 
 /// Intercept bits.
 pub mod intercept {
+    /// misc1: external interrupts, for a CPU that waits for one.
+    pub const INTR: u32 = 1 << 0;
     /// misc1: NMI, which is how another CPU gets this one out of the guest.
     pub const NMI: u32 = 1 << 1;
     /// misc1: INIT.

@@ -8,15 +8,17 @@ mod instruction;
 mod io;
 pub mod msr;
 mod nested;
+mod td;
 mod vmgexit;
 
 use alloc::format;
 use core::fmt;
 
 use machine::access::Denial;
-use machine::cpuid::Context;
+use machine::cpuid::{Context, Leaf};
 use machine::guest::decode::{self, MAX_LENGTH, Opcode};
 use machine::platform::End;
+use machine::settings::PlatformKind;
 use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
 
@@ -36,6 +38,11 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
     vcpu.trace(format_args!("exit {code:#x} {info_1:#x} {info_2:#x}"));
     if code & 0xFFFF_FFFF == EXIT_INVALID_LOW {
         return invalid(vcpu);
+    }
+    if vcpu.kind == PlatformKind::Tdx
+        && let Some(flow) = td::exit(vcpu, ExitCode(code))
+    {
+        return flow;
     }
     match ExitCode(code) {
         ExitCode::NPF => nested::fault(vcpu),
@@ -71,7 +78,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
             if smp::was_kicked(vcpu.id) {
                 Flow::Resume
             } else {
-                vcpu.nmi()
+                vcpu.nmi_unless_held()
             }
         }
         ExitCode::SHUTDOWN => {
@@ -131,6 +138,11 @@ fn cpuid(vcpu: &mut Vcpu) -> Flow {
     let result = shared::lock(vcpu.rip())
         .cpuid
         .lookup(leaf, subleaf, &context);
+    set_cpuid(vcpu, result, length)
+}
+
+/// Completes CPUID.
+fn set_cpuid(vcpu: &mut Vcpu, result: Leaf, length: u64) -> Flow {
     vcpu.save_mut().rax = u64::from(result.eax);
     vcpu.registers.rbx = u64::from(result.ebx);
     vcpu.registers.rcx = u64::from(result.ecx);
@@ -156,6 +168,11 @@ fn halt(vcpu: &mut Vcpu) -> Flow {
         return Flow::Resume;
     }
     vcpu.skip(1);
+    halt_for_good(vcpu)
+}
+
+/// Only INIT or an NMI can wake this CPU.
+fn halt_for_good(vcpu: &Vcpu) -> Flow {
     if smp::is_alone_awake(vcpu.id) {
         let save = vcpu.save();
         return Flow::End(End::Halted {
