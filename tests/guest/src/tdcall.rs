@@ -1,7 +1,5 @@
 //! TDCALL and what L1 of a trust domain does with it all the time.
 
-#![expect(unsafe_code, reason = "the instruction takes and gives all registers")]
-
 use core::arch::naked_asm;
 
 use protocols::addr::{Gpa, PageSize};

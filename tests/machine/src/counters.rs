@@ -374,10 +374,10 @@ fn tdcall_name(what: Tdcall) -> String {
     match what {
         Tdcall::Module(leaf) => leaf
             .name()
-            .map_or_else(|| format!("leaf-{}", leaf.0), String::from),
+            .map_or_else(|| String::from("unknown"), String::from),
         Tdcall::Host(function) => match function.name() {
             Some(name) => format!("VP_VMCALL/{name}"),
-            None => format!("VP_VMCALL/{:#x}", function.0),
+            None => String::from("VP_VMCALL/unknown"),
         },
     }
 }

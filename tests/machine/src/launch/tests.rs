@@ -275,6 +275,86 @@ fn the_digest_is_that_of_the_pages_in_order() {
     assert_eq!(launched.unwrap().digest, digest.value());
 }
 
+/// A small image for a trust domain, with a parameter area.
+fn td_headers() -> Headers {
+    vec![
+        platform(1, 3),
+        policy(2),
+        area(1, 0x1000),
+        usage(0x307, 1, 8),
+        insert(1, REGION + 0x8000),
+        page_data(REGION, FIRST_DATA, 0, 0),
+        page_data(REGION + 0x1000, 0, 2, 0),
+        page_data(FIRMWARE, 0, 0, 0),
+    ]
+}
+
+/// `tdx.md` §11: added in the order of the file, measured pages extended; recomputed with
+/// `protocols::measure`.
+#[test]
+fn a_trust_domain_is_launched() {
+    use crate::settings::PlatformKind;
+    let (mut platform, launched) = run("", &file(&td_headers()));
+    let launched = launched.unwrap();
+    assert_eq!(platform.kind(), PlatformKind::Tdx);
+    assert_eq!(launched.vmsa, None);
+    assert_eq!((launched.pages.normal, launched.pages.unmeasured), (2, 2));
+    let mut mrtd = protocols::measure::Mrtd::new();
+    mrtd.add_page(REGION + 0x8000, None);
+    mrtd.add_page(REGION, Some(&read(&platform, REGION)));
+    mrtd.add_page(REGION + 0x1000, None);
+    mrtd.add_page(FIRMWARE, Some(&read(&platform, FIRMWARE)));
+    assert_eq!(launched.digest, mrtd.value());
+    assert_eq!(read(&platform, REGION), [0xAB; 4096]);
+    for gpa in [REGION, REGION + 0x8000, FIRMWARE] {
+        let place = platform.layout().place(Gpa::new(gpa)).unwrap();
+        let entry = platform.host.rmp().entry(&place);
+        assert!(entry.is_validated() && !entry.is_immutable() && !entry.has_lower_permissions());
+    }
+    assert!(platform.enter(VcpuId(1), Vmpl::VMPL0).is_ok());
+}
+
+/// `igvm.md` §1, §4: which platform is taken, and what a trust domain's file may not have.
+#[test]
+fn the_platform_is_the_images_or_the_settings() {
+    use crate::settings::PlatformKind;
+    let mut both = headers();
+    both.insert(1, platform(2, 3));
+    let kind = |settings, headers: &Headers| {
+        let (platform, launched) = run(settings, &file(headers));
+        launched.map(|_| platform.kind())
+    };
+    assert_eq!(kind("", &both), Ok(PlatformKind::Snp));
+    assert_eq!(kind("platform=snp", &both), Ok(PlatformKind::Snp));
+    // Nothing of this file has the second platform's bit.
+    assert_eq!(kind("platform=tdx", &both), Ok(PlatformKind::Tdx));
+    let error = |settings, headers: &Headers| kind(settings, headers).unwrap_err();
+    let file_error = LaunchError::File;
+    assert_eq!(
+        error("platform=tdx", &headers()),
+        file_error(FileError::NotForTdx)
+    );
+    assert_eq!(
+        error("platform=snp", &td_headers()),
+        file_error(FileError::NotForSnp)
+    );
+    let with = |extra| {
+        let mut headers = td_headers();
+        headers.push(extra);
+        error("", &headers)
+    };
+    let secrets = page_data(REGION + 0x2000, 0, 0, 1);
+    assert_eq!(
+        with(secrets),
+        file_error(FileError::PageFlags(REGION + 0x2000))
+    );
+    let state = context(REGION + 0x3000, FIRST_DATA);
+    assert_eq!(with(state), file_error(FileError::ContextForTdx));
+    let mut odd = td_headers();
+    odd[1] = policy(0x3_0000);
+    assert_eq!(error("", &odd), LaunchError::Policy(0x3_0000));
+}
+
 #[test]
 fn lies_do_not_change_the_digest() {
     let honest = run("", &file(&headers())).1.unwrap();

@@ -537,6 +537,7 @@ impl Vcpu {
         self.vmcb_mut().control.n_cr3 = root;
         self.injected = self.vmcb().control.event_inj;
         cpu::match_cr4(self.save().cr4);
+        let hidden = self.hide_long_mode();
         let at = self.vmcb.physical();
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
@@ -546,6 +547,10 @@ impl Vcpu {
             // The instruction that exits was not executed; one that the machine carries out is
             // counted when that is done.
             self.executed += ticks.saturating_sub(svm::VMRUN_TICKS);
+        }
+        if hidden {
+            self.save_mut().efer |= Efer::LME.0;
+            self.vmcb_mut().control.intercept_cr = 0;
         }
         self.keep_interrupted_event();
         exit::handle(self)
@@ -568,6 +573,22 @@ impl Vcpu {
         // SAFETY: (1) and (2) are the caller's promise; (3) `new` enabled SVM.
         unsafe { svm::vmrun(at, &mut self.registers) };
         self.keep_interrupted_event();
+    }
+
+    /// Takes LME out of EFER while the guest has neither paging nor PAE; says whether it did. TCG's
+    /// #VMEXIT puts CR0 back before EFER and CR4: with the guest's LME and without its PAE it takes
+    /// the host's paging for an error, and leaves the host without. The guest sees nothing of it: EFER
+    /// is intercepted always, CR4 as long as LME is hidden.
+    fn hide_long_mode(&mut self) -> bool {
+        const CR4_PAE: u64 = 1 << 5;
+        let save = self.save_mut();
+        let hide =
+            save.efer & Efer::LME.0 != 0 && save.cr0 & CR0_PG == 0 && save.cr4 & CR4_PAE == 0;
+        if hide {
+            save.efer &= !Efer::LME.0;
+            self.vmcb_mut().control.intercept_cr = intercept::CR4_WRITE;
+        }
+        hide
     }
 
     /// Stores what VMRUN does not switch (TR among it) in the VMCB, to be read there.

@@ -149,6 +149,9 @@ fn rdmsr() -> Verdict {
 const TIMER_COUNT: u64 = 0x838;
 const TIMER_DIVIDER: u64 = 0x83E;
 const TIMER_LVT: u64 = 0x832;
+/// x2APIC: spurious vector, with the bit that lets the table's entries work.
+const SPURIOUS: u64 = 0x80F;
+const APIC_ON: u64 = 1 << 8;
 const PENDING_40: u32 = 0x822;
 
 fn wrmsr() -> Verdict {
@@ -285,6 +288,7 @@ fn map_hole() -> Verdict {
 fn hlt() -> Verdict {
     const VECTOR: u64 = 0x40;
     // One shot, after a while; interrupts are off, so it stays pending and is seen to be.
+    expect("spurious vector", host_wrmsr(SPURIOUS, APIC_ON | 0xFF)?, 0)?;
     expect("divider", host_wrmsr(TIMER_DIVIDER, 0xB)?, 0)?;
     expect("entry", host_wrmsr(TIMER_LVT, VECTOR)?, 0)?;
     expect("count", host_wrmsr(TIMER_COUNT, 1_000_000)?, 0)?;

@@ -28,6 +28,9 @@ use super::vcpu::{Flow, RFLAGS_IF, Vcpu};
 use super::world::Reason;
 use super::{shared, smp};
 
+/// A MOV to CR4 (APM-B, Appendix C).
+const EXIT_WRITE_CR4: ExitCode = ExitCode(0x14);
+
 /// Handles the exit that VMRUN returned with.
 pub fn handle(vcpu: &mut Vcpu) -> Flow {
     let code = vcpu.vmcb().control.exit_code;
@@ -73,6 +76,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
         // No XSAVE is advertised, so CR4.OSXSAVE is clear; the SVM instructions do not exist
         // in a guest whose CPUID hides SVM.
         ExitCode::XSETBV | ExitCode(0x7A | 0x80 | 0x82..=0x86) => vcpu.undefined_opcode(),
+        EXIT_WRITE_CR4 => write_cr4(vcpu),
         ExitCode::NMI => {
             svm::take_nmi();
             if smp::was_kicked(vcpu.id) {
@@ -117,6 +121,20 @@ fn invalid(vcpu: &mut Vcpu) -> Flow {
         "{} has a state that VMRUN refuses: RIP {:#x} CR0 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x}",
         vcpu.vmpl, save.rip, save.cr0, save.cr3, save.cr4, save.efer
     )))
+}
+
+/// A MOV to CR4 by a guest whose long mode is hidden (see [`Vcpu`]). Reserved bits end the run at the
+/// next entry.
+fn write_cr4(vcpu: &mut Vcpu) -> Flow {
+    let (bytes, _) = fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu);
+    // Outside 64-bit mode there is no REX prefix, so the register is one of the first eight.
+    let Some(at) = bytes.iter().position(|&byte| byte == 0x0F) else {
+        return vcpu.undefined_opcode();
+    };
+    let modrm = bytes.get(at + 2).copied().unwrap_or(0);
+    let value = vcpu.general_registers()[usize::from(modrm & 7)];
+    vcpu.save_mut().cr4 = value & 0xFFFF_FFFF;
+    vcpu.skip(at as u64 + 3)
 }
 
 /// An access that no host can make succeed ends the run.
