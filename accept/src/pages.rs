@@ -36,6 +36,7 @@ pub enum PageState {
 
 impl PageState {
     /// The state in the low two bits of `bits`.
+    #[inline]
     const fn from_bits(bits: u64) -> Self {
         match bits & 3 {
             0 => Self::Unaccepted,
@@ -46,6 +47,7 @@ impl PageState {
     }
 
     /// The state repeated for every page of a word.
+    #[inline]
     const fn pattern(self) -> u64 {
         self as u64 * EVEN
     }
@@ -90,6 +92,7 @@ pub(crate) struct RegionWords([AtomicU64; WORDS]);
 
 impl RegionWords {
     /// The state of the page at `index` (0 to 511). Touches one word.
+    #[inline]
     pub(crate) fn state(&self, index: usize) -> PageState {
         let index = index % PAGES_PER_REGION;
         let word = self.0[index / PAGES_PER_WORD].load(Ordering::Acquire);
@@ -115,6 +118,7 @@ impl RegionWords {
     }
 
     /// Whether the whole region is Unaccepted. For sure only while its lock is held.
+    #[inline]
     pub(crate) fn is_unaccepted(&self) -> bool {
         let any = self
             .0
@@ -142,6 +146,7 @@ impl RegionWords {
     }
 
     /// Writes `state` for the page at `index` (0 to 511), as [`RegionWords::record`].
+    #[inline]
     pub(crate) fn record_one(&self, index: usize, state: PageState) {
         let index = index % PAGES_PER_REGION;
         let word = &self.0[index / PAGES_PER_WORD];
@@ -151,6 +156,7 @@ impl RegionWords {
     }
 
     /// Writes `state` for every page, as [`RegionWords::record`].
+    #[inline]
     pub(crate) fn record_all(&self, state: PageState) {
         for word in &self.0 {
             word.store(state.pattern(), Ordering::Release);
