@@ -432,6 +432,8 @@ mod tests {
     fn sets_know_empty_full_and_difference() {
         assert!(PageSet::EMPTY.is_empty() && !PageSet::EMPTY.is_full());
         assert!(PageSet::FULL.is_full() && PageSet::FULL.len() == 512);
+        assert_ne!(PageSet::FULL, PageSet::FULL.below(511));
+        assert!(!PageSet::FULL.is_empty() && !PageSet::single(511).is_empty());
         assert!(PageSet::span(0, 512).is_full() && PageSet::span(7, 7).is_empty());
         let rest = PageSet::FULL
             .without(&PageSet::single(31))
@@ -444,6 +446,13 @@ mod tests {
                 .collect::<Vec<_>>(),
             [30, 33]
         );
+    }
+
+    #[test]
+    fn a_block_is_its_page_or_all_of_its_region() {
+        let frame = crate::block::Frame::containing(0x40_7000);
+        assert_eq!(PageSet::of(Block::page(frame)), PageSet::single(7));
+        assert_eq!(PageSet::of(Block::region_around(frame)), PageSet::FULL);
     }
 
     #[test]
@@ -500,6 +509,11 @@ mod tests {
                 assert_eq!(words.is_unaccepted(), expected, "{index} {state:?}");
             }
             words.record(&PageSet::FULL, PageState::Unaccepted);
+        }
+        for state in STATES {
+            // All words alike.
+            words.record(&PageSet::FULL, state);
+            assert_eq!(words.is_unaccepted(), state == PageState::Unaccepted);
         }
     }
 
