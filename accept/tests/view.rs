@@ -55,6 +55,7 @@ fn edges_are_accepted_up_front_and_the_rest_is_told() {
         engine.prepare(large(4)).expect("prepared");
         let done = engine.round_out().expect("rounded");
         assert_eq!(done.changed_pages, 502 + 511 + 511 + 100);
+        assert_eq!(done.scrubbed_bytes, done.changed_pages * 4096);
         assert_eq!(
             bits(engine),
             [false, true, false, false, true, false],
