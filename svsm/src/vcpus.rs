@@ -12,7 +12,9 @@
 //! - a calling area belongs to one VMSA; a newer one of the same processor may inherit it, and the
 //!   older then makes no calls;
 //! - nobody deletes the state under a call, nor one that a processor at VMPL0 has just asked the
-//!   host to run;
+//!   host to run: the host would find no VMSA there, and that ends the VM. A processor that has
+//!   answered a call is awaited in that VMSA; one that has not leaves it to the host which one
+//!   to run, so all that it has *offered* and that were never run stay until it comes back;
 //! - the public table shows the records in the order of the slots: first those of the first
 //!   slot of each processor, then those of the second, and so on.
 
@@ -59,6 +61,8 @@ pub trait VmsaControl {
     /// Whether it has not stopped since its processor at VMPL0 has last released it: it runs, or
     /// the host is about to run it.
     fn is_awaited(&self, vmsa: Frame) -> bool;
+    /// Whether it has never been run.
+    fn is_untouched(&self, vmsa: Frame) -> bool;
     /// Whether it neither runs nor is about to.
     fn rests(&self, vmsa: Frame) -> bool {
         !self.is_awaited(vmsa) && !self.is_running(vmsa)
@@ -218,19 +222,43 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     }
 
     /// Whether processor `index` has any VMSA that could run.
+    #[must_use]
+    pub fn presence(&self, index: usize) -> Presence {
+        self.look_at_all(index, Slot::glance)
+    }
+
+    /// The same of a processor that has answered no call, and if it has one, it goes to run what
+    /// there is. Until [`Registry::withdraw`] nobody deletes what has never been run.
     ///
     /// One that somebody is deleting may stay: the deleter has yet to find out whether it is about
     /// to run. A processor that takes it for gone gives itself back, and nobody starts it again.
     #[must_use]
-    pub fn presence(&self, index: usize) -> Presence {
+    pub fn offer(&self, index: usize) -> Presence {
+        self.look_at_all(index, Slot::offer)
+    }
+
+    /// Processor `index` is back.
+    pub fn withdraw(&self, index: usize) {
+        for (_, record) in self.records_of(index) {
+            record.slot.withdraw();
+        }
+    }
+
+    fn look_at_all(&self, index: usize, look: fn(&Slot) -> Look<()>) -> Presence {
         self.records_of(index)
-            .map(|(_, record)| match record.slot.glance() {
+            .map(|(_, record)| match look(&record.slot) {
                 Look::Absent => Presence::None,
                 Look::Leaving => Presence::Leaving,
                 Look::Here(()) => Presence::Live,
             })
             .max()
             .unwrap_or(Presence::None)
+    }
+
+    /// Whether a VMSA that one has reserved neither runs nor is about to.
+    fn rests(&self, slot: &Slot, vmsa: Frame) -> bool {
+        let is_next = slot.is_offered() && self.control.is_untouched(vmsa);
+        !is_next && self.control.rests(vmsa)
     }
 
     /// Processor `index`, which has no VMSA to run, has prepared another piece of memory.
@@ -482,7 +510,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
             })?;
         let rests = self
             .shown_vmsa(slot)
-            .is_some_and(|vmsa| self.control.rests(vmsa));
+            .is_some_and(|vmsa| self.rests(&record.slot, vmsa));
         let taken = if rests && self.shown_area(slot) == Some(area) {
             record.loans.lock().area.take()
         } else {
@@ -568,7 +596,7 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         let refusal = if self.shown_vmsa(slot) != Some(vmsa) {
             // Deleted and made anew since it was found.
             Some(DeleteRefusal::Busy)
-        } else if !own && !self.control.rests(vmsa) {
+        } else if !own && !self.rests(&record.slot, vmsa) {
             Some(DeleteRefusal::InUse)
         } else {
             None
