@@ -11,6 +11,9 @@ use accept::{
 };
 
 use super::*;
+use crate::protocol::{
+    DeleteRefusal, Deletion, Inherited, NotPassedOn, VcpuIndex, VcpuPages, Vcpus,
+};
 
 const VMSA: u64 = 0x10;
 const AREA: u64 = 0x40;
