@@ -5,7 +5,7 @@
 mod model;
 
 use accept::{Engine, Error, OnNoChange, Operation, PageState, Role};
-use model::{INJECTED, Injected, Model, frame, large, page, with_engine};
+use model::{Call, INJECTED, Injected, Model, frame, large, page, with_engine};
 
 /// Runs `flow` on a prepared engine with the failure at call 0, 1, 2, … until it no longer fails,
 /// and gives every outcome to `judge`. Returns how often it failed.
@@ -160,6 +160,8 @@ fn i9_a_failed_revoke_restores_the_guest_s_access() {
                     panic!("{error:?}")
                 };
                 if operation == Operation::Revoke {
+                    // Nothing has left: nobody's translation is wrong.
+                    assert!(!model.take_log().contains(&Call::Flush));
                     for number in 0..512 {
                         assert_eq!(engine.state(frame(number)), Some(PageState::Accepted));
                     }
@@ -340,6 +342,8 @@ fn i5_pages_that_vanish_in_the_middle_of_a_flow_are_lies() {
             |engine, model, error| {
                 assert_eq!(error, Error::HostLied);
                 model.assert_agrees(engine);
+                let flushed = model.take_log().contains(&Call::Flush);
+                assert!(flushed, "the page that vanished may still be reached");
             },
         );
         assert_eq!(rescind, 2, "the revoke and the invalidation");

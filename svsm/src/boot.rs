@@ -300,7 +300,8 @@ fn check_processor(
     })
 }
 
-/// Turns on what keeps mistakes of ours from becoming holes.
+/// Turns on what keeps mistakes of ours from becoming holes, and the instructions that large pages are
+/// scrubbed with.
 pub(crate) fn harden_processor() {
     // SAFETY: the launch tables map text read-only and everything of ours as supervisor pages,
     // so none of these makes running code fault.
@@ -309,7 +310,8 @@ pub(crate) fn harden_processor() {
         Cr4::update(|flags| {
             flags.insert(
                 Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION
-                    | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION,
+                    | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION
+                    | Cr4Flags::OSFXSR,
             );
         });
     }
