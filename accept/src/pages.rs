@@ -529,5 +529,12 @@ mod tests {
             .words()
             .record(&PageSet::single(511), PageState::Owned);
         assert!(!region.words().looks_accepted());
+
+        // The second cache line is read only if the first has an Accepted page.
+        let region = Region::new();
+        region
+            .words()
+            .record(&PageSet::single(511), PageState::Accepted);
+        assert!(!region.words().looks_accepted());
     }
 }
