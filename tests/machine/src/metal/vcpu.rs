@@ -26,6 +26,7 @@ use protocols::report::Event;
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, Vmsa};
 
 use super::console;
+use super::l2;
 use super::memory::OwnPages;
 use super::npt::Mode;
 use super::permissions::Permissions;
@@ -97,6 +98,8 @@ pub struct Vcpu {
     icount: bool,
     /// Instructions of the running level that are not in the counters yet.
     executed: u64,
+    /// What an L2 VM of a trust domain needs besides.
+    pub l2: l2::Cpu,
 }
 
 impl Vcpu {
@@ -128,6 +131,7 @@ impl Vcpu {
             resumes: 0,
             icount: settings.icount,
             executed: 0,
+            l2: l2::Cpu::new(),
         }
     }
 
@@ -175,10 +179,25 @@ impl Vcpu {
         }
     }
 
+    /// Whether an L2 VM of a trust domain runs.
+    pub fn is_l2(&self) -> bool {
+        self.kind == PlatformKind::Tdx && self.vmpl != Vmpl::VMPL0
+    }
+
     /// Whether the guest runs 64-bit code.
     pub fn is_64_bit(&self) -> bool {
         let save = self.save();
         save.efer & EFER_LMA != 0 && save.segments[seg::CS].attributes.is_long()
+    }
+
+    /// The map that catches all ports.
+    pub fn all_ports(&self) -> u64 {
+        self.permissions.ports(true)
+    }
+
+    /// An NMI of the guest goes to L1 when that is entered.
+    pub fn nmi_for_l1(&mut self) {
+        self.nmi_due = true;
     }
 
     /// The view that fits the guest's paging mode.
@@ -272,6 +291,10 @@ impl Vcpu {
             return None;
         }
         self.resumes += 1;
+        if self.is_l2() {
+            let due = self.resumes.is_multiple_of(EARLY_RETURN_EVERY);
+            return due.then(|| self.host_resumes_l1());
+        }
         let intr = Reason {
             code: ExitCode::INTR.0,
             info_1: 0,
@@ -435,13 +458,19 @@ impl Vcpu {
             smp::answer(self.id);
         }
         self.init_control();
+        if self.is_l2() {
+            self.init_l2_control();
+        }
         let at = self.vmcb.physical();
         let mut registers = Registers::default();
         world::enter(&vmsa, self.vmcb_mut(), at, &mut registers);
         self.registers = registers;
         self.halted = false;
+        if self.is_l2() {
+            self.begin_l2();
+        }
         if core::mem::take(&mut self.nmi_due) {
-            self.nmi();
+            self.nmi_unless_held();
         }
         self.trace_entry(left, left_rax);
     }
@@ -499,6 +528,7 @@ impl Vcpu {
             | intercept::MSR
             | intercept::SHUTDOWN;
         control.intercept_misc2 = intercept::SVM | intercept::XSETBV;
+        control.intercept_cr = 0;
         control.intercept_dr = 0;
         if strict {
             control.intercept_misc1 |= intercept::INVD;
@@ -524,6 +554,11 @@ impl Vcpu {
 
     /// One VMRUN and what its exit asks for.
     fn step(&mut self) -> Flow {
+        if self.is_l2()
+            && let Some(flow) = self.prepare_l2()
+        {
+            return flow;
+        }
         let mode = self.mode();
         let root = {
             let mut machine = shared::lock(self.rip());
@@ -539,9 +574,11 @@ impl Vcpu {
         cpu::match_cr4(self.save().cr4);
         let hidden = self.hide_long_mode();
         let at = self.vmcb.physical();
+        svm::host_interrupts(self.is_l2());
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
         let ticks = unsafe { svm::vmrun(at, &mut self.registers) };
+        svm::host_interrupts(false);
         smp::left_guest(self.id);
         // Seen a few times on overloaded computers: the exit stores the state that the host is to
         // go on with, not the guest's, which is lost. No guest has these tables: no memory of
@@ -556,7 +593,7 @@ impl Vcpu {
         }
         if hidden {
             self.save_mut().efer |= Efer::LME.0;
-            self.vmcb_mut().control.intercept_cr = 0;
+            self.vmcb_mut().control.intercept_cr = self.l2.intercept_cr(self.vmpl);
         }
         self.keep_interrupted_event();
         exit::handle(self)
@@ -592,7 +629,7 @@ impl Vcpu {
             save.efer & Efer::LME.0 != 0 && save.cr0 & CR0_PG == 0 && save.cr4 & CR4_PAE == 0;
         if hide {
             save.efer &= !Efer::LME.0;
-            self.vmcb_mut().control.intercept_cr = intercept::CR4_WRITE;
+            self.vmcb_mut().control.intercept_cr |= intercept::CR4_WRITE;
         }
         hide
     }
