@@ -359,6 +359,14 @@ impl Vm {
 
     /// Enters the VM; what it stopped for.
     pub fn run(&mut self) -> Result<Exit, Finding> {
+        match self.run_or_wait()? {
+            Some(exit) => Ok(exit),
+            None => Err(Finding::new(format_args!("an interrupt waits for L1"))),
+        }
+    }
+
+    /// The same; `None` if it was not entered because an interrupt waits for L1.
+    pub fn run_or_wait(&mut self) -> Result<Option<Exit>, Finding> {
         for (index, value) in self.words().into_iter().enumerate() {
             memory::write(self.state_at() + index as u64 * 8, value)?;
         }
@@ -374,13 +382,16 @@ impl Vm {
         });
         self.set_words(words);
         self.rbp = after[RBP];
+        if after[RAX] == Status::PENDING_INTERRUPT.with(0) {
+            return Ok(None);
+        }
         if after[RBX] == tdcall::MARK {
             return Err(Finding::new(format_args!(
                 "TDG.VP.ENTER did not enter: {:#x}",
                 after[RAX]
             )));
         }
-        Ok(Exit::load(&after))
+        Ok(Some(Exit::load(&after)))
     }
 
     fn words(&self) -> [u64; 20] {
