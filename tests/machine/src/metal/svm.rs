@@ -395,6 +395,35 @@ pub fn fxsave(state: &mut FxState) {
     unsafe { asm!("fxsave64 [{}]", in(reg) state, options(nostack)) };
 }
 
+/// Loads the SSE registers and MXCSR of an image. The caller has masked MXCSR to its defined bits.
+pub fn load_sse(state: &FxState) {
+    // SAFETY: the image is 512 aligned bytes (APM volume 2, figure 11-7: MXCSR at 24, XMM0 at
+    // 160); the registers are the guest's, the machine uses none.
+    unsafe {
+        asm!(
+            "ldmxcsr [{fx} + 24]",
+            "movaps xmm0, [{fx} + 160]",
+            "movaps xmm1, [{fx} + 176]",
+            "movaps xmm2, [{fx} + 192]",
+            "movaps xmm3, [{fx} + 208]",
+            "movaps xmm4, [{fx} + 224]",
+            "movaps xmm5, [{fx} + 240]",
+            "movaps xmm6, [{fx} + 256]",
+            "movaps xmm7, [{fx} + 272]",
+            "movaps xmm8, [{fx} + 288]",
+            "movaps xmm9, [{fx} + 304]",
+            "movaps xmm10, [{fx} + 320]",
+            "movaps xmm11, [{fx} + 336]",
+            "movaps xmm12, [{fx} + 352]",
+            "movaps xmm13, [{fx} + 368]",
+            "movaps xmm14, [{fx} + 384]",
+            "movaps xmm15, [{fx} + 400]",
+            fx = in(reg) state,
+            options(nostack, readonly)
+        );
+    }
+}
+
 /// Loads x87/SSE registers. The caller has masked MXCSR to its defined bits.
 pub fn fxrstor(state: &FxState) {
     // SAFETY: 512 aligned bytes; the registers are the guest's, the machine uses none.

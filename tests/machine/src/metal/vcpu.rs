@@ -32,7 +32,7 @@ use super::npt::Mode;
 use super::permissions::Permissions;
 use super::smp::{Park, Request};
 use super::svm::{self, Registers, Save, Vmcb, intercept, seg, virq};
-use super::world::{self, Reason};
+use super::world::{self, Reason, X87};
 use super::{cpu, exit, finish, shared, smp};
 
 /// What an exit asks the run loop to do.
@@ -70,6 +70,8 @@ pub struct Vcpu {
     pub strict: bool,
     /// General registers.
     pub registers: Registers,
+    /// What the CPU holds of x87 between two levels.
+    x87: X87,
     /// Where the running VMSA is.
     vmsa: Spa,
     vmcb: OwnPages,
@@ -115,6 +117,7 @@ impl Vcpu {
             kind: guard.platform.kind(),
             strict: true,
             registers: Registers::default(),
+            x87: X87::held(),
             vmsa: Spa::new(0),
             vmcb: OwnPages::new(1),
             park: Park::new(),
@@ -463,7 +466,8 @@ impl Vcpu {
         }
         let at = self.vmcb.physical();
         let mut registers = Registers::default();
-        world::enter(&vmsa, self.vmcb_mut(), at, &mut registers);
+        let x87 = self.x87;
+        world::enter(&vmsa, self.vmcb_mut(), at, &mut registers, &x87);
         self.registers = registers;
         self.halted = false;
         if self.is_l2() {
@@ -494,7 +498,7 @@ impl Vcpu {
 
     fn leave_world(&mut self, why: &Reason) {
         self.interrupts[self.vmpl.index()] = virq::kept(self.vmcb().control.int_ctl);
-        world::leave(
+        self.x87 = world::leave(
             self.vmsa,
             self.vmcb(),
             self.vmcb.physical(),
@@ -580,9 +584,9 @@ impl Vcpu {
         let ticks = unsafe { svm::vmrun(at, &mut self.registers) };
         svm::host_interrupts(false);
         smp::left_guest(self.id);
-        // Seen a few times on overloaded computers: the exit stores the state that the host is to
-        // go on with, not the guest's, which is lost. No guest has these tables: no memory of
-        // theirs is the guest's.
+        // QEMU may leave nested paging on (docs/machine.md): the first instruction after VMRUN
+        // then faults in the guest's nested tables, and this second exit stores the machine's own
+        // state over the guest's, which is lost. No guest has the machine's page tables.
         if self.save().cr3 & !0xFFF == cpu::cr3() {
             return Flow::End(End::EmulatorFault(self.id.0));
         }
