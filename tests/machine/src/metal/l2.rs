@@ -308,6 +308,7 @@ impl Vcpu {
             status: Status::L2_EXIT_HOST_ROUTED_ASYNC,
             ..Exit::new(ExitReason::EXTERNAL_INTERRUPT)
         };
+        self.lock().platform.count_early_return();
         self.exit_to_l1(exit, 0)
     }
 }

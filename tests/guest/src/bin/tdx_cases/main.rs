@@ -53,6 +53,7 @@ extern "C" fn main() -> ! {
             l2::exits::CASES,
             l2::memory::CASES,
             l2::apic::CASES,
+            l2::two::CASES,
         ],
         || Ok(()),
         &mut Console,
@@ -64,11 +65,11 @@ extern "C" fn main() -> ! {
     })
 }
 
-/// Where the second processor ends up. It says who it is and sleeps.
+/// Where the second processor ends up. It says who it is and waits for work.
 #[cfg(target_os = "none")]
 extern "C" fn second(index: u64) -> ! {
     launch::second(index);
-    guest::tdcall::sleep()
+    l2::two::serve()
 }
 
 #[cfg(not(target_os = "none"))]

@@ -366,6 +366,11 @@ impl<P: PhysicalMemory> Platform<P> {
         Ok(())
     }
 
+    /// The host goes on with L1 although the L2 VM has stopped for nothing.
+    pub fn count_early_return(&mut self) {
+        self.counters.count_td_exit(Vmpl::VMPL1, "early-return");
+    }
+
     /// The VM that runs on `vcpu`, if it is not L1.
     pub fn running_l2(&self, vcpu: VcpuId) -> Option<Running> {
         let (inside, l2) = self.td()?.inside(vcpu)?;

@@ -5,4 +5,5 @@ pub mod enter;
 pub mod exits;
 pub mod fields;
 pub mod memory;
+pub mod two;
 mod vm;

@@ -391,7 +391,16 @@ impl Vm {
                 after[RAX]
             )));
         }
-        Ok(Some(Exit::load(&after)))
+        let exit = Exit::load(&after);
+        let resumed = (
+            Status::L2_EXIT_HOST_ROUTED_ASYNC,
+            ExitReason::EXTERNAL_INTERRUPT,
+        );
+        if (exit.status, exit.reason) == resumed {
+            // A host may go on with L1 at any time, for nothing.
+            return self.run_or_wait();
+        }
+        Ok(Some(exit))
     }
 
     fn words(&self) -> [u64; 20] {
