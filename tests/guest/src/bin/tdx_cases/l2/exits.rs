@@ -50,6 +50,11 @@ pub const CASES: &[Case] = &[
     case("l2_cr4_of_l1", "tdx.md §7 guest-host masks", cr4),
     case("l2_cr_shadow", "tdx.md §7 guest-host masks", shadow),
     case("l2_cr_native", "tdx.md §7 guest-host masks", cr_native),
+    case(
+        "l2_goes_on_a_thousand_times",
+        "docs/machine.md, TDX: hostile=early-return",
+        thousand,
+    ),
     case("l2_cr_impossible", "docs/machine.md, TDX: CR0, CR4", cr_gp),
     case("l2_tdcall", "tdx.md §7 routing: TDCALL", tdcall),
     case(
@@ -292,6 +297,15 @@ fn cr_native() -> Verdict {
     vm.state.gprs[RBX] = 0x8000_0031;
     vm.expect_halt(3)?;
     expect("CR0", vm.get(Field::CR0)? & 0x8001_0022, 0x8000_0020)
+}
+
+/// Exits that are nobody's but the machine's, for a host that makes something of them.
+fn thousand() -> Verdict {
+    // MOV CR4, RBX; DEC ECX; JNZ back; HLT.
+    let mut vm = Vm::of(&[0x0F, 0x22, 0xE3, 0xFF, 0xC9, 0x75, 0xF9, 0xF4])?;
+    (vm.state.gprs[RBX], vm.state.gprs[RCX]) = (0x620, 1000);
+    vm.expect_halt(7)?;
+    expect("turns left", vm.state.gprs[RCX], 0)
 }
 
 fn cr_gp() -> Verdict {
