@@ -164,12 +164,18 @@ const _: () = {
 
 /// Intercept bits.
 pub mod intercept {
+    /// misc1: external interrupts, for a CPU that waits for one.
+    pub const INTR: u32 = 1 << 0;
     /// misc1: NMI, which is how another CPU gets this one out of the guest.
     pub const NMI: u32 = 1 << 1;
+    /// misc1: a virtual interrupt can be taken.
+    pub const VINTR: u32 = 1 << 4;
     /// misc1: INIT.
     pub const INIT: u32 = 1 << 3;
     /// misc1: CPUID.
     pub const CPUID: u32 = 1 << 18;
+    /// misc1: IRET.
+    pub const IRET: u32 = 1 << 20;
     /// misc1: INVD.
     pub const INVD: u32 = 1 << 22;
     /// misc1: HLT.
@@ -202,6 +208,14 @@ pub mod intercept {
     /// exceptions: #DB and #AC, which KVM intercepts in guests whose debug registers it cannot
     /// switch.
     pub const EXCEPTION_DB_AC: u32 = 1 << 1 | 1 << 17;
+    /// control registers: reads of CR0, and under TCG of all others.
+    pub const CR_READ: u32 = 1 << 0;
+    /// control registers: writes of CR0.
+    pub const CR0_WRITE: u32 = 1 << 16;
+    /// control registers: writes of CR4.
+    pub const CR4_WRITE: u32 = 1 << 20;
+    /// debug registers: all accesses.
+    pub const DR_ALL: u32 = 0x00FF_00FF;
     /// debug registers: reads (15:0) and writes (31:16) of DR7.
     pub const DR7: u32 = 1 << 7 | 1 << 23;
 }
@@ -211,6 +225,10 @@ pub mod virq {
     const IRQ: u64 = 1 << 8;
     const IGNORE_TPR: u64 = 1 << 20;
     const VECTOR_SHIFT: u32 = 32;
+    /// RFLAGS.IF of the guest and its CR8 are its own; physical interrupts exit.
+    pub const MASKING: u64 = 1 << 24;
+    /// The task priority class that CR8 is.
+    pub const TPR: u64 = 0xF;
 
     /// A virtual interrupt that is taken as soon as interrupts are on.
     pub const fn pending(vector: u8) -> u64 {
@@ -271,6 +289,19 @@ pub fn take_nmi() {
     // SAFETY: opens GIF for one instruction with IF clear, so only an NMI comes, and its handler
     // does nothing.
     unsafe { asm!("stgi", "nop", "clgi") };
+}
+
+/// Lets physical interrupts end a guest that has [`virq::MASKING`], or no more. GIF is 0, so none
+/// comes here.
+pub fn host_interrupts(on: bool) {
+    // SAFETY: RFLAGS.IF means nothing while GIF is 0; the instruction behind STI takes its shadow.
+    unsafe {
+        if on {
+            asm!("sti", "nop", options(nomem, nostack));
+        } else {
+            asm!("cli", options(nomem, nostack));
+        }
+    }
 }
 
 /// Ticks of the time stamp counter that [`vmrun`] itself takes where each instruction is a tick:
