@@ -27,7 +27,8 @@
 //! | IGVM | `igvm_defs` 0.4, the public definition of the IGVM file format |
 //! | OVMF | EDK II, `OvmfPkg` (firmware metadata), stable202605 |
 //! | UEFI | UEFI specification 2.10 and Linux' configuration tables |
-//! | Turnstile | this project: ARCHITECTURE.md and `docs/` |
+//! | TDVF | Intel TDX Virtual Firmware Design Guide; EDK II, `OvmfPkg/IntelTdx` |
+| Turnstile | this project: ARCHITECTURE.md and `docs/` |
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -62,6 +63,7 @@ pub mod secrets;
 pub mod snp;
 pub mod stack_trace;
 pub mod svsm;
+pub mod tdvf;
 pub mod tdx;
 pub mod terminate;
 pub mod vmsa;
