@@ -59,6 +59,11 @@ pub enum Error {
         /// The entry point of the ELF header.
         entry: u64,
     },
+    /// No segment covers the reset vector of a trust domain.
+    #[error(
+        "no segment ends at 4 GiB; a trust domain starts at 0xfffffff0, check the linker script"
+    )]
+    NoResetVector,
     /// The ELF and what is placed behind it do not fit in the region.
     #[error(
         "needs {needed} bytes of a region of {available}; make the program smaller or the region larger"

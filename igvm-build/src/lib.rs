@@ -14,6 +14,7 @@
 //! | [`params`] | the page of launch parameters |
 //! | [`image`] | the file: all directives, in the order a loader needs |
 //! | [`digest`] | the launch digest of a list of directives |
+//! | [`td`] | the file of a trust domain |
 //! | [`show`], [`sidecar`] | descriptions for people and for tools |
 //! | [`flat`] | ROMs made of ELF files |
 //! | [`accept`] | when memory is accepted, in the words of a command line |
@@ -36,4 +37,5 @@ pub mod page_tables;
 pub mod params;
 pub mod show;
 pub mod sidecar;
+pub mod td;
 pub mod vmsa;

@@ -15,7 +15,8 @@ use igvm_build::firmware::Firmware;
 use igvm_build::flat::elf_to_flat;
 use igvm_build::image::{self, Options};
 use igvm_build::show::show;
-use igvm_build::sidecar::Sidecar;
+use igvm_build::sidecar::{Sidecar, hex};
+use igvm_build::td;
 use protocols::launch::Fault;
 
 #[derive(Parser)]
@@ -32,6 +33,14 @@ struct Arguments {
 enum Command {
     /// Build an image and write it, with a description beside it (FILE.json)
     Build(Build),
+    /// Build the image of a trust domain: every page of an ELF file that brings its own reset vector
+    Td {
+        /// The ELF file
+        elf: PathBuf,
+        /// Where to write the image
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Say what is in an image, and its launch digest
     Show {
         /// The IGVM file
@@ -88,6 +97,13 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Build(arguments) => build(&arguments)?,
+        Command::Td { elf, out } => {
+            let bytes = read(&elf, "an ELF file, build it with `cargo xtask build`")?;
+            let program = Program::parse(&bytes).map_err(FileError::content(&elf))?;
+            let image = td::build(&program).map_err(FileError::content(&elf))?;
+            write(&out, &image.bytes)?;
+            println!("MRTD {}", hex(&image.mrtd));
+        }
         Command::Show { file } => {
             let bytes = read(&file, "an IGVM file, build one with `igvm-build build`")?;
             print!("{}", show(&bytes).map_err(FileError::content(&file))?);

@@ -2,8 +2,43 @@
 //!
 //! Sources: Intel TDX Module 1.5 ABI Reference Specification (348551), sections on TDG.MEM.PAGE.*;
 //! the values are those of `sept` entries and interface functions of module 1.5.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`vmcall`] | what a trust domain asks of the host: TDG.VP.VMCALL |
+//! | [`ve`] | the virtualization exception |
+//! | [`metadata`] | identifiers of the fields that TDG.VM.RD and its like read |
+//! | [`report`] | the report a trust domain gets about itself |
 
 use crate::addr::{Gpa, PAGE_SIZE, PageSize};
+
+pub mod metadata;
+pub mod report;
+pub mod ve;
+pub mod vmcall;
+
+/// The instruction: 66 0F 01 CC.
+pub const TDCALL: [u8; 4] = [0x66, 0x0F, 0x01, 0xCC];
+
+/// The bit of a guest-physical address that makes it shared, for a guest whose addresses have
+/// `width` bits: the highest.
+#[must_use]
+pub const fn shared_bit(width: u32) -> u64 {
+    1 << (width - 1)
+}
+
+bitflags::bitflags! {
+    /// ATTRIBUTES of a trust domain, as far as guests look at them.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct TdAttributes: u64 {
+        /// The host may debug it.
+        const DEBUG = 1 << 0;
+        /// An access to a page that is not accepted goes to the host instead of raising #VE.
+        const SEPT_VE_DISABLE = 1 << 28;
+        /// It may be migrated.
+        const MIGRATABLE = 1 << 29;
+    }
+}
 
 open_enum! {
     /// A leaf of TDCALL: the low 16 bits of RAX.
@@ -61,6 +96,16 @@ open_enum! {
         PAGE_ATTR_INVALID = 0xC000_0B11,
         /// An operand is wrong; details: which.
         OPERAND_INVALID = 0xC000_0100,
+        /// There is no #VE whose information could be read.
+        NO_VALID_VE_INFO = 0xC000_0704,
+        /// There is no such field, or the identifier is not that of a single element.
+        METADATA_FIELD_ID_INCORRECT = 0xC000_0C00,
+        /// The field cannot be written by who asked.
+        METADATA_FIELD_NOT_WRITABLE = 0xC000_0C01,
+        /// The field cannot take this value.
+        METADATA_FIELD_VALUE_NOT_VALID = 0xC000_0C03,
+        /// Not an error: the first field's identifier was asked for.
+        METADATA_FIRST_FIELD_ID_IN_CONTEXT = 0x0000_0C0B,
         /// Another party holds what the call needs: to be repeated.
         OPERAND_BUSY = 0x8000_0200,
         /// As [`Status::OPERAND_BUSY`], the host having the right of way.
@@ -75,10 +120,40 @@ impl Status {
         Self((rax >> 32) as u32)
     }
 
+    /// The value of RAX with this code and `details`.
+    #[must_use]
+    pub const fn with(self, details: u32) -> u64 {
+        (self.0 as u64) << 32 | details as u64
+    }
+
     /// Whether the call is to be repeated, with its operands loaded anew.
     #[must_use]
     pub const fn is_busy(self) -> bool {
         self.0 == Self::OPERAND_BUSY.0 || self.0 == Self::OPERAND_BUSY_HOST_PRIORITY.0
+    }
+}
+
+open_enum! {
+    /// Which operand [`Status::OPERAND_INVALID`] and its like blame.
+    pub struct Operand(u32) {
+        /// RAX: leaf or version.
+        RAX = 0,
+        /// RCX.
+        RCX = 1,
+        /// RDX.
+        RDX = 2,
+        /// R8.
+        R8 = 8,
+        /// R9.
+        R9 = 9,
+    }
+}
+
+impl Operand {
+    /// The value of RAX that says that this operand is wrong.
+    #[must_use]
+    pub const fn invalid(self) -> u64 {
+        Status::OPERAND_INVALID.with(self.0)
     }
 }
 

@@ -59,6 +59,12 @@ const SVSM_COUNTS: Program = Program {
     features: &[],
     artefact: "svsm_counts.elf",
 };
+const TDX_CASES: Program = Program {
+    package: "guest",
+    bin: "tdx_cases",
+    features: &[],
+    artefact: "tdx_cases.elf",
+};
 const FAULTY_PARAVISOR: Program = Program {
     package: "svsm",
     bin: "svsm",
@@ -134,6 +140,8 @@ pub struct ForTests {
     pub svsm_cases: PathBuf,
     /// The VMPL1 guest that counts, packed as a firmware.
     pub svsm_counts: PathBuf,
+    /// The test program for L1 of a trust domain, an ELF file.
+    pub tdx_cases: PathBuf,
 }
 
 /// Builds what only the scenarios need.
@@ -142,6 +150,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let isa_cases = compile(layout, target, &ISA_CASES, &step)?;
     let guest = compile(layout, target, &SVSM_CASES, &step)?;
     let counts = compile(layout, target, &SVSM_COUNTS, &step)?;
+    let tdx_cases = compile(layout, target, &TDX_CASES, &step)?;
     step.done("");
     let svsm_cases = layout.artefacts.join("svsm_cases.fd");
     write_flat(&guest, GUEST_ROM_SIZE, &svsm_cases)?;
@@ -155,6 +164,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         isa_cases,
         svsm_cases,
         svsm_counts,
+        tdx_cases,
     })
 }
 

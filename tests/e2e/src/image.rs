@@ -13,7 +13,8 @@ use igvm_build::error::FileError;
 use igvm_build::firmware::Firmware;
 use igvm_build::flat::elf_to_flat;
 use igvm_build::image::{self, Options};
-use igvm_build::sidecar::Sidecar;
+use igvm_build::sidecar::{Sidecar, hex};
+use igvm_build::td;
 use protocols::launch::{Acceptance, Fault};
 
 /// The emulated machine's C-bit: its nested tables have four levels, so 47 is the highest bit that
@@ -73,6 +74,15 @@ impl Recipe<'_> {
         )?;
         Ok(sidecar)
     }
+}
+
+/// Builds the image of a trust domain and writes it to `out`; its MRTD.
+pub fn write_td(elf: &Path, out: &Path) -> Result<String> {
+    let bytes = read(elf, "an ELF file")?;
+    let program = Program::parse(&bytes).map_err(FileError::content(elf))?;
+    let image = td::build(&program).map_err(FileError::content(elf))?;
+    write(out, &image.bytes)?;
+    Ok(hex(&image.mrtd))
 }
 
 /// Where the description of an image lies.

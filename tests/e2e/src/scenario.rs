@@ -32,6 +32,8 @@ pub struct Artefacts {
     pub svsm_cases: PathBuf,
     /// The VMPL1 guest that counts what calls cost, packed as a firmware.
     pub svsm_counts: PathBuf,
+    /// The test program for L1 of a trust domain, an ELF file.
+    pub tdx_cases: PathBuf,
     /// The default firmware.
     pub ovmf: PathBuf,
     /// The firmware that the chosen scenarios need, the default one included.
@@ -309,16 +311,22 @@ impl Context {
     /// A machine of 4 GiB and one virtual processor, without an operating system. The referee is on
     /// if the image has a map to compare.
     pub fn machine(&self, image: PathBuf, sidecar: &Sidecar, settings: Settings) -> Config {
+        let settings = Settings {
+            map_descriptor: sidecar.map_descriptor,
+            low_end: sidecar.low_end,
+            ..settings
+        };
+        self.machine_of(image, settings)
+    }
+
+    /// The same without a paravisor in the image.
+    pub fn machine_of(&self, image: PathBuf, settings: Settings) -> Config {
         Config {
             qemu: self.artefacts.qemu.clone(),
             rom: self.artefacts.rom.clone(),
             image,
             loader: Loader::Machine,
-            settings: Settings {
-                map_descriptor: sidecar.map_descriptor,
-                low_end: sidecar.low_end,
-                ..settings
-            },
+            settings,
             memory: "4G".into(),
             low_memory: None,
             vcpus: 1,

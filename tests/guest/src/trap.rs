@@ -37,6 +37,11 @@ pub const PAGE_FAULT: u8 = 14;
 /// #VC.
 pub const VMM_COMMUNICATION: u8 = VC_VECTOR;
 
+/// #DF.
+pub const DOUBLE_FAULT: u8 = 8;
+/// #VE.
+pub const VIRTUALIZATION: u8 = protocols::tdx::ve::VECTOR;
+
 /// An exception that a listed instruction raised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trap {
@@ -58,6 +63,19 @@ impl Trap {
     /// #UD.
     pub const UD: Self = Self {
         vector: INVALID_OPCODE,
+        error: 0,
+        address: 0,
+    };
+
+    /// #VE; what it is about is asked of the module.
+    pub const VE: Self = Self {
+        vector: VIRTUALIZATION,
+        error: 0,
+        address: 0,
+    };
+    /// #DF.
+    pub const DF: Self = Self {
+        vector: DOUBLE_FAULT,
         error: 0,
         address: 0,
     };

@@ -136,6 +136,14 @@ impl<P: PhysicalMemory> Platform<P> {
     /// The checks of VMRUN on a VMSA. On success the VMSA counts as in use until
     /// [`Self::leave`], and the caller loads its state from the address returned.
     pub fn enter(&mut self, vcpu: VcpuId, vmpl: Vmpl) -> Result<Spa, EnterError> {
+        if let Some(td) = self.td() {
+            let state = td.state_of(vcpu).filter(|_| vmpl == Vmpl::VMPL0);
+            let spa = state.ok_or(EnterError::NoVmsa)?;
+            self.serve(vcpu);
+            let tsc = (self.clock)();
+            self.note_entry(vcpu, vmpl, tsc)?;
+            return Ok(spa);
+        }
         let gpa = self
             .context(vcpu, vmpl)
             .and_then(|c| c.vmsa)
@@ -160,10 +168,15 @@ impl<P: PhysicalMemory> Platform<P> {
         let rax = self.memory.read_u64(spa.plus(vmsa::RAX));
         let calls = &mut self.counters.calls;
         calls.close(vcpu, vmpl, gpa, rax, tsc, &guest);
+        self.note_entry(vcpu, vmpl, tsc)?.running = Some(gpa);
+        Ok(spa)
+    }
+
+    /// Counts the entry of a level, and tells if it is the first of its stage.
+    fn note_entry(&mut self, vcpu: VcpuId, vmpl: Vmpl, tsc: u64) -> Result<&mut Vcpu, EnterError> {
         let Some(state) = self.vcpus.get_mut(vcpu.index()) else {
             return Err(EnterError::NoVmsa);
         };
-        state.running = Some(gpa);
         let switched = state.last.replace(vmpl) != Some(vmpl);
         if switched {
             self.counters.vmpl(vmpl).world_switches += 1;
@@ -187,7 +200,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 instructions,
             }));
         }
-        Ok(spa)
+        self.vcpus.get_mut(vcpu.index()).ok_or(EnterError::NoVmsa)
     }
 
     /// The vCPU that is served is to start a lower level, but runs VMPL0 and is not interrupted.

@@ -159,6 +159,7 @@ fn artefacts(
         isa_cases: tests.isa_cases,
         svsm_cases: tests.svsm_cases,
         svsm_counts: tests.svsm_counts,
+        tdx_cases: tests.tdx_cases,
         ovmf,
         firmwares,
         kernels,

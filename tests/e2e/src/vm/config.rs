@@ -126,8 +126,8 @@ pub struct Settings {
     pub trace: Trace,
     /// How the machine itself breaks: `panic` or `exception`.
     pub breakage: Option<&'static str>,
-    /// The image's native platform, in a guest without SEV-SNP.
-    pub plain: bool,
+    /// The image's native platform, in a guest without SEV-SNP: the machine's plain mode.
+    pub native: bool,
 }
 
 impl Settings {
@@ -156,8 +156,8 @@ impl Settings {
         if let Some(breakage) = self.breakage {
             let _ = writeln!(text, "break={breakage}");
         }
-        if self.plain {
-            text.push_str("plain=on\n");
+        if self.native {
+            text.push_str("platform=native\n");
         }
         text
     }
@@ -400,13 +400,13 @@ mod tests {
             hostile: Some("map-wrap".into()),
             trace: Trace::All,
             breakage: Some("panic"),
-            plain: true,
+            native: true,
             ..Settings::default()
         };
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplain=on\n"
+                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplatform=native\n"
             ),
             "{text}"
         );

@@ -55,7 +55,7 @@ impl Config {
         Ok(Config {
             loader,
             settings: Settings {
-                plain: true,
+                native: true,
                 map_descriptor: None,
                 low_end: None,
                 ..self.settings
@@ -66,7 +66,7 @@ impl Config {
 
     /// Whether this is a run of the native platform.
     pub fn is_native(&self) -> bool {
-        self.settings.plain
+        self.settings.native
     }
 
     /// The way, in words.

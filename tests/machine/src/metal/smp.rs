@@ -285,6 +285,13 @@ pub fn start_or_stop(from: VcpuId, action: ApAction) {
     ask(from, action.target, request);
 }
 
+/// Lets every CPU but the first run its first level.
+pub fn release_others() {
+    for id in 1..slots().len() as u32 {
+        ask(VcpuId(0), VcpuId(id), Request::Start(Vmpl::VMPL0));
+    }
+}
+
 /// Calls `act` for each vCPU an x2APIC interrupt command addresses.
 pub fn for_each_target(from: VcpuId, icr: u64, act: fn(VcpuId, VcpuId)) {
     /// Destination shorthand: 2 is all, 3 is all but the sender.

@@ -164,6 +164,8 @@ const _: () = {
 
 /// Intercept bits.
 pub mod intercept {
+    /// misc1: external interrupts, for a CPU that waits for one.
+    pub const INTR: u32 = 1 << 0;
     /// misc1: NMI, which is how another CPU gets this one out of the guest.
     pub const NMI: u32 = 1 << 1;
     /// misc1: INIT.
@@ -202,6 +204,8 @@ pub mod intercept {
     /// exceptions: #DB and #AC, which KVM intercepts in guests whose debug registers it cannot
     /// switch.
     pub const EXCEPTION_DB_AC: u32 = 1 << 1 | 1 << 17;
+    /// control registers: writes of CR4.
+    pub const CR4_WRITE: u32 = 1 << 20;
     /// debug registers: reads (15:0) and writes (31:16) of DR7.
     pub const DR7: u32 = 1 << 7 | 1 << 23;
 }

@@ -19,7 +19,7 @@ use core::cmp::Ordering;
 use machine::describe;
 use machine::guest::walk::Paging;
 use machine::platform::End;
-use machine::settings::{Hostile, Reflection, Trace};
+use machine::settings::{Hostile, PlatformKind, Reflection, Trace};
 use machine::types::{Spa, VcpuId, Vmpl};
 use protocols::exit_code::ExitCode;
 use protocols::report::Event;
@@ -42,6 +42,8 @@ pub enum Flow {
     Run(Vmpl, Reason),
     /// Leave the world and wait until this CPU is told to go on.
     Hold(Reason),
+    /// Leave the world and wait until an interrupt comes.
+    Idle(Reason),
     /// The run is over.
     End(End),
 }
@@ -61,6 +63,8 @@ pub struct Vcpu {
     pub id: VcpuId,
     /// The level that runs, or ran last.
     pub vmpl: Vmpl,
+    /// What the platform is.
+    pub kind: PlatformKind,
     /// Whether that level gets #VC for what KVM has reflected.
     pub strict: bool,
     /// General registers.
@@ -83,6 +87,8 @@ pub struct Vcpu {
     halted: bool,
     /// An NMI of the guest woke it.
     nmi_due: bool,
+    /// An NMI waits until the information of a #VE has been asked for.
+    pub held_nmi: bool,
     /// `hostile=early-return`.
     hostile: bool,
     /// Times a lower level was resumed, counted for a hostile host only.
@@ -103,6 +109,7 @@ impl Vcpu {
         Vcpu {
             id,
             vmpl: Vmpl::VMPL0,
+            kind: guard.platform.kind(),
             strict: true,
             registers: Registers::default(),
             vmsa: Spa::new(0),
@@ -116,6 +123,7 @@ impl Vcpu {
             interrupts: [0; Vmpl::COUNT],
             halted: false,
             nmi_due: false,
+            held_nmi: false,
             hostile: settings.is_hostile(Hostile::EarlyReturn),
             resumes: 0,
             icount: settings.icount,
@@ -246,6 +254,11 @@ impl Vcpu {
                     self.halted = why.code == ExitCode::HLT.0;
                     self.wait_for_start()
                 }
+                Flow::Idle(why) => {
+                    self.leave_world(&why);
+                    self.halted = true;
+                    self.wait(true)
+                }
                 Flow::End(end) => finish::end(end, self.rip()),
             };
         }
@@ -314,8 +327,18 @@ impl Vcpu {
     ///
     /// A level that halted with interrupts off goes on when an NMI arrives.
     pub fn wait_for_start(&mut self) -> Vmpl {
-        smp::set_asleep(self.id, true);
+        self.wait(false)
+    }
+
+    /// Waits, parked; with `interruptible` an interrupt makes the level go on that halted. It stays
+    /// pending, and the level gets it.
+    fn wait(&mut self, interruptible: bool) -> Vmpl {
+        smp::set_asleep(self.id, !interruptible);
         self.init_park();
+        if interruptible {
+            self.save_mut().rflags |= RFLAGS_IF;
+            self.vmcb_mut().control.intercept_misc1 |= intercept::INTR;
+        }
         let next = loop {
             if let Some(vmpl) = self.started() {
                 break vmpl;
@@ -324,6 +347,9 @@ impl Vcpu {
             // SAFETY: (1) the parked guest's nested tables map one page of its own code; (2) and
             // (3) as in `step`.
             unsafe { svm::vmrun(at, &mut self.registers) };
+            if self.vmcb().control.exit_code == ExitCode::INTR.0 {
+                break self.vmpl;
+            }
             svm::take_nmi();
             if !smp::was_kicked(self.id) && self.halted {
                 self.nmi_due = true;
@@ -454,7 +480,12 @@ impl Vcpu {
     pub fn init_control(&mut self) {
         let strict = self.strict;
         let iopm = self.permissions.ports(strict);
-        let msrpm = self.permissions.msrs(strict);
+        let is_td = self.kind == PlatformKind::Tdx;
+        let msrpm = if is_td {
+            self.permissions.td_msrs()
+        } else {
+            self.permissions.msrs(strict)
+        };
         let interrupt = self.interrupts[self.vmpl.index()];
         let all = self.reflection == Reflection::All;
         let control = &mut self.vmcb_mut().control;
@@ -470,12 +501,15 @@ impl Vcpu {
         control.intercept_misc2 = intercept::SVM | intercept::XSETBV;
         control.intercept_dr = 0;
         if strict {
-            control.intercept_dr = intercept::DR7;
-            control.intercept_exceptions |= intercept::EXCEPTION_DB_AC;
-            control.intercept_misc1 |= intercept::INVD | intercept::RDPMC;
+            control.intercept_misc1 |= intercept::INVD;
             control.intercept_misc2 |= intercept::WBINVD | intercept::MONITOR_MWAIT;
         }
-        if all {
+        if strict && !is_td {
+            control.intercept_dr = intercept::DR7;
+            control.intercept_exceptions |= intercept::EXCEPTION_DB_AC;
+            control.intercept_misc1 |= intercept::RDPMC;
+        }
+        if all && !is_td {
             control.intercept_misc1 |= intercept::RDTSC;
             control.intercept_misc2 |= intercept::RDTSCP;
         }
@@ -503,6 +537,7 @@ impl Vcpu {
         self.vmcb_mut().control.n_cr3 = root;
         self.injected = self.vmcb().control.event_inj;
         cpu::match_cr4(self.save().cr4);
+        let hidden = self.hide_long_mode();
         let at = self.vmcb.physical();
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
@@ -518,6 +553,10 @@ impl Vcpu {
             // The instruction that exits was not executed; one that the machine carries out is
             // counted when that is done.
             self.executed += ticks.saturating_sub(svm::VMRUN_TICKS);
+        }
+        if hidden {
+            self.save_mut().efer |= Efer::LME.0;
+            self.vmcb_mut().control.intercept_cr = 0;
         }
         self.keep_interrupted_event();
         exit::handle(self)
@@ -540,6 +579,22 @@ impl Vcpu {
         // SAFETY: (1) and (2) are the caller's promise; (3) `new` enabled SVM.
         unsafe { svm::vmrun(at, &mut self.registers) };
         self.keep_interrupted_event();
+    }
+
+    /// Takes LME out of EFER while the guest has neither paging nor PAE; says whether it did. TCG's
+    /// #VMEXIT puts CR0 back before EFER and CR4: with the guest's LME and without its PAE it takes
+    /// the host's paging for an error, and leaves the host without. The guest sees nothing of it: EFER
+    /// is intercepted always, CR4 as long as LME is hidden.
+    fn hide_long_mode(&mut self) -> bool {
+        const CR4_PAE: u64 = 1 << 5;
+        let save = self.save_mut();
+        let hide =
+            save.efer & Efer::LME.0 != 0 && save.cr0 & CR0_PG == 0 && save.cr4 & CR4_PAE == 0;
+        if hide {
+            save.efer &= !Efer::LME.0;
+            self.vmcb_mut().control.intercept_cr = intercept::CR4_WRITE;
+        }
+        hide
     }
 
     /// Stores what VMRUN does not switch (TR among it) in the VMCB, to be read there.
