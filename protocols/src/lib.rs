@@ -28,7 +28,7 @@
 //! | OVMF | EDK II, `OvmfPkg` (firmware metadata), stable202605 |
 //! | UEFI | UEFI specification 2.10 and Linux' configuration tables |
 //! | TDVF | Intel TDX Virtual Firmware Design Guide; EDK II, `OvmfPkg/IntelTdx` |
-| Turnstile | this project: ARCHITECTURE.md and `docs/` |
+//! | Turnstile | this project: ARCHITECTURE.md and `docs/` |
 
 #![no_std]
 #![forbid(unsafe_code)]
@@ -51,6 +51,7 @@ pub mod efi;
 pub mod exit_code;
 pub mod ghcb;
 pub mod guid;
+pub mod hob;
 pub mod igvm_map;
 pub mod launch;
 pub mod map;

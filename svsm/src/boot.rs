@@ -532,8 +532,21 @@ fn publish_descriptor(
     plan: &Plan,
     vcpu_table: Gpa,
 ) -> Result<(), TurnstileReason> {
+    let mut shown = shown_map(&system.engine, plan)?;
+    shown.vcpu_count = system.registry.shown_count() as u32;
+    shown.vcpu_table_gpa = vcpu_table.get();
+    shown.guest_vmpl = GUEST_VMPL.number().into();
+    descriptor::publish(shown);
+    Ok(())
+}
+
+/// The map as the referee reads it.
+pub(crate) fn shown_map<B: Backend>(
+    engine: &Engine<'_, B>,
+    plan: &Plan,
+) -> Result<MapDescriptor, TurnstileReason> {
     let mut shown = MapDescriptor::new();
-    let ranges = system.engine.map().ranges();
+    let ranges = engine.map().ranges();
     let mut ranges = ranges.iter();
     for (outer, group) in plan.groups() {
         let first = ranges.next().ok_or(TurnstileReason::INTERNAL)?;
@@ -547,9 +560,5 @@ fn publish_descriptor(
             return Err(TurnstileReason::MAP_TOO_MANY);
         }
     }
-    shown.vcpu_count = system.registry.shown_count() as u32;
-    shown.vcpu_table_gpa = vcpu_table.get();
-    shown.guest_vmpl = GUEST_VMPL.number().into();
-    descriptor::publish(shown);
-    Ok(())
+    Ok(shown)
 }

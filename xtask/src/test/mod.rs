@@ -160,6 +160,7 @@ fn artefacts(
         svsm_cases: tests.svsm_cases,
         svsm_counts: tests.svsm_counts,
         tdx_cases: tests.tdx_cases,
+        l2_cases: tests.l2_cases,
         ovmf,
         firmwares,
         kernels,
