@@ -41,6 +41,18 @@ impl FieldId {
         self.0 & NAME == other.0 & NAME
     }
 
+    /// The code: which field of its class.
+    #[must_use]
+    pub const fn code(self) -> u32 {
+        (self.0 & 0xFF_FFFF) as u32
+    }
+
+    /// The class.
+    #[must_use]
+    pub const fn class(self) -> u64 {
+        self.0 >> 56 & 0x3F
+    }
+
     /// Whether one element of one field is meant.
     #[must_use]
     pub const fn is_single(self) -> bool {
@@ -58,6 +70,13 @@ bitflags::bitflags! {
         const FLEXIBLE_PENDING_VE = 1 << 1;
         /// RBP is never passed to the host.
         const NO_RBP_MOD = 1 << 2;
+    }
+
+    /// TDX_FEATURES0.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Features0: u64 {
+        /// There can be L2 VMs.
+        const TD_PARTITIONING = 1 << 7;
     }
 
     /// TDCS.TD_CTLS.

@@ -7,28 +7,58 @@ open_enum! {
     /// Basic exit reasons of Intel's virtualization (SDM volume 3, appendix C), as far as they reach
     /// a trust domain.
     pub struct ExitReason(u32) {
+        /// An exception or an NMI.
+        EXCEPTION_OR_NMI = 0,
+        /// An interrupt.
+        EXTERNAL_INTERRUPT = 1,
+        /// The processor shut down.
+        TRIPLE_FAULT = 2,
+        /// An interrupt can be taken.
+        INTERRUPT_WINDOW = 7,
+        /// An NMI can be taken.
+        NMI_WINDOW = 8,
         /// CPUID.
         CPUID = 10,
         /// HLT.
         HLT = 12,
         /// INVD.
         INVD = 13,
+        /// RDPMC.
+        RDPMC = 15,
+        /// RDTSC.
+        RDTSC = 16,
         /// VMCALL.
         VMCALL = 18,
+        /// A control register.
+        CR_ACCESS = 28,
+        /// A debug register.
+        DR_ACCESS = 29,
         /// IN, OUT and their string forms.
         IO = 30,
         /// RDMSR.
         RDMSR = 31,
         /// WRMSR.
         WRMSR = 32,
+        /// The entry failed: the state is none that a processor can have. With bit 31.
+        ENTRY_FAILED_STATE = 1 << 31 | 33,
         /// MWAIT.
         MWAIT = 36,
         /// MONITOR.
         MONITOR = 39,
+        /// The task priority is below its threshold.
+        TPR_BELOW_THRESHOLD = 43,
+        /// The service of an interrupt has ended that L1 wants to hear of.
+        VIRTUALIZED_EOI = 45,
         /// An access that the extended page tables do not allow.
         EPT_VIOLATION = 48,
+        /// RDTSCP.
+        RDTSCP = 51,
         /// WBINVD.
         WBINVD = 54,
+        /// XSETBV.
+        XSETBV = 55,
+        /// TDCALL.
+        TDCALL = 77,
     }
 }
 
