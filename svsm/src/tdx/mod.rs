@@ -15,9 +15,11 @@
 //! |---|---|
 //! | `entry` | the first instructions, and the wait of the other processors |
 //! | [`hob`] | the list of hand-off blocks the firmware finds |
+//! | [`l2`] | the guest in its L2 VM |
 
 #[cfg(target_os = "none")]
 mod bare;
 #[cfg(target_os = "none")]
 mod entry;
 pub mod hob;
+pub mod l2;
