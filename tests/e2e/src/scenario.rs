@@ -13,7 +13,7 @@ use protocols::report::{Event, Outcome, Report};
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
-use crate::vm::{Config, Console, Finished, Linux, Loader, Settings};
+use crate::vm::{Config, Console, Cores, Finished, Linux, Loader, Settings};
 
 /// Everything that was built and fetched for the scenarios.
 #[derive(Clone, Debug)]
@@ -88,7 +88,8 @@ pub struct Context {
 pub struct Scenario {
     /// `INTENT/NAME`, unique.
     pub name: String,
-    /// How many processors it keeps busy: its machine's virtual ones, or one for a program.
+    /// How many of the computer's cores it keeps busy: one for each virtual processor of a machine
+    /// that may use them all, one for any other machine, and for a program.
     pub weight: u32,
     /// Whether it is left out unless everything is asked for (`xtask test --full`).
     pub full_only: bool,
@@ -126,11 +127,11 @@ impl Scenario {
         }
     }
 
-    /// The same, for a machine with `vcpus` busy virtual processors.
+    /// The same, which keeps so many of the computer's cores busy.
     #[must_use]
-    pub fn weighing(self, vcpus: u32) -> Scenario {
+    pub fn weighing(self, cores: u32) -> Scenario {
         Scenario {
-            weight: vcpus,
+            weight: cores,
             ..self
         }
     }
@@ -333,6 +334,7 @@ impl Context {
             memory: "4G".into(),
             low_memory: None,
             vcpus: 1,
+            cores: Cores::One,
             linux: None,
             disk: None,
             console: Console::File,
@@ -373,6 +375,8 @@ impl Context {
         };
         let config = Config {
             vcpus: 2,
+            // It uses no FXRSTOR, and its processors shall meet.
+            cores: Cores::All,
             ..self.machine(image, &sidecar, settings)
         };
         Ok((config, sidecar))

@@ -240,6 +240,12 @@ pub unsafe fn call(address: u64) -> Result<u64, Trap> {
     trap::result(value)
 }
 
+/// Takes interrupts for a moment.
+pub fn open_interrupts() {
+    // SAFETY: the handlers are installed; interrupts are off before and after.
+    unsafe { asm!("sti", "nop", "nop", "cli") };
+}
+
 /// The four registers CPUID answers in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuidResult {

@@ -355,7 +355,10 @@ impl End {
             Self::EmulatorFault(vcpu) => (
                 Outcome::EmulatorFault,
                 u64::from(vcpu),
-                format!("QEMU has put the machine's own state in place of that of vCPU {vcpu}"),
+                format!(
+                    "QEMU has lost the state of vCPU {vcpu}; with --cores one it does not \
+                     (docs/machine.md)"
+                ),
                 None,
             ),
         }

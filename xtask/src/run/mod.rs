@@ -21,7 +21,8 @@ use clap::Args;
 use e2e::guests::{Firmware, Kernel};
 use e2e::image::{Accept, Extras};
 use e2e::vm::{
-    Backing, Config, Console, Finished, Happening, Linux, Loader, Platform, Settings, Stage, Vc,
+    Backing, Config, Console, Cores, Finished, Happening, Linux, Loader, Platform, Settings, Stage,
+    Vc,
 };
 use e2e::{image, initramfs};
 use protocols::report::Event;
@@ -45,6 +46,10 @@ pub struct Options {
     /// Number of virtual processors
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     vcpus: u32,
+    /// Cores of this computer that several virtual processors run on: one (slower, and right), or
+    /// all (QEMU may then lose the state of the first, which ends the run)
+    #[arg(long, default_value = "one")]
+    cores: Cores,
     /// Granularity in which the host backs private memory: 4k or 2m
     #[arg(long, default_value = "4k")]
     backing: Backing,
@@ -199,6 +204,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         memory: options.mem.clone(),
         low_memory: None,
         vcpus: options.vcpus,
+        cores: options.cores,
         linux,
         disk,
         console: if terminal && options.exec.is_none() {

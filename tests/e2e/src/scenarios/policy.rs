@@ -37,8 +37,7 @@ pub fn scenarios() -> Vec<Scenario> {
     let boots = boots.map(|(name, acceptance, backing, memory)| {
         let scenario = Scenario::new(name, move |context| {
             boot(context, acceptance, backing, memory)
-        })
-        .weighing(4);
+        });
         // Every day one boot: the test guest goes through both policies and both backings.
         if name == "policy/linux-ahead" {
             scenario

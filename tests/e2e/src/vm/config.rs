@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 
-use super::Disk;
+use super::{Cores, Disk};
 
 /// The granularity in which the emulated host backs private memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -217,6 +217,8 @@ pub struct Config {
     pub low_memory: Option<String>,
     /// Number of virtual processors.
     pub vcpus: u32,
+    /// The computer's cores they run on.
+    pub cores: Cores,
     /// The guest's operating system, if it is to have one.
     pub linux: Option<Linux>,
     /// A disk with an operating system, with network and randomness beside it.

@@ -16,6 +16,7 @@ mod finish;
 mod fwcfg;
 mod guest_memory;
 mod heap;
+mod l2;
 mod memory;
 mod npt;
 mod permissions;

@@ -93,6 +93,30 @@ impl Permissions {
     }
 }
 
+/// The MSR map of one CPU's L2 VM.
+pub struct L2Msrs(Bitmap);
+
+impl L2Msrs {
+    /// A map that catches all.
+    pub fn new() -> Self {
+        Self(Bitmap::new(MSRPM_PAGES, true))
+    }
+
+    /// Lets the VM use what `catches` (by number, and whether it is written) does not want and the
+    /// processor switches. The CPU must not be in the guest.
+    pub fn set(&mut self, catches: impl Fn(u32, bool) -> bool) {
+        for number in SWITCHED {
+            self.0
+                .intercept_msr(number, catches(number, false), catches(number, true));
+        }
+    }
+
+    /// Its physical address.
+    pub fn physical(&self) -> u64 {
+        self.0.physical()
+    }
+}
+
 struct Bitmap(OwnPages);
 
 impl Bitmap {
@@ -113,7 +137,7 @@ impl Bitmap {
     }
 
     fn set(&self, bit: usize, value: bool) {
-        // SAFETY: callers pass bits inside the map's pages; no CPU runs on it yet.
+        // SAFETY: callers pass bits inside the map's pages; no CPU is in a guest with it.
         unsafe {
             let byte = self.0.pointer::<u8>().add(bit / 8);
             let mask = 1 << (bit % 8);

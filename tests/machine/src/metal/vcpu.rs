@@ -26,12 +26,13 @@ use protocols::report::Event;
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, Vmsa};
 
 use super::console;
+use super::l2;
 use super::memory::OwnPages;
 use super::npt::Mode;
 use super::permissions::Permissions;
 use super::smp::{Park, Request};
 use super::svm::{self, Registers, Save, Vmcb, intercept, seg, virq};
-use super::world::{self, Reason};
+use super::world::{self, Reason, X87};
 use super::{cpu, exit, finish, shared, smp};
 
 /// What an exit asks the run loop to do.
@@ -69,6 +70,8 @@ pub struct Vcpu {
     pub strict: bool,
     /// General registers.
     pub registers: Registers,
+    /// What the CPU holds of x87 between two levels.
+    x87: X87,
     /// Where the running VMSA is.
     vmsa: Spa,
     vmcb: OwnPages,
@@ -97,6 +100,8 @@ pub struct Vcpu {
     icount: bool,
     /// Instructions of the running level that are not in the counters yet.
     executed: u64,
+    /// What an L2 VM of a trust domain needs besides.
+    pub l2: l2::Cpu,
 }
 
 impl Vcpu {
@@ -112,6 +117,7 @@ impl Vcpu {
             kind: guard.platform.kind(),
             strict: true,
             registers: Registers::default(),
+            x87: X87::held(),
             vmsa: Spa::new(0),
             vmcb: OwnPages::new(1),
             park: Park::new(),
@@ -128,6 +134,7 @@ impl Vcpu {
             resumes: 0,
             icount: settings.icount,
             executed: 0,
+            l2: l2::Cpu::new(),
         }
     }
 
@@ -175,10 +182,25 @@ impl Vcpu {
         }
     }
 
+    /// Whether an L2 VM of a trust domain runs.
+    pub fn is_l2(&self) -> bool {
+        self.kind == PlatformKind::Tdx && self.vmpl != Vmpl::VMPL0
+    }
+
     /// Whether the guest runs 64-bit code.
     pub fn is_64_bit(&self) -> bool {
         let save = self.save();
         save.efer & EFER_LMA != 0 && save.segments[seg::CS].attributes.is_long()
+    }
+
+    /// The map that catches all ports.
+    pub fn all_ports(&self) -> u64 {
+        self.permissions.ports(true)
+    }
+
+    /// An NMI of the guest goes to L1 when that is entered.
+    pub fn nmi_for_l1(&mut self) {
+        self.nmi_due = true;
     }
 
     /// The view that fits the guest's paging mode.
@@ -272,6 +294,10 @@ impl Vcpu {
             return None;
         }
         self.resumes += 1;
+        if self.is_l2() {
+            let due = self.resumes.is_multiple_of(EARLY_RETURN_EVERY);
+            return due.then(|| self.host_resumes_l1());
+        }
         let intr = Reason {
             code: ExitCode::INTR.0,
             info_1: 0,
@@ -435,13 +461,20 @@ impl Vcpu {
             smp::answer(self.id);
         }
         self.init_control();
+        if self.is_l2() {
+            self.init_l2_control();
+        }
         let at = self.vmcb.physical();
         let mut registers = Registers::default();
-        world::enter(&vmsa, self.vmcb_mut(), at, &mut registers);
+        let x87 = self.x87;
+        world::enter(&vmsa, self.vmcb_mut(), at, &mut registers, &x87);
         self.registers = registers;
         self.halted = false;
+        if self.is_l2() {
+            self.begin_l2();
+        }
         if core::mem::take(&mut self.nmi_due) {
-            self.nmi();
+            self.nmi_unless_held();
         }
         self.trace_entry(left, left_rax);
     }
@@ -465,7 +498,7 @@ impl Vcpu {
 
     fn leave_world(&mut self, why: &Reason) {
         self.interrupts[self.vmpl.index()] = virq::kept(self.vmcb().control.int_ctl);
-        world::leave(
+        self.x87 = world::leave(
             self.vmsa,
             self.vmcb(),
             self.vmcb.physical(),
@@ -499,6 +532,7 @@ impl Vcpu {
             | intercept::MSR
             | intercept::SHUTDOWN;
         control.intercept_misc2 = intercept::SVM | intercept::XSETBV;
+        control.intercept_cr = 0;
         control.intercept_dr = 0;
         if strict {
             control.intercept_misc1 |= intercept::INVD;
@@ -524,6 +558,11 @@ impl Vcpu {
 
     /// One VMRUN and what its exit asks for.
     fn step(&mut self) -> Flow {
+        if self.is_l2()
+            && let Some(flow) = self.prepare_l2()
+        {
+            return flow;
+        }
         let mode = self.mode();
         let root = {
             let mut machine = shared::lock(self.rip());
@@ -539,13 +578,15 @@ impl Vcpu {
         cpu::match_cr4(self.save().cr4);
         let hidden = self.hide_long_mode();
         let at = self.vmcb.physical();
+        svm::host_interrupts(self.is_l2());
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
         let ticks = unsafe { svm::vmrun(at, &mut self.registers) };
+        svm::host_interrupts(false);
         smp::left_guest(self.id);
-        // Seen a few times on overloaded computers: the exit stores the state that the host is to
-        // go on with, not the guest's, which is lost. No guest has these tables: no memory of
-        // theirs is the guest's.
+        // QEMU may leave nested paging on (docs/machine.md): the first instruction after VMRUN
+        // then faults in the guest's nested tables, and this second exit stores the machine's own
+        // state over the guest's, which is lost. No guest has the machine's page tables.
         if self.save().cr3 & !0xFFF == cpu::cr3() {
             return Flow::End(End::EmulatorFault(self.id.0));
         }
@@ -556,7 +597,7 @@ impl Vcpu {
         }
         if hidden {
             self.save_mut().efer |= Efer::LME.0;
-            self.vmcb_mut().control.intercept_cr = 0;
+            self.vmcb_mut().control.intercept_cr = self.l2.intercept_cr(self.vmpl);
         }
         self.keep_interrupted_event();
         exit::handle(self)
@@ -592,7 +633,7 @@ impl Vcpu {
             save.efer & Efer::LME.0 != 0 && save.cr0 & CR0_PG == 0 && save.cr4 & CR4_PAE == 0;
         if hide {
             save.efer &= !Efer::LME.0;
-            self.vmcb_mut().control.intercept_cr = intercept::CR4_WRITE;
+            self.vmcb_mut().control.intercept_cr |= intercept::CR4_WRITE;
         }
         hide
     }

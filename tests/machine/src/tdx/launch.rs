@@ -14,7 +14,7 @@ use crate::cpuid::Context;
 use crate::launch::{Environment, LaunchError};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
-use crate::types::{PAGE_SIZE, VcpuId};
+use crate::types::{PAGE_SIZE, VcpuId, Vmpl};
 
 /// XFAM: x87 and SSE, all that the machine switches between worlds.
 pub(super) const XFAM: u64 = 3;
@@ -53,9 +53,9 @@ impl<P: PhysicalMemory> Platform<P> {
     ) -> Result<(), LaunchError> {
         let attributes = attributes(policy).ok_or(LaunchError::Policy(policy))?;
         let vcpus = self.vcpu_count();
-        let pages = u64::from(vcpus);
+        let pages = u64::from(vcpus) * Vmpl::COUNT as u64;
         let states =
-            (environment.allocate)(vcpus as usize).ok_or(LaunchError::OutOfMemory { pages })?;
+            (environment.allocate)(pages as usize).ok_or(LaunchError::OutOfMemory { pages })?;
         for index in 0..vcpus {
             let context = Context {
                 osxsave: false,
@@ -63,9 +63,13 @@ impl<P: PhysicalMemory> Platform<P> {
                 svsm: false,
             };
             let signature = environment.td_cpuid.lookup(1, 0, &context).eax;
-            let at = states.plus(u64::from(index) * PAGE_SIZE);
-            self.memory
-                .write(at, first_state(VcpuId(index), signature).as_bytes());
+            let state = first_state(VcpuId(index), signature);
+            // An L2 VM begins like this as well, until L1 says otherwise.
+            for level in 0..Vmpl::COUNT as u64 {
+                let page = u64::from(index) * Vmpl::COUNT as u64 + level;
+                self.memory
+                    .write(states.plus(page * PAGE_SIZE), state.as_bytes());
+            }
         }
         let mut mac_key = [0; 32];
         for word in mac_key.chunks_exact_mut(8) {

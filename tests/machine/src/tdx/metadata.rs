@@ -1,12 +1,12 @@
 //! What the module remembers about the trust domain and its processors, and lets L1 read and write
 //! (§6): TDG.VM.RD, VM.WR, VP.RD, VP.WR, VP.VEINFO.GET, VP.CPUIDVE.SET.
 
-use protocols::tdx::metadata::{ConfigFlags, FieldId, L2Controls, TdControls};
+use protocols::tdx::metadata::{ConfigFlags, FieldId, TdControls};
 use protocols::tdx::vmcall::register::{R8, R9, R10, RCX, RDX};
 use protocols::tdx::{L2Vm, Operand, Status};
 
+use super::Td;
 use super::tdcall::Gprs;
-use super::{L2ControlsField, Td};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::types::VcpuId;
@@ -133,17 +133,17 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 
     /// TDG.VP.RD.
-    pub(super) fn vp_rd(&mut self, vcpu: VcpuId, gprs: &mut Gprs) -> u64 {
+    pub(super) fn vp_rd(&self, vcpu: VcpuId, gprs: &mut Gprs) -> u64 {
         let id = FieldId(gprs[RDX]);
         gprs[R8] = 0;
         gprs[RDX] = FieldId::NONE.0;
         if gprs[RCX] != 0 {
             return Operand::RCX.invalid();
         }
-        let Some(L2ControlsField(controls)) = self.vp_field(vcpu, id) else {
+        let Some(value) = self.l2_field(vcpu, id) else {
             return Status::METADATA_FIELD_ID_INCORRECT.with(0);
         };
-        gprs[R8] = controls.bits();
+        gprs[R8] = value;
         Status::SUCCESS.with(0)
     }
 
@@ -154,27 +154,14 @@ impl<P: PhysicalMemory> Platform<P> {
         if gprs[RCX] != 0 {
             return Operand::RCX.invalid();
         }
-        let Some(L2ControlsField(controls)) = self.vp_field(vcpu, id) else {
+        let Some(old) = self.l2_field(vcpu, id) else {
             return Status::METADATA_FIELD_ID_INCORRECT.with(0);
         };
-        let old = controls.bits();
-        let Some(new) = L2Controls::from_bits(old & !mask | value & mask) else {
-            return Status::METADATA_FIELD_VALUE_NOT_VALID.with(0);
-        };
-        *controls = new;
-        gprs[R8] = old;
-        Status::SUCCESS.with(0)
-    }
-
-    /// A field of the processor: L2_CTLS of some VM.
-    fn vp_field(&mut self, vcpu: VcpuId, id: FieldId) -> Option<&mut L2ControlsField> {
-        let known = id.is_single();
-        let vp = self.td_mut()?.vp(vcpu)?;
-        L2Vm::ALL
-            .iter()
-            .zip(&mut vp.l2_ctls)
-            .find(|(vm, _)| known && FieldId::l2_ctls(**vm).is(id))
-            .map(|(_, field)| field)
+        let status = self.set_l2_field(vcpu, id, old & !mask | value & mask);
+        if status == Status::SUCCESS {
+            gprs[R8] = old;
+        }
+        status.with(0)
     }
 
     /// TDG.VP.VEINFO.GET: once for each #VE.

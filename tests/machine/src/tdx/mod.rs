@@ -12,14 +12,16 @@
 //! | `page` | TDG.MEM.PAGE.ACCEPT, ATTR.RD, ATTR.WR |
 //! | `metadata` | TDG.VM.RD and its like, TDG.VP.INFO, CPUIDVE.SET, VEINFO.GET |
 //! | `report` | TDG.MR.RTMR.EXTEND, TDG.MR.REPORT |
+//! | [`l2`] | TD partitioning: the L2 VMs, their entry and exits |
 //! | `vmcall` | the host's answers to TDG.VP.VMCALL |
 //! | [`ve`] | which events become #VE, with what information |
 //! | [`measure`] | the measurement of the launch |
 //! | `launch` | TDH.MEM.PAGE.ADD, TDH.MR.EXTEND, the processors' first state |
 //!
-//! Numbers of rows refer to the fact sheet `tdx.md`. What is not modelled (L2 VMs that run, migration,
-//! service trust domains) is listed in `docs/machine.md`.
+//! Numbers of rows refer to the fact sheet `tdx.md`. What is not modelled (migration, service trust
+//! domains) is listed in `docs/machine.md`.
 
+pub mod l2;
 mod launch;
 pub mod measure;
 mod metadata;
@@ -36,15 +38,17 @@ use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use protocols::tdx::metadata::{L2Controls, TdControls};
+use protocols::tdx::l2::Exit;
+use protocols::tdx::metadata::TdControls;
 use protocols::tdx::report::{Digest, RTMR_COUNT};
 use protocols::tdx::ve::VeInfo;
 use protocols::tdx::{L2Vm, TdAttributes};
 
+use self::l2::{Inside, L2};
 use crate::memory::PhysicalMemory;
 use crate::platform::{End, Platform};
 use crate::settings::PlatformKind;
-use crate::types::{Alias, Gpa, Kind, PAGE_SIZE, Spa, VcpuId};
+use crate::types::{Alias, Gpa, Kind, PAGE_SIZE, Spa, VcpuId, Vmpl};
 use crate::vcpu::C_BIT;
 
 /// Bits of guest-physical addresses. The highest says that an address is shared, where SNP has the
@@ -74,8 +78,8 @@ pub(crate) struct Td {
     /// Of the processor, for reports.
     mac_key: [u8; 32],
     vps: Vec<Vp>,
-    /// One page for each processor in the machine's own memory: its registers while it is not in
-    /// the guest.
+    /// A page for each level of each processor in the machine's own memory: the registers of L1 and
+    /// of the L2 VMs while they do not run.
     states: Spa,
 }
 
@@ -86,17 +90,11 @@ struct Vp {
     ve: Option<VeInfo>,
     /// Every CPUID raises #VE in supervisor mode, in user mode.
     cpuid_ve: [bool; 2],
-    l2_ctls: [L2ControlsField; L2Vm::ALL.len()],
-}
-
-/// L2_CTLS of one VM; empty after the launch.
-#[derive(Clone, Copy)]
-struct L2ControlsField(L2Controls);
-
-impl Default for L2ControlsField {
-    fn default() -> Self {
-        Self(L2Controls::empty())
-    }
+    l2: [L2; L2Vm::ALL.len()],
+    /// The L2 VM that L1 has entered.
+    inside: Option<Inside>,
+    /// Why it stopped, until L1 hears of it.
+    exit: Option<Exit>,
 }
 
 impl Td {
@@ -109,9 +107,9 @@ impl Td {
         self.controls.contains(TdControls::PENDING_VE_DISABLE)
     }
 
-    /// Where the registers of `vcpu` are.
-    pub(crate) fn state_of(&self, vcpu: VcpuId) -> Option<Spa> {
-        let index = u64::from(vcpu.0);
+    /// Where the registers of a level of `vcpu` are.
+    pub(crate) fn state_of(&self, vcpu: VcpuId, vmpl: Vmpl) -> Option<Spa> {
+        let index = u64::from(vcpu.0) * Vmpl::COUNT as u64 + vmpl.index() as u64;
         (vcpu.index() < self.vps.len()).then(|| self.states.plus(index * PAGE_SIZE))
     }
 }

@@ -12,7 +12,7 @@ use super::{SHARED, Stop};
 use crate::memory::PhysicalMemory;
 use crate::platform::{Cause, Platform, Views};
 use crate::rmp::{Entry, Permissions};
-use crate::types::{Gpa, PageSize, Vmpl};
+use crate::types::{Gpa, PageSize, VcpuId, Vmpl};
 
 /// Levels of the page leaves.
 mod level {
@@ -161,7 +161,7 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 
     /// TDG.MEM.PAGE.ATTR.WR of L1. The attributes are looked at before the page is.
-    pub(super) fn page_attr_wr(&mut self, gprs: &mut Gprs) -> Result<u64, Stop> {
+    pub(super) fn page_attr_wr(&mut self, vcpu: VcpuId, gprs: &mut Gprs) -> Result<u64, Stop> {
         let (rcx, new, mask) = (gprs[RCX], gprs[RDX], gprs[R8]);
         (gprs[RCX], gprs[RDX]) = (0, 0);
         // L1's own field says nothing; then those of the VMs in their order.
@@ -213,7 +213,16 @@ impl<P: PhysicalMemory> Platform<P> {
                     let cause = Cause::Instruction(Vmpl::VMPL0);
                     self.host
                         .invalidate(operand.gpa, size, Views::of(level), cause);
+                    if let Some(td) = self.td_mut() {
+                        td.note_withdrawn(vm, operand.gpa);
+                    }
                 }
+            }
+            // In a mask, VALID asks for INVEPT.
+            if vm.attributes(mask).contains(PageAttributes::VALID)
+                && let Some(td) = self.td_mut()
+            {
+                td.flush_l2(vcpu, vm);
             }
         }
         gprs[RCX] = mapping(operand.gpa, &entry);
@@ -283,7 +292,7 @@ fn mapping(gpa: Gpa, entry: &Entry) -> u64 {
 }
 
 /// The level whose permissions are a VM's.
-const fn vmpl_of(vm: L2Vm) -> Vmpl {
+pub(super) const fn vmpl_of(vm: L2Vm) -> Vmpl {
     match vm {
         L2Vm::Vm1 => Vmpl::VMPL1,
         L2Vm::Vm2 => Vmpl::VMPL2,

@@ -2,10 +2,13 @@
 
 use alloc::string::String;
 
+use protocols::tdx::metadata::{Features0, FieldId, L2Controls};
 use protocols::tdx::vmcall::register::{COUNT, R8, R9, R10, R11, RAX, RCX, RDX};
 use protocols::tdx::vmcall::{self, SubFunction};
 use protocols::tdx::{Leaf, Operand, Status};
 
+use super::l2::Entry;
+use super::page::vmpl_of;
 use super::vmcall::Answer;
 use super::{GPA_WIDTH, Stop};
 use crate::counters::Tdcall;
@@ -37,6 +40,8 @@ pub enum Outcome {
         /// The guest says that its interrupts are off.
         blocked: bool,
     },
+    /// L1 is left and the L2 VM of this level entered; step over the instruction first.
+    Enter(Vmpl),
     /// #UD: this is no trust domain.
     UndefinedOpcode,
     /// #GP(0).
@@ -85,8 +90,19 @@ impl<P: PhysicalMemory> Platform<P> {
         }
         self.counters
             .count_tdcall(Vmpl::VMPL0, what(leaf, gprs[R11]));
-        if leaf == Leaf::VP_VMCALL {
-            return self.vp_vmcall(vcpu, gprs, cpu);
+        match leaf {
+            Leaf::VP_VMCALL => return self.vp_vmcall(vcpu, gprs, cpu),
+            Leaf::VP_ENTER => {
+                return match self.vp_enter(vcpu, gprs, cpu.is_interrupted()) {
+                    Ok(Entry::Enter(vmpl)) => Outcome::Enter(vmpl),
+                    Ok(Entry::Status(status)) => {
+                        gprs[RAX] = status;
+                        Outcome::Complete
+                    }
+                    Err(stop) => stop.into(),
+                };
+            }
+            _ => {}
         }
         match self.module_call(vcpu, leaf, version != 0, gprs) {
             Ok(status) => {
@@ -118,7 +134,9 @@ impl<P: PhysicalMemory> Platform<P> {
             Leaf::VP_WR => Ok(self.vp_wr(vcpu, gprs)),
             Leaf::SYS_RD => Ok(sys_rd(gprs)),
             Leaf::MEM_PAGE_ATTR_RD => self.page_attr_rd(gprs),
-            Leaf::MEM_PAGE_ATTR_WR => self.page_attr_wr(gprs),
+            Leaf::MEM_PAGE_ATTR_WR => self.page_attr_wr(vcpu, gprs),
+            Leaf::VP_INVEPT => Ok(self.invept(vcpu, gprs)),
+            Leaf::VP_INVGLA => self.invgla(gprs),
             _ => Ok(Operand::RAX.invalid()),
         }
     }
@@ -147,6 +165,23 @@ impl<P: PhysicalMemory> Platform<P> {
         }
     }
 
+    /// TDG.VP.VMCALL of the L2 VM that runs on `vcpu`, straight to the host; `None` if it is L1's.
+    pub fn l2_vmcall(
+        &mut self,
+        vcpu: VcpuId,
+        gprs: &mut Gprs,
+        cpu: &mut dyn Cpu,
+    ) -> Option<Outcome> {
+        self.serve(vcpu);
+        let running = self.running_l2(vcpu)?;
+        let leaf = Leaf(gprs[RAX] as u16);
+        self.counters
+            .count_tdcall(vmpl_of(running.vm), what(leaf, gprs[R11]));
+        let straight = running.ctls.contains(L2Controls::ENABLE_TDVMCALL);
+        let is_vmcall = gprs[RAX] == u64::from(Leaf::VP_VMCALL.0);
+        (straight && is_vmcall).then(|| self.vp_vmcall(vcpu, gprs, cpu))
+    }
+
     /// TDG.VP.INFO.
     fn vp_info(&self, vcpu: VcpuId, gprs: &mut Gprs) -> u64 {
         let vcpus = u64::from(self.vcpu_count());
@@ -161,12 +196,12 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 }
 
-/// TDG.SYS.RD. The module has none of the features in TDX_FEATURES0.
+/// TDG.SYS.RD: the only field is TDX_FEATURES0.
 fn sys_rd(gprs: &mut Gprs) -> u64 {
-    use protocols::tdx::metadata::FieldId;
     let field = FieldId(gprs[RDX]);
     gprs[R8] = 0;
     if field.is_single() && field.is(FieldId::TDX_FEATURES0) {
+        gprs[R8] = Features0::TD_PARTITIONING.bits();
         gprs[RDX] = FieldId::NONE.0;
         Status::SUCCESS.with(0)
     } else {

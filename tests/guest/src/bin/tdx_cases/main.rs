@@ -23,6 +23,8 @@ mod attributes;
 #[cfg(target_os = "none")]
 mod host;
 #[cfg(target_os = "none")]
+mod l2;
+#[cfg(target_os = "none")]
 mod launch;
 #[cfg(target_os = "none")]
 mod metadata;
@@ -46,6 +48,11 @@ extern "C" fn main() -> ! {
             ve::CASES,
             metadata::CASES,
             host::CASES,
+            l2::fields::CASES,
+            l2::enter::CASES,
+            l2::exits::CASES,
+            l2::memory::CASES,
+            l2::apic::CASES,
         ],
         || Ok(()),
         &mut Console,

@@ -4,7 +4,7 @@ use guest::harness::{Case, Finding, Verdict, case, expect, expect_not};
 use guest::memory::{self, private};
 use guest::tdcall::{call, call_rax, vm_rd, vm_wr};
 use protocols::addr::Gpa;
-use protocols::tdx::metadata::FieldId;
+use protocols::tdx::metadata::{Features0, FieldId};
 use protocols::tdx::report::{ReportMac, TdReport};
 use protocols::tdx::vmcall::register::{R8, R9, RAX, RCX, RDX};
 use protocols::tdx::{L2Vm, Leaf, Operand, Status};
@@ -138,7 +138,9 @@ fn sys_rd() -> Verdict {
         let after = call(Leaf::SYS_RD, &[(RDX, field)])?;
         Ok::<_, Finding>((after[RAX], after[R8]))
     };
-    expect("TDX_FEATURES0", read(FieldId::TDX_FEATURES0.0)?, (0, 0))?;
+    let partitioning = Features0::TD_PARTITIONING.bits();
+    let features = read(FieldId::TDX_FEATURES0.0)?;
+    expect("TDX_FEATURES0", features, (0, partitioning))?;
     expect("unknown", read(0x0A00_0003_0000_7777)?, (INCORRECT, 0))
 }
 

@@ -6,6 +6,7 @@
 
 mod instruction;
 mod io;
+mod l2;
 pub mod msr;
 mod nested;
 mod td;
@@ -40,6 +41,9 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
     let control = &vcpu.vmcb().control;
     let (info_1, info_2) = (control.exit_info1, control.exit_info2);
     vcpu.trace(format_args!("exit {code:#x} {info_1:#x} {info_2:#x}"));
+    if vcpu.is_l2() {
+        return l2::exit(vcpu, ExitCode(code));
+    }
     if code & 0xFFFF_FFFF == EXIT_INVALID_LOW {
         return invalid(vcpu);
     }

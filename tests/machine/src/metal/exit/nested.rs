@@ -2,7 +2,7 @@
 //! of the run.
 
 use machine::Verdict;
-use machine::access::Mapping;
+use machine::access::{Denial, Mapping};
 use machine::settings::PlatformKind;
 use machine::types::{Alias, Gpa, Kind, Spa};
 use protocols::exit_code::ExitCode;
@@ -33,8 +33,12 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
     let mode = vcpu.mode();
     let mut machine = vcpu.lock();
     let (gpa, alias) = shared::split(&machine.platform, address, mode);
-    let verdict = machine.access(vcpu.vmpl, mode, alias, gpa, kind);
     machine.platform.counters().vmpl(vcpu.vmpl).npf += 1;
+    if vcpu.is_l2() && alias == Alias::Shared && !vcpu.l2.may_share() {
+        drop(machine);
+        return super::l2::no_shared_memory(vcpu, gpa, kind);
+    }
+    let verdict = machine.access(vcpu.vmpl, mode, alias, gpa, kind);
     match verdict {
         Verdict::Map(mapping) => {
             let seen_as = if mode == Mode::Flat {
@@ -49,10 +53,13 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
         }
         // Hardware reflects nested faults with the reserved bit, which is how hosts mark devices
         // (APM 15.35.4). A ROM is mapped, as on KVM.
-        Verdict::Mmio(_) if vcpu.strict && machine.platform.spa_of(gpa).is_none() => {
+        Verdict::Mmio(_)
+            if (vcpu.strict || vcpu.is_l2()) && machine.platform.spa_of(gpa).is_none() =>
+        {
             drop(machine);
             let exact = Gpa::new(gpa.get() | vcpu.vmcb().control.exit_info2 & 0xFFF);
             match vcpu.kind {
+                PlatformKind::Tdx if vcpu.is_l2() => super::l2::device(vcpu, exact, kind),
                 PlatformKind::Tdx => td::device(vcpu, exact, kind),
                 PlatformKind::Snp | PlatformKind::Native => vcpu.vc(ExitCode::NPF),
             }
@@ -66,9 +73,15 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
             drop(machine);
             let exact = Gpa::new(gpa.get() | vcpu.vmcb().control.exit_info2 & 0xFFF);
             match vcpu.kind {
+                PlatformKind::Tdx if vcpu.is_l2() => super::l2::pending(vcpu, exact, kind),
                 PlatformKind::Tdx => td::pending(vcpu, exact, kind),
                 PlatformKind::Snp | PlatformKind::Native => not_validated(vcpu, exact, kind),
             }
+        }
+        Verdict::Denied(Denial::Permissions(_)) if vcpu.is_l2() => {
+            drop(machine);
+            let exact = Gpa::new(gpa.get() | vcpu.vmcb().control.exit_info2 & 0xFFF);
+            super::l2::not_given(vcpu, exact, kind)
         }
         Verdict::Denied(denial) => {
             drop(machine);

@@ -126,6 +126,10 @@ fn tdcall(vcpu: &mut Vcpu, length: u64) -> Flow {
                 Flow::Idle(halted())
             }
         }
+        Outcome::Enter(vmpl) => {
+            vcpu.skip(length);
+            Flow::Run(vmpl, entered())
+        }
         Outcome::UndefinedOpcode => vcpu.undefined_opcode(),
         Outcome::GeneralProtection => vcpu.general_protection(),
         Outcome::Pending(gpa) => {
@@ -135,6 +139,15 @@ fn tdcall(vcpu: &mut Vcpu, length: u64) -> Flow {
         }
         Outcome::End(end) => Flow::End(end),
         Outcome::Refused(why) => Flow::End(End::Refused(why)),
+    }
+}
+
+/// L1 is left by its own wish: nothing of this is anybody's to read.
+const fn entered() -> Reason {
+    Reason {
+        code: ExitCode::EXCEPTION_UD.0,
+        info_1: 0,
+        info_2: 0,
     }
 }
 
@@ -210,9 +223,18 @@ fn model_specific(vcpu: &mut Vcpu) -> Flow {
 }
 
 fn port(vcpu: &mut Vcpu) -> Flow {
+    let (access, length) = port_access(vcpu);
+    raise(
+        vcpu,
+        ve::instruction(ExitReason::IO, access.encode(), length as u32),
+    )
+}
+
+/// What stands at RIP: IN, OUT or a string form, and its length.
+pub fn port_access(vcpu: &Vcpu) -> (PortAccess, u64) {
     let control = &vcpu.vmcb().control;
     let info = io::Info(control.exit_info1);
-    let length = control.exit_info2.wrapping_sub(vcpu.rip()) as u32;
+    let length = control.exit_info2.wrapping_sub(vcpu.rip());
     let (bytes, len) = fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu);
     // IN and OUT with the port in the instruction: E4 to E7, behind prefixes.
     let opcode = bytes[..len]
@@ -226,8 +248,5 @@ fn port(vcpu: &mut Vcpu) -> Flow {
         immediate: matches!(opcode, Some(0xE4..=0xE7)),
         port: info.port(),
     };
-    raise(
-        vcpu,
-        ve::instruction(ExitReason::IO, access.encode(), length),
-    )
+    (access, length)
 }

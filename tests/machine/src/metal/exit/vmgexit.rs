@@ -192,4 +192,8 @@ impl Cpu for Host<'_> {
     fn wbinvd(&mut self) {
         // Nothing is cached in TCG.
     }
+
+    fn is_interrupted(&mut self) -> bool {
+        apic::is_interrupted()
+    }
 }

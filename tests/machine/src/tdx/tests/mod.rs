@@ -1,6 +1,7 @@
 //! The module and the host's side of it, leaf by leaf; rows are those of the fact sheet `tdx.md`.
 
 mod host;
+mod l2;
 mod pages;
 
 use std::string::String;
@@ -149,7 +150,7 @@ fn who_may_call_and_which_leaf() {
         1 << 63 | 1,
         19,
         0xFFFF,
-        25,
+        28,
     ] {
         gprs = [0x77; COUNT];
         gprs[RAX] = rax;
