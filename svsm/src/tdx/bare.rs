@@ -22,6 +22,9 @@ use protocols::terminate::TurnstileReason;
 
 use super::entry::{self, Start};
 use super::hob;
+use super::l2::{GuestTd, Touch};
+use super::run::{self, System, VcpuPages};
+use super::runners::Runner;
 use crate::boot::{harden_processor, make_engine, map_guest_memory, read_host_map, shown_map};
 use crate::entry::boot_stack_guard;
 use crate::guest::GUEST_VMPL;
@@ -45,7 +48,7 @@ const GPA_WIDTH: u32 = 48;
 /// How often the first processor looks whether the others have left the reset page.
 const LOOKS_AT_OTHERS: u32 = 1 << 28;
 /// Bytes of the carve-out for each processor, generously.
-const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 1024;
+const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 3 * PAGE_SIZE;
 
 /// Where processor 0 goes on. The reference is what the measured reset page says: launch parameters.
 pub extern "C" fn boot_processor(params: &'static LaunchParams) -> ! {
@@ -54,7 +57,7 @@ pub extern "C" fn boot_processor(params: &'static LaunchParams) -> ! {
     percpu::install_boot();
     exceptions::load();
     match start(params) {
-        Ok(()) => terminate(TurnstileReason::L2_EXIT),
+        Ok(system) => run::run(system, 0),
         Err(reason) => terminate(reason),
     }
 }
@@ -64,13 +67,14 @@ pub extern "C" fn other_processor(percpu: &'static PerCpu) -> ! {
     percpu.install();
     exceptions::load();
     harden_processor();
-    loop {
-        x86_64::instructions::hlt();
+    match run::get() {
+        Some(system) => run::run(system, percpu.index()),
+        None => terminate(TurnstileReason::INTERNAL),
     }
 }
 
 /// All steps of the start-up.
-fn start(params: &'static LaunchParams) -> Result<(), TurnstileReason> {
+fn start(params: &'static LaunchParams) -> Result<&'static System, TurnstileReason> {
     let launch = Launch::check(params)?;
     let vcpus = check_module()?;
     harden_processor();
@@ -103,20 +107,69 @@ fn start(params: &'static LaunchParams) -> Result<(), TurnstileReason> {
     let mut pool = accept_carve_out(&plan, &mut region_pool)?;
     map_guest_memory(&plan, &launch, &mut pool)?;
 
-    let backend = TdxBackend::new(Module, Nobody);
+    let (_, runners) = pool.slice(vcpus, |_| Runner::new())?;
+    let runners: &'static [Runner] = runners;
+    let backend = TdxBackend::new(Module, runners);
     let engine = make_engine(backend, &launch, &plan, locks, &mut pool)?;
-    let engine = pool.leak(engine)?;
 
     replace_reset_page(&launch, vcpus)?;
-    grant_firmware(&launch, engine)?;
-    prepare_areas(&launch, &plan, &host_map, engine)?;
-    publish_descriptor(engine, &plan)?;
+    grant_firmware(&launch, &engine)?;
+    let hob = prepare_areas(&launch, &plan, &host_map, &engine)?;
+    let pages = make_pages(vcpus, &mut pool)?;
+    let starts = make_starts(vcpus, &mut pool)?;
+    let system = run::publish(System {
+        engine,
+        td: GuestTd::new(false),
+        touch: Touch::Strict,
+        runners,
+        pages,
+        hob,
+    });
+    publish_descriptor(&system.engine, &plan)?;
     info!(
         "memory of ours: region {}, carve-out {}",
         launch.region(),
         plan.carve_out
     );
-    Ok(())
+    info!("starting the firmware in an L2 VM");
+    console::quiet();
+    entry::release(starts);
+    Ok(system)
+}
+
+/// What the module works on for each processor.
+fn make_pages(vcpus: usize, pool: &mut Pool) -> Result<&'static [VcpuPages], TurnstileReason> {
+    let first = pool.bytes(2 * PAGE_SIZE * vcpus as u64)?;
+    let address = pool.address(first);
+    let (_, pages) = pool.slice(vcpus, |index| {
+        let offset = 2 * PAGE_SIZE * index as u64;
+        VcpuPages {
+            shared: Gpa::new(first.get() + offset),
+            address: address + offset,
+            virtual_apic: Gpa::new(first.get() + offset + PAGE_SIZE),
+        }
+    })?;
+    Ok(pages)
+}
+
+/// A stack and a block for each of the other processors.
+fn make_starts(vcpus: usize, pool: &mut Pool) -> Result<&'static [Start], TurnstileReason> {
+    let mut blocks = [None; MAX_VCPUS];
+    for (index, slot) in blocks.iter_mut().enumerate().take(vcpus).skip(1) {
+        *slot = Some(Start {
+            stack_top: secondary::map_stack(index, pool)?,
+            percpu: pool.leak(PerCpu::new(index))?,
+        });
+    }
+    // The first is nobody's: its processor is here.
+    let nobody = Start {
+        stack_top: 0,
+        percpu: percpu::current().ok_or(TurnstileReason::INTERNAL)?,
+    };
+    let (_, starts) = pool.slice(vcpus, |index| {
+        blocks.get(index).copied().flatten().unwrap_or(nobody)
+    })?;
+    Ok(starts)
 }
 
 /// No other processor runs the guest.
@@ -219,13 +272,14 @@ fn grant_firmware<B: Backend>(
         .map_err(|_| TurnstileReason::INTERNAL)
 }
 
-/// Accepts the areas of the firmware's metadata, and lists memory in the one that is for that.
+/// Accepts the areas of the firmware's metadata, and lists memory in the one that is for that; where
+/// that is.
 fn prepare_areas<B: Backend>(
     launch: &Launch<'_>,
     plan: &Plan,
     host_map: &HostMap,
     engine: &Engine<'_, B>,
-) -> Result<(), TurnstileReason> {
+) -> Result<Gpa, TurnstileReason> {
     let mut accepted = [PageRange::EMPTY; LaunchParams::MAX_SECTIONS];
     let mut list_at = None;
     for (section, slot) in launch.sections().iter().zip(&mut accepted) {
@@ -248,7 +302,8 @@ fn prepare_areas<B: Backend>(
     if list.bytes().len() as u64 > place.bytes() {
         return Err(TurnstileReason::MAP_TOO_MANY);
     }
-    guest_map::write(place.start(), list.bytes()).map_err(|_| TurnstileReason::NOT_VALIDATED)
+    guest_map::write(place.start(), list.bytes()).map_err(|_| TurnstileReason::NOT_VALIDATED)?;
+    Ok(place.start())
 }
 
 fn accept_pages<B: Backend>(

@@ -14,6 +14,8 @@
 //! | module | owns |
 //! |---|---|
 //! | `entry` | the first instructions, and the wait of the other processors |
+//! | `run` | the loop of entries and exits on one processor |
+//! | [`runners`] | who is in the guest, and who owes a flush |
 //! | [`hob`] | the list of hand-off blocks the firmware finds |
 //! | [`l2`] | the guest in its L2 VM |
 
@@ -23,3 +25,6 @@ mod bare;
 mod entry;
 pub mod hob;
 pub mod l2;
+#[cfg(target_os = "none")]
+mod run;
+pub mod runners;

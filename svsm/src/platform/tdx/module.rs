@@ -135,6 +135,15 @@ pub fn read_vm(field: FieldId) -> Result<u64, Status> {
     read(Leaf::VM_RD, field)
 }
 
+/// TDG.SYS.RD.
+///
+/// # Errors
+///
+/// The status.
+pub fn read_sys(field: FieldId) -> Result<u64, Status> {
+    read(Leaf::SYS_RD, field)
+}
+
 /// TDG.VP.RD.
 ///
 /// # Errors
