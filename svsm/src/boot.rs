@@ -532,19 +532,20 @@ fn publish_descriptor(
     plan: &Plan,
     vcpu_table: Gpa,
 ) -> Result<(), TurnstileReason> {
-    let mut shown = shown_map(&system.engine, plan)?;
-    shown.vcpu_count = system.registry.shown_count() as u32;
-    shown.vcpu_table_gpa = vcpu_table.get();
-    shown.guest_vmpl = GUEST_VMPL.number().into();
-    descriptor::publish(shown);
-    Ok(())
+    publish_map(&system.engine, plan, |shown| {
+        shown.vcpu_count = system.registry.shown_count() as u32;
+        shown.vcpu_table_gpa = vcpu_table.get();
+    })
 }
 
-/// The map as the referee reads it.
-pub(crate) fn shown_map<B: Backend>(
+/// Shows the map to the referee, with what `complete` adds to it. The descriptor is a page, and it lies
+/// on the stack: once.
+#[inline(never)]
+pub(crate) fn publish_map<B: Backend>(
     engine: &Engine<'_, B>,
     plan: &Plan,
-) -> Result<MapDescriptor, TurnstileReason> {
+    complete: impl FnOnce(&mut MapDescriptor),
+) -> Result<(), TurnstileReason> {
     let mut shown = MapDescriptor::new();
     let ranges = engine.map().ranges();
     let mut ranges = ranges.iter();
@@ -560,5 +561,8 @@ pub(crate) fn shown_map<B: Backend>(
             return Err(TurnstileReason::MAP_TOO_MANY);
         }
     }
-    Ok(shown)
+    shown.guest_vmpl = GUEST_VMPL.number().into();
+    complete(&mut shown);
+    descriptor::publish(shown);
+    Ok(())
 }

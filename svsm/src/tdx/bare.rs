@@ -25,9 +25,8 @@ use super::hob;
 use super::l2::{GuestTd, Touch};
 use super::run::{self, System, VcpuPages};
 use super::runners::Runner;
-use crate::boot::{harden_processor, make_engine, map_guest_memory, read_host_map, shown_map};
+use crate::boot::{harden_processor, make_engine, map_guest_memory, publish_map, read_host_map};
 use crate::entry::boot_stack_guard;
-use crate::guest::GUEST_VMPL;
 use crate::host_map::HostMap;
 use crate::hypervisor::tdx;
 use crate::launch::Launch;
@@ -40,7 +39,7 @@ use crate::percpu::PerCpu;
 use crate::platform::tdx::module::{self, Module};
 use crate::platform::tdx::{FlushOthers, TdxBackend};
 use crate::terminate::terminate;
-use crate::{console, descriptor, exceptions, percpu, secondary};
+use crate::{console, exceptions, percpu, secondary};
 
 /// Bits of guest-physical addresses: the page tables' and the map's, and the smaller of the two that
 /// there are.
@@ -125,7 +124,8 @@ fn start(params: &'static LaunchParams) -> Result<&'static System, TurnstileReas
         pages,
         hob,
     });
-    publish_descriptor(&system.engine, &plan)?;
+    // The guest's VM 1 has the place of VMPL1; there are no VMSAs.
+    publish_map(&system.engine, &plan, |_| {})?;
     info!(
         "memory of ours: region {}, carve-out {}",
         launch.region(),
@@ -154,21 +154,18 @@ fn make_pages(vcpus: usize, pool: &mut Pool) -> Result<&'static [VcpuPages], Tur
 
 /// A stack and a block for each of the other processors.
 fn make_starts(vcpus: usize, pool: &mut Pool) -> Result<&'static [Start], TurnstileReason> {
-    let mut blocks = [None; MAX_VCPUS];
-    for (index, slot) in blocks.iter_mut().enumerate().take(vcpus).skip(1) {
-        *slot = Some(Start {
-            stack_top: secondary::map_stack(index, pool)?,
-            percpu: pool.leak(PerCpu::new(index))?,
-        });
-    }
     // The first is nobody's: its processor is here.
     let nobody = Start {
         stack_top: 0,
         percpu: percpu::current().ok_or(TurnstileReason::INTERNAL)?,
     };
-    let (_, starts) = pool.slice(vcpus, |index| {
-        blocks.get(index).copied().flatten().unwrap_or(nobody)
-    })?;
+    let (_, starts) = pool.slice(vcpus, |_| nobody)?;
+    for (index, start) in starts.iter_mut().enumerate().skip(1) {
+        *start = Start {
+            stack_top: secondary::map_stack(index, pool)?,
+            percpu: pool.leak(PerCpu::new(index))?,
+        };
+    }
     Ok(starts)
 }
 
@@ -273,7 +270,8 @@ fn grant_firmware<B: Backend>(
 }
 
 /// Accepts the areas of the firmware's metadata, and lists memory in the one that is for that; where
-/// that is.
+/// that is. The list is a page, and it lies on the stack.
+#[inline(never)]
 fn prepare_areas<B: Backend>(
     launch: &Launch<'_>,
     plan: &Plan,
@@ -319,16 +317,5 @@ fn accept_pages<B: Backend>(
             Err(_) => return Err(TurnstileReason::FIRMWARE),
         }
     }
-    Ok(())
-}
-
-/// Shows the map to the referee. The guest's VM 1 has the place of VMPL1; there are no VMSAs.
-fn publish_descriptor<B: Backend>(
-    engine: &Engine<'_, B>,
-    plan: &Plan,
-) -> Result<(), TurnstileReason> {
-    let mut shown = shown_map(engine, plan)?;
-    shown.guest_vmpl = GUEST_VMPL.number().into();
-    descriptor::publish(shown);
     Ok(())
 }
