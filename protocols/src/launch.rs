@@ -100,7 +100,7 @@ open_enum! {
         SEV_SNP = 0,
         /// A processor without confidential hardware; acceptance is simulated (decision 019).
         NATIVE = 1,
-        /// L1 of an Intel TDX trust domain; the guest is an L2 VM (decision 021).
+        /// L1 of an Intel TDX trust domain; the guest is an L2 VM (decision 023).
         TDX = 2,
     }
 }

@@ -1,4 +1,4 @@
-//! The paravisor as L1 of an Intel TDX trust domain; its guest is an L2 VM (decision 021).
+//! The paravisor as L1 of an Intel TDX trust domain; its guest is an L2 VM (decision 023).
 //!
 //! ```text
 //! reset vector, all processors -> long mode -> processor 0:

@@ -192,15 +192,16 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> Option<[u32; 4]> {
     // pad is behind the instruction and its result is the fault.
     unsafe {
         asm!(
-            "mov {kept}, rbx",
-            "xor {fault:e}, {fault:e}",
+            "mov rsi, rbx",
+            "xor edi, edi",
             "2: cpuid",
             "jmp 4f",
-            "3: mov {fault}, rax",
-            "4: xchg {kept}, rbx",
+            "3: mov rdi, rax",
+            "4: xchg rsi, rbx",
             crate::exceptions::fixup::fixup!("2b", "3b"),
-            kept = out(reg) ebx,
-            fault = out(reg) fault,
+            // By name: a register that the compiler picks could be RBX.
+            out("rsi") ebx,
+            out("rdi") fault,
             inout("rax") u64::from(leaf) => eax,
             inout("rcx") u64::from(subleaf) => ecx,
             out("rdx") edx,

@@ -19,11 +19,10 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// Answers an exit.
     pub fn handle(&self, vp: &mut Vp, exit: &Exit) -> Next {
         match exit.status {
-            Status::SUCCESS => {}
-            // Whoever waits is served by the entry code; the guest goes on as it was.
+            // A device is the host's to route to us: the same to the guest.
+            Status::SUCCESS | Status::L2_EXIT_HOST_ROUTED_ASYNC => {}
             Status::L2_EXIT_PENDING_INTERRUPT
             | Status::PENDING_INTERRUPT
-            | Status::L2_EXIT_HOST_ROUTED_ASYNC
             | Status::L2_EXIT_HOST_ROUTED_TDVMCALL => return Next::Resume,
             _ => return Next::End(TurnstileReason::TD_ENTER),
         }

@@ -4,7 +4,7 @@ use accept::{Backend, Block, Error, Frame, OnNoChange, PageSize, PageState};
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
 use protocols::tdx::l2::{Exit, ExtendedType};
 use protocols::tdx::metadata::TdControls;
-use protocols::tdx::ve::VeInfo;
+use protocols::tdx::ve::{EptViolation, ExitReason, VeInfo};
 use protocols::tdx::vmcall::register::RCX;
 use protocols::tdx::vmcall::{Status as HostStatus, SubFunction};
 use protocols::tdx::{Operand, Status};
@@ -96,7 +96,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         let read = self
             .engine
             .while_accepted(frame, || self.domain.read(Gpa::new(gpa), bytes));
-        copied(read)
+        copied(read, gpa)
     }
 
     /// Copies to memory that the guest has accepted. The bytes lie in one page.
@@ -105,7 +105,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         let written = self
             .engine
             .while_accepted(frame, || self.domain.write(Gpa::new(gpa), bytes));
-        copied(written)
+        copied(written, gpa)
     }
 
     /// An access that the secure EPT does not allow.
@@ -131,6 +131,16 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 Next::Resume
             }
         }
+    }
+
+    /// An operand of a leaf lies in a page that is not accepted: an access to it.
+    pub(super) fn pending_operand(&self, vp: &mut Vp, gpa: u64) -> Next {
+        let exit = Exit {
+            qualification: EptViolation::READ.bits(),
+            gpa,
+            ..Exit::new(ExitReason::EPT_VIOLATION)
+        };
+        self.access(vp, &exit)
     }
 
     /// I6: a page that the map says is the guest's is pending. The host has removed it and put another
@@ -284,9 +294,10 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
 }
 
 /// What a copy under the engine's lock came to.
-fn copied(result: Result<Result<(), super::Unreachable>, Error>) -> Result<(), Done> {
+fn copied(result: Result<Result<(), super::Unreachable>, Error>, gpa: u64) -> Result<(), Done> {
     match result {
         Ok(Ok(())) => Ok(()),
+        Err(Error::NotAccepted) => Err(Done::Pending(gpa)),
         Err(Error::Busy) => Err(busy()),
         // The host has taken the page: an access of ours to it does not come back.
         Ok(Err(super::Unreachable)) => Err(Done::End(TurnstileReason::NOT_VALIDATED)),

@@ -14,13 +14,13 @@ use super::{Domain, MEASUREMENT, Next, REPORT, REPORT_DATA, Service};
 
 /// Runtime measurement registers.
 const REGISTERS: u64 = 4;
-/// Operand number of a runtime measurement register's index in a status (MOD: RTMR).
-const RTMR: u32 = 0xA8;
 
 /// What a leaf comes to.
 pub(super) enum Done {
     /// RAX.
     Status(u64),
+    /// An operand lies in this page, which is not accepted: as an access of the guest's to it.
+    Pending(u64),
     /// The machine ends.
     End(TurnstileReason),
 }
@@ -101,6 +101,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 vp.skip(length);
                 Next::Resume
             }
+            Done::Pending(gpa) => self.pending_operand(vp, gpa),
             Done::End(reason) => Next::End(reason),
         }
     }
@@ -125,11 +126,10 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         if !is_private(gpa, self.shared()) || !gpa.is_multiple_of(64) {
             return Operand::RCX.into();
         }
-        if register >= REGISTERS {
-            return Done::Status(Status::OPERAND_INVALID.with(RTMR));
-        }
         let mut value = [0; MEASUREMENT];
         match self.read_accepted(gpa, &mut value) {
+            // The value is read before the register is looked at, as the module does.
+            Ok(()) if register >= REGISTERS => Operand::RDX.into(),
             Ok(()) => self.domain.extend(register, &value).into(),
             Err(refused) => refused,
         }
@@ -144,15 +144,15 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         if !is_private(data_at, self.shared()) || !data_at.is_multiple_of(REPORT_DATA as u64) {
             return Operand::RDX.into();
         }
-        if subtype != 0 {
-            return Operand::R8.into();
-        }
         let mut data = [0; REPORT_DATA];
         if let Err(refused) = self.read_accepted(data_at, &mut data) {
             return match refused {
                 Done::Status(status) if status == Operand::RCX.invalid() => Operand::RDX.into(),
                 other => other,
             };
+        }
+        if subtype != 0 {
+            return Operand::R8.into();
         }
         match self.domain.report(&data) {
             Ok(report) => match self.write_accepted(to, &report) {

@@ -14,6 +14,9 @@ use protocols::terminate::TurnstileReason;
 use super::vp::Vp;
 use super::{Domain, Next, Service};
 
+/// R10 where there is no such hypercall (Linux, KVM_ENOSYS).
+const NO_HYPERCALL: u64 = 1000_i64.wrapping_neg().cast_unsigned();
+
 /// The registers of a request and its answer.
 const REGISTERS: [usize; 6] = [R10, R11, R12, R13, R14, R15];
 
@@ -36,8 +39,8 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         let mut next = Next::Resume;
         let mut answer = request;
         if r10 != 0 {
-            // A hypercall of one hypervisor or another.
-            answer[0] = HostStatus::SUBFUNCTION_UNSUPPORTED.0;
+            // A hypercall of one hypervisor or another, which would work on the host's idea of us.
+            answer[0] = NO_HYPERCALL;
         } else {
             match SubFunction(r11) {
                 SubFunction::HLT => {

@@ -11,7 +11,7 @@ use igvm_build::sidecar::Sidecar;
 use protocols::launch::{Acceptance, Fault};
 
 /// The table has at least so many cases.
-const LEAST_CASES: usize = 3;
+const LEAST_CASES: usize = 80;
 
 pub fn scenarios() -> Vec<Scenario> {
     Backing::BOTH
