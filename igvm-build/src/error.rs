@@ -113,7 +113,9 @@ pub enum Error {
         reason: String,
     },
     /// The firmware for trust domains cannot be used.
-    #[error("not a usable firmware for trust domains ({reason}); use OVMF.inteltdx.fd of ovmf-inteltdx 2026.08 or newer")]
+    #[error(
+        "not a usable firmware for trust domains ({reason}); use OVMF.inteltdx.fd of ovmf-inteltdx 2026.08 or newer"
+    )]
     TdFirmware {
         /// What is wrong with it.
         reason: String,

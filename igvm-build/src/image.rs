@@ -202,7 +202,9 @@ pub fn build(
 
     let digest = launch_digest(&directives, SNP_MASK)?;
     Ok(Image {
-        mrtd: td_firmware.map(|_| mrtd(&directives, TDX_MASK)).transpose()?,
+        mrtd: td_firmware
+            .map(|_| mrtd(&directives, TDX_MASK))
+            .transpose()?,
         bytes: serialize(directives, all)?,
         digest,
         layout,
@@ -323,8 +325,7 @@ fn serialize(directives: Vec<Directive>, all: u32) -> Result<Vec<u8>, Error> {
     let invalid = |error: igvm::Error| Error::NotIgvm {
         reason: error.to_string(),
     };
-    let file =
-        IgvmFile::new(IgvmRevision::V1, platforms, policies, directives).map_err(invalid)?;
+    let file = IgvmFile::new(IgvmRevision::V1, platforms, policies, directives).map_err(invalid)?;
     let mut bytes = Vec::new();
     file.serialize(&mut bytes).map_err(invalid)?;
     Ok(bytes)

@@ -141,7 +141,12 @@ fn build(arguments: &Build) -> Result<()> {
     let td_bytes = arguments
         .td_firmware
         .as_deref()
-        .map(|file| read(file, "OVMF.inteltdx.fd of Debian's ovmf-inteltdx 2026.08 or newer"))
+        .map(|file| {
+            read(
+                file,
+                "OVMF.inteltdx.fd of Debian's ovmf-inteltdx 2026.08 or newer",
+            )
+        })
         .transpose()?;
     let td_firmware = match (&arguments.td_firmware, &td_bytes) {
         (Some(file), Some(bytes)) => {

@@ -10,9 +10,7 @@
 //! 4. there is one for the list of hand-off blocks.
 
 use protocols::addr::PAGE_SIZE;
-use protocols::launch::{
-    LaunchParams, REGION_GPA, Section, SectionKind as AnyKind,
-};
+use protocols::launch::{LaunchParams, REGION_GPA, Section, SectionKind as AnyKind};
 use protocols::tdvf::{self, SectionKind};
 
 use crate::error::Error;
@@ -67,7 +65,10 @@ impl<'a> TdFirmware<'a> {
             let Some(end) = end else {
                 return Err(fail(format!("{} cannot be there", name())));
             };
-            if sections.iter().any(|other| gpa < other.gpa + other.size && other.gpa < end) {
+            if sections
+                .iter()
+                .any(|other| gpa < other.gpa + other.size && other.gpa < end)
+            {
                 return Err(fail(format!("{} overlaps another", name())));
             }
             sections.push(Section {
@@ -80,7 +81,9 @@ impl<'a> TdFirmware<'a> {
         if sections.len() > LaunchParams::MAX_SECTIONS {
             return Err(fail(format!("{} sections", sections.len())));
         }
-        let hobs = sections.iter().filter(|section| section.kind.0 == SectionKind::TD_HOB.0);
+        let hobs = sections
+            .iter()
+            .filter(|section| section.kind.0 == SectionKind::TD_HOB.0);
         if hobs.count() != 1 {
             return Err(fail("not one section for hand-off blocks".to_owned()));
         }

@@ -8,9 +8,7 @@
 //! The page tables have no C-bit: a private address is one without the shared bit.
 
 use igvm::{IgvmDirectiveHeader as Directive, IgvmInitializationHeader, IgvmPlatformHeader};
-use igvm_defs::{
-    IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPlatformType,
-};
+use igvm_defs::{IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPlatformType};
 use protocols::addr::PAGE_SIZE;
 use protocols::launch::{LaunchParams, PlatformKind, ResetPage};
 use protocols::ovmf::RESET_VECTOR;
@@ -53,7 +51,11 @@ pub fn directives(
     let start = program.symbol(ResetPage::SYMBOL).ok_or(no_start)?;
     let params = params(firmware, layout, shared);
     // All in the region, which is below 4 GiB.
-    let reset = ResetPage::new(layout.page_tables as u32, layout.params as u32, start as u32);
+    let reset = ResetPage::new(
+        layout.page_tables as u32,
+        layout.params as u32,
+        start as u32,
+    );
     let (image, last_page) = firmware
         .bytes()
         .split_at(firmware.bytes().len() - PAGE_SIZE as usize);

@@ -241,9 +241,14 @@ fn impossible_c_bits_are_refused() {
 #[test]
 fn files_that_are_no_images_are_not_shown() {
     let elf = paravisor();
-    let mut image = build(&Program::parse(&elf).unwrap(), None, None, &Options::default())
-        .unwrap()
-        .bytes;
+    let mut image = build(
+        &Program::parse(&elf).unwrap(),
+        None,
+        None,
+        &Options::default(),
+    )
+    .unwrap()
+    .bytes;
     assert!(show(&image).is_ok());
     image[40] ^= 1;
     for bytes in [&b""[..], b"IGVM", &image] {

@@ -25,7 +25,13 @@ const OPTIONS: fn() -> Options = || Options {
 fn image(options: &Options) -> Image {
     let (elf, firmware) = (paravisor(), ovmf(Some(&AREAS)));
     let firmware = Firmware::parse(&firmware).unwrap();
-    build(&Program::parse(&elf).unwrap(), Some(&firmware), None, options).unwrap()
+    build(
+        &Program::parse(&elf).unwrap(),
+        Some(&firmware),
+        None,
+        options,
+    )
+    .unwrap()
 }
 
 fn directives(bytes: &[u8]) -> Vec<Directive> {

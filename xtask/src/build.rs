@@ -103,6 +103,7 @@ pub fn for_run(
     layout: &Layout,
     target: BareTarget,
     firmware: &Path,
+    td_firmware: Option<&Path>,
     fault: Fault,
     acceptance: Acceptance,
     dir: &Path,
@@ -122,7 +123,7 @@ pub fn for_run(
     let sidecar = Recipe {
         paravisor: &paravisor,
         firmware: Some(firmware),
-        td_firmware: None,
+        td_firmware,
         fault,
         acceptance,
     }

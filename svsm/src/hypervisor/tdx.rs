@@ -63,7 +63,12 @@ impl TdHost {
         loop {
             let [status, next, ..] = ask(
                 SubFunction::MAP_GPA,
-                [left.start() | left.alias_bit(shared_bit()), left.bytes(), 0, 0],
+                [
+                    left.start() | left.alias_bit(shared_bit()),
+                    left.bytes(),
+                    0,
+                    0,
+                ],
             )?;
             match left.take_answer(Status(status), next, shared_bit()) {
                 Answer::Done => return Ok(()),

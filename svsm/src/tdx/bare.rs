@@ -30,11 +30,11 @@ use crate::entry::boot_stack_guard;
 use crate::host_map::HostMap;
 use crate::hypervisor::tdx;
 use crate::launch::Launch;
+use crate::memory::guest_map;
 use crate::memory::layout::{MAX_VCPUS, OWN_WINDOW, PageRange};
 use crate::memory::page_tables::{self, Owner};
 use crate::memory::plan::{CarveOut, Plan};
 use crate::memory::pool::Pool;
-use crate::memory::guest_map;
 use crate::percpu::PerCpu;
 use crate::platform::tdx::module::{self, Module};
 use crate::platform::tdx::{FlushOthers, TdxBackend};
@@ -223,11 +223,11 @@ fn accept_own(block: Block) -> Result<(), TurnstileReason> {
     match module.validate(block) {
         Ok(()) => Ok(()),
         Err(ValidateFault::AlreadyDone) => Err(TurnstileReason::ALREADY_VALID),
-        Err(ValidateFault::SizeMismatch) if block.size() == accept::PageSize::Size2M => (0..block
-            .size()
-            .pages())
-            .filter_map(|page| block.first().checked_add(page))
-            .try_for_each(|frame| accept_own(Block::page(frame))),
+        Err(ValidateFault::SizeMismatch) if block.size() == accept::PageSize::Size2M => {
+            (0..block.size().pages())
+                .filter_map(|page| block.first().checked_add(page))
+                .try_for_each(|frame| accept_own(Block::page(frame)))
+        }
         Err(_) => Err(TurnstileReason::TD_ACCEPT),
     }
 }

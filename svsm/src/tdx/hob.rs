@@ -3,9 +3,7 @@
 //! It is made from the host's map after that was checked, without what is the paravisor's, and says of
 //! each stretch whether the paravisor has accepted it for the firmware already.
 
-use protocols::hob::{
-    Handoff, Header, HobType, Resource, ResourceAttributes, ResourceType,
-};
+use protocols::hob::{Handoff, Header, HobType, Resource, ResourceAttributes, ResourceType};
 use protocols::terminate::TurnstileReason;
 use zerocopy::IntoBytes;
 
@@ -115,7 +113,10 @@ impl List {
         })
     }
 
-    fn push(&mut self, block: &(impl IntoBytes + zerocopy::Immutable)) -> Result<(), TurnstileReason> {
+    fn push(
+        &mut self,
+        block: &(impl IntoBytes + zerocopy::Immutable),
+    ) -> Result<(), TurnstileReason> {
         let block = block.as_bytes();
         let place = self
             .bytes

@@ -5,19 +5,17 @@ use accept::Engine;
 use protocols::addr::{Gpa, PAGE_SIZE};
 use protocols::tdx::l2::EnterState;
 use protocols::tdx::metadata::{FieldId, L2Controls};
-use protocols::tdx::vmcall::register::{R8, RBX, RCX, RDX, RSI};
 use protocols::tdx::vmcall::SubFunction;
-use protocols::tdx::vmcs::{
-    EntryControls, Field, PrimaryControls, SecondaryControls, msr_bitmaps,
-};
+use protocols::tdx::vmcall::register::{R8, RBX, RCX, RDX, RSI};
+use protocols::tdx::vmcs::{EntryControls, Field, PrimaryControls, SecondaryControls, msr_bitmaps};
 use protocols::tdx::{Leaf, MAPPING_PENDING, Status};
 use protocols::terminate::TurnstileReason;
 use spin::Once;
 
 use super::l2::vp::{Injection, Vp};
 use super::l2::{
-    Domain, GuestTd, HostRegisters, MEASUREMENT, Mapping, Next, REPORT, REPORT_DATA, Service, Touch,
-    Unreachable, msr,
+    Domain, GuestTd, HostRegisters, MEASUREMENT, Mapping, Next, REPORT, REPORT_DATA, Service,
+    Touch, Unreachable, msr,
 };
 use super::runners::Runner;
 use crate::hypervisor::tdx;
@@ -110,7 +108,13 @@ impl Domain for Below {
 
     fn info(&self) -> [u64; 5] {
         let outcome = Module.tdcall(Leaf::VP_INFO, Operands::default());
-        [outcome.rcx, outcome.rdx, outcome.r8, outcome.r9, outcome.r10]
+        [
+            outcome.rcx,
+            outcome.rdx,
+            outcome.r8,
+            outcome.r9,
+            outcome.r10,
+        ]
     }
 
     fn cpuid(&self, leaf: u32, subleaf: u32) -> Option<[u32; 4]> {
@@ -305,7 +309,16 @@ const RIGHTS: [u64; 8] = [
 ];
 /// Limits of the segments, GDTR and IDTR, in the VMCS's order.
 const LIMITS: [u64; 10] = [
-    0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF, 0xFFFF_FFFF, 0, 0xFFFF, 0xFFFF, 0,
+    0xFFFF_FFFF,
+    0xFFFF_FFFF,
+    0xFFFF_FFFF,
+    0xFFFF_FFFF,
+    0xFFFF_FFFF,
+    0xFFFF_FFFF,
+    0,
+    0xFFFF,
+    0xFFFF,
+    0,
 ];
 
 /// Sets the fields of the guest's VM on this processor.

@@ -146,6 +146,7 @@ fn artefacts(
         layout,
         target,
         &ovmf,
+        None,
         Fault::NONE,
         Acceptance::LAZY,
         &layout.artefacts,

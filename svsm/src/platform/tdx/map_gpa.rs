@@ -122,7 +122,10 @@ mod tests {
     fn a_retry_moves_the_start() {
         let mut left = Conversion::to_shared(0x1000, 0x4000).unwrap();
         assert_eq!(left.alias_bit(SHARED), SHARED);
-        assert_eq!(left.take_answer(Status::RETRY, SHARED | 0x3000, SHARED), Answer::Again);
+        assert_eq!(
+            left.take_answer(Status::RETRY, SHARED | 0x3000, SHARED),
+            Answer::Again
+        );
         assert_eq!((left.start(), left.bytes()), (0x3000, 0x2000));
         assert_eq!(left.take_answer(Status::SUCCESS, 0, SHARED), Answer::Done);
         assert_eq!(left.bytes(), 0);
@@ -132,11 +135,18 @@ mod tests {
     fn an_answer_about_something_else_ends_it() {
         for next in [0, 0x5000, u64::MAX, 0x1001] {
             let mut left = Conversion::to_private(0x1000, 0x4000).unwrap();
-            assert_eq!(left.take_answer(Status::RETRY, next, SHARED), Answer::Stuck, "{next:#x}");
+            assert_eq!(
+                left.take_answer(Status::RETRY, next, SHARED),
+                Answer::Stuck,
+                "{next:#x}"
+            );
         }
         let mut left = Conversion::to_private(0x1000, 0x4000).unwrap();
         let refused = Answer::Refused(Status::GPA_IN_USE);
-        assert_eq!(left.take_answer(Status::GPA_IN_USE, 0x1000, SHARED), refused);
+        assert_eq!(
+            left.take_answer(Status::GPA_IN_USE, 0x1000, SHARED),
+            refused
+        );
     }
 
     /// I7: a host that says RETRY for ever is not asked for ever.

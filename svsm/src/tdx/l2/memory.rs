@@ -75,7 +75,14 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     fn already_accepted(&self, block: Block) -> Done {
         let first = block.first();
         let at = Gpa::new(block.gpa());
-        let level = match self.engine.while_accepted(first, || self.domain.mapping(at)) {
+        let level = match self
+            .engine
+            .while_accepted(first, || self.domain.mapping(at))
+        {
+            // I6: the host has put another page there, and wants it accepted.
+            Ok(Ok(mapping)) if mapping.pending => {
+                return Done::End(TurnstileReason::NOT_VALIDATED);
+            }
             Ok(Ok(mapping)) => mapping.level,
             Ok(Err(status)) => return status.into(),
             Err(Error::Busy) => return busy(),
@@ -148,7 +155,10 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// any more, and the access is made again.
     fn access_to_accepted(&self, frame: Frame, exit: &Exit) -> Next {
         let page = Gpa::new(frame.gpa());
-        match self.engine.while_accepted(frame, || self.domain.mapping(page)) {
+        match self
+            .engine
+            .while_accepted(frame, || self.domain.mapping(page))
+        {
             Ok(Ok(mapping)) if mapping.pending => Next::End(TurnstileReason::NOT_VALIDATED),
             Ok(Ok(_)) => Next::Resume,
             Ok(Err(_)) if exit.extended_type() == ExtendedType::PENDING_EPT_VIOLATION => {
@@ -160,7 +170,9 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
 
     /// Accepts what the guest has touched: all of the 2 MiB around it if that is its memory.
     fn accept_touched(&self, frame: Frame) -> Next {
-        let around = self.engine.accept(Block::region_around(frame), OnNoChange::Ignore);
+        let around = self
+            .engine
+            .accept(Block::region_around(frame), OnNoChange::Ignore);
         let accepted = match around {
             Err(Error::Owned | Error::OutOfRange) => {
                 self.engine.accept(Block::page(frame), OnNoChange::Ignore)
@@ -224,11 +236,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     }
 
     /// Takes a block from the guest and has the host share it; status, and how many bytes are done.
-    fn to_shared(
-        &self,
-        vp: &mut Vp,
-        block: Block,
-    ) -> Result<(HostStatus, u64), TurnstileReason> {
+    fn to_shared(&self, vp: &mut Vp, block: Block) -> Result<(HostStatus, u64), TurnstileReason> {
         let rescinded = match self.engine.rescind(block, OnNoChange::Ignore) {
             Ok(rescinded) => rescinded,
             Err(Error::Busy) => return Ok((HostStatus::RETRY, 0)),
@@ -269,7 +277,11 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         let conversion =
             Conversion::to_private(block.gpa(), bytes).ok_or(TurnstileReason::INTERNAL)?;
         let status = self.convert(conversion)?;
-        let done = if status == HostStatus::SUCCESS { bytes } else { 0 };
+        let done = if status == HostStatus::SUCCESS {
+            bytes
+        } else {
+            0
+        };
         Ok((status, done))
     }
 

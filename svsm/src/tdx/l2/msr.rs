@@ -50,7 +50,9 @@ const NOBODY: [(u32, u32); 9] = [
 /// Who serves an access that exits.
 #[must_use]
 pub fn class(number: u32) -> Class {
-    let nobodys = NOBODY.iter().any(|&(first, last)| (first..=last).contains(&number));
+    let nobodys = NOBODY
+        .iter()
+        .any(|&(first, last)| (first..=last).contains(&number));
     if nobodys { Class::None } else { Class::Host }
 }
 
@@ -62,7 +64,10 @@ mod tests {
     fn no_register_is_both_the_guests_and_nobodys() {
         for (first, last) in NATIVE.into_iter().chain(NATIVE_READ) {
             assert!(first <= last);
-            assert!((first..=last).all(|number| class(number) == Class::Host), "{first:#x}");
+            assert!(
+                (first..=last).all(|number| class(number) == Class::Host),
+                "{first:#x}"
+            );
         }
         assert_eq!(class(0x802), Class::Host);
         assert_eq!(class(0x8FF), Class::None);

@@ -256,7 +256,9 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         }
         let gpa = Gpa::new(PageOperand::page_of(raw));
         let frame = Frame::containing(gpa.get());
-        let looked = self.engine.while_accepted(frame, || self.domain.mapping(gpa));
+        let looked = self
+            .engine
+            .while_accepted(frame, || self.domain.mapping(gpa));
         match looked {
             Ok(Ok(mapping)) => {
                 let pending = if mapping.pending { MAPPING_PENDING } else { 0 };

@@ -20,8 +20,8 @@ use protocols::terminate::TurnstileReason;
 use super::memory::CONVERTED_AT_ONCE;
 use super::vp::Vp;
 use super::{
-    Domain, GuestTd, HostRegisters, MEASUREMENT, Mapping, Next, REPORT, REPORT_DATA, Service, Touch,
-    Unreachable,
+    Domain, GuestTd, HostRegisters, MEASUREMENT, Mapping, Next, REPORT, REPORT_DATA, Service,
+    Touch, Unreachable,
 };
 
 const SHARED: u64 = 1 << 47;
@@ -134,7 +134,9 @@ fn with<T>(
     let regions: Vec<Region> = (0..REGIONS).map(|_| Region::new()).collect();
     let range = Range::try_new(Frame::containing(0), REGIONS as u64 * 512, &regions).unwrap();
     let ranges = [range];
-    let locks: Vec<RegionLock> = (0..RegionLocks::MINIMUM).map(|_| RegionLock::new()).collect();
+    let locks: Vec<RegionLock> = (0..RegionLocks::MINIMUM)
+        .map(|_| RegionLock::new())
+        .collect();
     let map = Map::try_new(&ranges).unwrap();
     let engine = Engine::new(sept, map, RegionLocks::try_new(&locks).unwrap());
     engine
@@ -205,7 +207,10 @@ fn an_accept_reaches_the_module_once_and_for_the_guests_memory_only() {
         assert_eq!(*sept.accepted.borrow(), [0x20_1000]);
         let already = Status::PAGE_ALREADY_ACCEPTED.with(0);
         assert_eq!(accept(service, vp, 0x20_1000), already);
-        assert_eq!(accept(service, vp, 0x20_0001), Status::PAGE_SIZE_MISMATCH.with(1));
+        assert_eq!(
+            accept(service, vp, 0x20_0001),
+            Status::PAGE_SIZE_MISMATCH.with(1)
+        );
         for rcx in [
             OWNED,
             OWNED | 1,
@@ -245,7 +250,13 @@ fn a_block_that_is_mapped_at_once_is_already_accepted_at_its_level() {
 /// I5.
 #[test]
 fn a_page_that_was_accepted_behind_our_back_ends_the_machine() {
-    let (sept, model) = (Sept { lies: true, ..Sept::default() }, Model::default());
+    let (sept, model) = (
+        Sept {
+            lies: true,
+            ..Sept::default()
+        },
+        Model::default(),
+    );
     with(&sept, &model, Touch::Strict, |service, vp| {
         let registers = [(RAX, Leaf::MEM_PAGE_ACCEPT.0.into()), (RCX, 0x1000)];
         let next = tdcall(service, vp, &registers);
@@ -259,7 +270,12 @@ fn what_becomes_shared_leaves_the_map_first() {
     let (sept, model) = (Sept::default(), Model::default());
     with(&sept, &model, Touch::Strict, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_0000), 0);
-        let done = ask(service, vp, SubFunction::MAP_GPA, [SHARED | 0x20_0000, 0x2000]);
+        let done = ask(
+            service,
+            vp,
+            SubFunction::MAP_GPA,
+            [SHARED | 0x20_0000, 0x2000],
+        );
         assert_eq!(done, Ok((HostStatus::SUCCESS, 0)));
         let state = service.engine.state(Frame::containing(0x20_0000));
         assert_eq!(state, Some(PageState::Unaccepted));
@@ -291,7 +307,11 @@ fn bad_ranges_are_not_passed_on() {
             (0x1000, 0x1001, align),
         ] {
             let answer = ask(service, vp, SubFunction::MAP_GPA, [start, bytes]);
-            assert_eq!(answer.map(|(status, _)| status), Ok(status), "{start:#x}+{bytes:#x}");
+            assert_eq!(
+                answer.map(|(status, _)| status),
+                Ok(status),
+                "{start:#x}+{bytes:#x}"
+            );
         }
         assert!(model.asked.borrow().is_empty());
     });
@@ -340,7 +360,14 @@ fn the_host_sees_what_the_guest_passes_and_nothing_else() {
     let (sept, model) = (Sept::default(), Model::default());
     with(&sept, &model, Touch::Strict, |service, vp| {
         let function = SubFunction::IO.0;
-        let registers = [(RAX, 0), (RCX, 0x3C00), (R10, 0), (R11, function), (R12, 1), (R13, 2)];
+        let registers = [
+            (RAX, 0),
+            (RCX, 0x3C00),
+            (R10, 0),
+            (R11, function),
+            (R12, 1),
+            (R13, 2),
+        ];
         vp.gprs()[14] = 0x5EC2;
         assert_eq!(tdcall(service, vp, &registers), Next::Resume);
         assert_eq!(*model.asked.borrow(), [[0, function, 1, 2, 0, 0]]);
@@ -350,11 +377,19 @@ fn the_host_sees_what_the_guest_passes_and_nothing_else() {
             let registers = [(RAX, 0), (RCX, 0xFC00), (R10, r10), (R11, r11)];
             assert_eq!(tdcall(service, vp, &registers), Next::Resume);
             let unsupported = HostStatus::SUBFUNCTION_UNSUPPORTED.0;
-            let wanted = if r10 == 0 { unsupported } else { (-1000_i64).cast_unsigned() };
+            let wanted = if r10 == 0 {
+                unsupported
+            } else {
+                (-1000_i64).cast_unsigned()
+            };
             assert_eq!(vp.gprs()[R10], wanted);
         }
         assert_eq!(model.asked.borrow().len(), 1);
-        let halted = tdcall(service, vp, &[(RAX, 0), (RCX, 0xFC00), (R10, 0), (R11, 0xC), (R12, 1)]);
+        let halted = tdcall(
+            service,
+            vp,
+            &[(RAX, 0), (RCX, 0xFC00), (R10, 0), (R11, 0xC), (R12, 1)],
+        );
         assert_eq!(halted, Next::Wait { blocked: true });
     });
 }
@@ -391,9 +426,17 @@ fn memory_that_is_not_accepted_is_a_fault_or_is_accepted() {
         let none = Status::NO_VALID_VE_INFO.with(0);
         assert_eq!(call(service, vp, Leaf::VP_VEINFO_GET, &[]), none);
         let disable = TdControls::PENDING_VE_DISABLE.bits();
-        let write = [(RCX, 0), (RDX, FieldId::TD_CTLS.0), (R8, disable), (R9, disable)];
+        let write = [
+            (RCX, 0),
+            (RDX, FieldId::TD_CTLS.0),
+            (R8, disable),
+            (R9, disable),
+        ];
         assert_eq!(call(service, vp, Leaf::VM_WR, &write), 0);
-        assert_eq!(touch(service, vp, 0x3000), Next::End(TurnstileReason::L2_MEMORY));
+        assert_eq!(
+            touch(service, vp, 0x3000),
+            Next::End(TurnstileReason::L2_MEMORY)
+        );
     });
     with(&sept, &model, Touch::Accept, |service, vp| {
         assert_eq!(touch(service, vp, 0x20_3123), Next::Resume);
@@ -415,12 +458,17 @@ fn a_pending_page_on_record_ends_the_machine() {
             ..Model::default()
         };
         with(&sept, &model, Touch::Strict, |service, vp| {
+            let before = sept.accepted.borrow().len();
             assert_eq!(accept(service, vp, 0x3000), 0);
             let wanted = match pending {
                 true => Next::End(TurnstileReason::NOT_VALIDATED),
                 false => Next::Resume,
             };
             assert_eq!(touch(service, vp, 0x3000), wanted);
+            // To ask again does not help the host either (I2): nothing is executed.
+            let registers = [(RAX, Leaf::MEM_PAGE_ACCEPT.0.into()), (RCX, 0x3000)];
+            assert_eq!(tdcall(service, vp, &registers), wanted);
+            assert_eq!(sept.accepted.borrow().len(), before + 1);
         });
     }
 }

@@ -86,7 +86,12 @@ impl Vp {
     }
 
     /// #VE for an instruction.
-    pub(super) fn instruction_ve(&mut self, reason: ExitReason, qualification: u64, instruction: u64) {
+    pub(super) fn instruction_ve(
+        &mut self,
+        reason: ExitReason,
+        qualification: u64,
+        instruction: u64,
+    ) {
         self.virtualization(VeInfo {
             reason,
             qualification,

@@ -69,11 +69,17 @@ const LEFT_OUT: &[&str] = &[
 #[cfg(target_os = "none")]
 extern "C" fn main() -> ! {
     use guest::console::{self, Console, Exit};
-    use guest::{harness, tdcall, trap};
+    use guest::{harness, oracle, tdcall, trap};
+    use protocols::oracle::HostAct;
 
     trap::install();
     console::attach(tdcall::port_out);
     let mut tables: [&[harness::Case]; MOST_CASES] = [&[]; MOST_CASES];
+    let last: &[harness::Case] = if oracle::host_would(HostAct::RE_ADD) {
+        paravisor::ENDS
+    } else {
+        &[]
+    };
     let all = [
         start::CASES,
         paravisor::CASES,
@@ -81,8 +87,12 @@ extern "C" fn main() -> ! {
         ve::CASES,
         metadata::CASES,
         host::CASES,
+        last,
     ];
-    let chosen = all.into_iter().flatten().filter(|case| !LEFT_OUT.contains(&case.name));
+    let chosen = all
+        .into_iter()
+        .flatten()
+        .filter(|case| !LEFT_OUT.contains(&case.name));
     for (slot, case) in tables.iter_mut().zip(chosen) {
         *slot = core::slice::from_ref(case);
     }

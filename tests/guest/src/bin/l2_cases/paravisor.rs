@@ -8,7 +8,7 @@ use guest::tdcall::{accept, call, expect_accept, map_gpa, read_attributes};
 use guest::trap::Trap;
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
 use protocols::launch::{REGION_GPA, REGION_SIZE};
-use protocols::oracle::Counter;
+use protocols::oracle::{Counter, HostAct};
 use protocols::tdx::metadata::{Features0, FieldId};
 use protocols::tdx::ve::ExitReason;
 use protocols::tdx::vmcall::Status as HostStatus;
@@ -25,15 +25,34 @@ pub const CASES: &[Case] = &[
     case("region_is_not_read", "design.md I4", region_read),
     case("region_is_no_report_buffer", "design.md I4", region_report),
     case("region_is_no_measurement", "design.md I4", region_extend),
-    case("block_with_the_region_is_not_accepted", "design.md I4", region_block),
+    case(
+        "block_with_the_region_is_not_accepted",
+        "design.md I4",
+        region_block,
+    ),
     case("carve_out_is_not_listed", "design.md §8", listed),
     case("no_l2_vms", "tdx.md §6 NUM_L2_VMS", no_l2_vms),
-    case("no_partitioning", "tdx.md §6 TDX_FEATURES0", no_partitioning),
+    case(
+        "no_partitioning",
+        "tdx.md §6 TDX_FEATURES0",
+        no_partitioning,
+    ),
     case("leaves_of_l1", "tdx.md §1 unknown leaf", leaves_of_l1),
-    case("one_page_accepted_in_a_block", "tdx.md §2 row 6", page_in_block),
+    case(
+        "one_page_accepted_in_a_block",
+        "tdx.md §2 row 6",
+        page_in_block,
+    ),
     case("no_page_is_accepted_twice", "design.md I2", never_twice),
-    case("attributes_of_own_pages", "tdx.md §1 leaf 23", own_attributes),
+    case(
+        "attributes_of_own_pages",
+        "tdx.md §1 leaf 23",
+        own_attributes,
+    ),
 ];
+
+/// The end of a run with `hostile=re-add`.
+pub const ENDS: &[Case] = &[case("re_added_page_is_used", "design.md I6", re_added)];
 
 const SHARED: u64 = 1 << 47;
 const INVALID_RCX: u64 = Operand::RCX.invalid();
@@ -93,7 +112,11 @@ fn region_report() -> Verdict {
 
 fn region_extend() -> Verdict {
     let operands = [(RCX, REGION_GPA), (RDX, 2)];
-    expect("RAX", call(Leaf::MR_RTMR_EXTEND, &operands)?[RAX], INVALID_RCX)
+    expect(
+        "RAX",
+        call(Leaf::MR_RTMR_EXTEND, &operands)?[RAX],
+        INVALID_RCX,
+    )
 }
 
 /// No stretch of the list touches the region, and the list's own page is in one that is accepted.
@@ -171,13 +194,30 @@ fn never_twice() -> Verdict {
         expect_not("RAX", accept(block, size)?, 0)?;
     }
     expect("content", memory::read(private(block))?, 99)?;
-    expect("counted", oracle::counter(Counter::DOUBLE_VALIDATION), before)
+    expect(
+        "counted",
+        oracle::counter(Counter::DOUBLE_VALIDATION),
+        before,
+    )
+}
+
+/// The host removes a page of the guest's and adds another: the guest's next use of it ends the machine.
+fn re_added() -> Verdict {
+    let page = memory::fresh_page();
+    expect_accept(page, PageSize::Size4K, 0)?;
+    memory::write(private(page), 5)?;
+    oracle::host_act(page, HostAct::RE_ADD)?;
+    expect("read", insn::load(private(page)), Ok(5))
 }
 
 fn own_attributes() -> Verdict {
     let block = memory::fresh_region();
     let (rax, rcx, rdx) = read_attributes(block.get())?;
-    expect("pending", (rax, rcx, rdx), (0, block.get() | MAPPING_PENDING, 0))?;
+    expect(
+        "pending",
+        (rax, rcx, rdx),
+        (0, block.get() | MAPPING_PENDING, 0),
+    )?;
     expect_accept(block, PageSize::Size4K, 0)?;
     let (rax, rcx, _) = read_attributes(block.get())?;
     expect("accepted", (rax, rcx), (0, block.get()))?;

@@ -31,7 +31,11 @@ fn first_state() -> Verdict {
     let [cr0, cr4, efer] = found.control;
     // ET is always set in a processor, whatever the VMCS has.
     const ET: u32 = 1 << 4;
-    expect("CR0, CR4, EFER", [cr0 & !ET, cr4, efer], [0x21, 0x40, 0x901])
+    expect(
+        "CR0, CR4, EFER",
+        [cr0 & !ET, cr4, efer],
+        [0x21, 0x40, 0x901],
+    )
 }
 
 fn vp_info() -> Verdict {
