@@ -222,13 +222,10 @@ extern "C" fn handle(frame: &mut Frame) {
     if frame.vector == VMM_COMMUNICATION && emulate_cpuid(frame) {
         return;
     }
-    match frame.vector {
+    let vector = frame.vector;
+    match vector {
         NMI => return,
-        GENERAL_PROTECTION | PAGE_FAULT | VMM_COMMUNICATION => {
-            if land(frame) {
-                return;
-            }
-        }
+        GENERAL_PROTECTION | PAGE_FAULT | VMM_COMMUNICATION if land(frame) => return,
         // First of all the information: without it the next #VE would be a double fault.
         VIRTUALIZATION => {
             let reason = module::take_ve().map(|info| info.reason);

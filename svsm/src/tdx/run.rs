@@ -80,7 +80,7 @@ const _: () = {
     use core::mem::offset_of;
     assert!(size_of::<Shared>() == PAGE_SIZE as usize);
     // What the leaves want of alignment.
-    assert!(offset_of!(Shared, state) as u64 % EnterState::ALIGNMENT == 0);
+    assert!((offset_of!(Shared, state) as u64).is_multiple_of(EnterState::ALIGNMENT));
     assert!(offset_of!(Shared, report).is_multiple_of(REPORT));
     assert!(offset_of!(Shared, report_data).is_multiple_of(64));
     assert!(offset_of!(Shared, measurement).is_multiple_of(64));
