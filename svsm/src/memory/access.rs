@@ -28,6 +28,20 @@ pub fn copy_out(address: u64, data: &[u8]) -> Result<(), AccessFault> {
     .map(drop)
 }
 
+/// Copies from `address` into `data`.
+///
+/// # Errors
+///
+/// The fault; `data` may be written in part.
+pub fn copy_in(address: u64, data: &mut [u8]) -> Result<(), AccessFault> {
+    guarded!("rep movsb"; rax = 0,
+        inout("rcx") data.len() => _,
+        inout("rsi") address => _,
+        inout("rdi") data.as_mut_ptr() => _,
+    )
+    .map(drop)
+}
+
 /// Fills `bytes` bytes (a multiple of 8) at `address` with zeros.
 ///
 /// # Errors

@@ -115,6 +115,7 @@ fn boot(
     let (image, sidecar) = context.image_of(Recipe {
         paravisor: &artefacts.paravisor,
         firmware: Some(&artefacts.ovmf),
+        td_firmware: None,
         fault: Fault::NONE,
         acceptance,
     })?;
