@@ -13,8 +13,8 @@
 //!   older then makes no calls;
 //! - nobody deletes the state under a call, nor one that a processor at VMPL0 has just asked the
 //!   host to run: the host would find no VMSA there, and that ends the VM. A processor that has
-//!   answered a call is awaited in that VMSA; one that has not leaves it to the host which one
-//!   to run, so all that it has *offered* and that were never run stay until it comes back;
+//!   answered a call is awaited in that VMSA; one that has not, and has never run anything,
+//!   leaves it to the host which one to run, so all that it has *offered* stay until it is back;
 //! - the public table shows the records in the order of the slots: first those of the first
 //!   slot of each processor, then those of the second, and so on.
 
@@ -224,13 +224,24 @@ impl<'t, C: VmsaControl> Registry<'t, C> {
     }
 
     /// The same of a processor that has answered no call, and if it has one, it goes to run what
-    /// there is. Until [`Registry::withdraw`] nobody deletes what has never been run.
+    /// there is. Until [`Registry::withdraw`] nobody deletes what has never been run, if nothing of
+    /// this processor has: else the host goes on with that, unless the guest itself tells it to run
+    /// another, which is then the guest's to keep.
     ///
     /// One that somebody is deleting may stay: the deleter has yet to find out whether it is about
     /// to run. A processor that takes it for gone gives itself back, and nobody starts it again.
     #[must_use]
     pub fn offer(&self, index: usize) -> Presence {
-        self.look_at_all(index, Slot::offer)
+        let has_run = |slot| match self.look(slot) {
+            Look::Here((_pin, vmsa)) => !self.control.is_untouched(vmsa),
+            Look::Absent | Look::Leaving => false,
+        };
+        let go = if self.slots_of(index).any(has_run) {
+            Slot::glance
+        } else {
+            Slot::offer
+        };
+        self.look_at_all(index, go)
     }
 
     /// Processor `index` is back.

@@ -327,6 +327,18 @@ fn nobody_deletes_what_a_processor_goes_to_run_for_the_first_time() {
 }
 
 #[test]
+fn what_a_processor_does_not_go_to_run_may_be_deleted() {
+    // A host that enters VMPL0 for nothing goes on with what ran. New VMSAs beside that stayed for
+    // as long as there was no call, and the table was full (hostile/early-return).
+    let world = world(2);
+    world.spy.touched.lock().unwrap().push(vmsa(1));
+    world.register(1, 1);
+    world.register(1, 2);
+    assert_eq!(world.registry.offer(1), Presence::Live);
+    assert_eq!(world.delete(0, 2), Ok(()));
+}
+
+#[test]
 fn what_is_being_deleted_is_not_offered() {
     let world = world(2);
     world.register(1, 1);
