@@ -6,7 +6,7 @@
 
 use crate::backend::{Backend, Operation, Trouble};
 use crate::block::{Block, PageSize};
-use crate::engine::{Done, Ended, Engine, Error, Held, OnNoChange};
+use crate::engine::{Done, Engine, Error, Held, OnNoChange};
 use crate::pages::{PageSet, PageState};
 use crate::shape::{OnePage, Pages, WholeRegion};
 use crate::sweep::{Grain, Stopped, sweep, sweep_on, sweep_runs};
@@ -40,8 +40,9 @@ impl<B: Backend> Engine<'_, B> {
             };
         }
         let held = self.hold_seen(glance)?;
-        let ended = self.accept_held(&held, block, on_no_change);
-        self.end(held, ended)
+        let result = self.accept_held(&held, block, on_no_change);
+        self.end(held);
+        result
     }
 
     /// Makes the Unaccepted pages of `block` ready before the guest asks for them: validated and
@@ -65,8 +66,9 @@ impl<B: Backend> Engine<'_, B> {
             return Ok(Done::NOTHING);
         }
         let fresh = unaccepted_of(&held, block);
-        let ended = self.bring_in(&held, &fresh, None, For::Paravisor(PageState::Ahead));
-        self.end(held, ended)
+        let result = self.bring_in(&held, &fresh, None, For::Paravisor(PageState::Ahead));
+        self.end(held);
+        result
     }
 
     /// Makes `block` the paravisor's own: validated and zero, state [`PageState::Owned`], no
@@ -93,15 +95,19 @@ impl<B: Backend> Engine<'_, B> {
     ) -> Result<Done, Error> {
         let held = self.hold(block)?;
         let fresh = unaccepted_of(&held, block);
-        let ended = match check(fresh) {
-            Ok(()) => self.bring_in(&held, &fresh, None, For::Paravisor(state)),
-            Err(error) => Ended::with(Err(error)),
-        };
-        self.end(held, ended)
+        let result =
+            check(fresh).and_then(|()| self.bring_in(&held, &fresh, None, For::Paravisor(state)));
+        self.end(held);
+        result
     }
 
     /// The test under the lock, and the work.
-    fn accept_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
+    fn accept_held(
+        &self,
+        held: &Held<'_>,
+        block: Block,
+        on_no_change: OnNoChange,
+    ) -> Result<Done, Error> {
         // What nearly every request finds: nobody has anything of it.
         match block.size() {
             PageSize::Size4K => {
@@ -116,21 +122,33 @@ impl<B: Backend> Engine<'_, B> {
                 }
             }
         }
+        self.accept_mixed(held, block, on_no_change)
+    }
+
+    /// The same where somebody has some of it: kept apart, for the sets of pages that it works with
+    /// would be in the way of the usual case.
+    #[inline(never)]
+    fn accept_mixed(
+        &self,
+        held: &Held<'_>,
+        block: Block,
+        on_no_change: OnNoChange,
+    ) -> Result<Done, Error> {
         let asked = PageSet::of(block);
         let states = held.states(&asked);
         if !states.owned.is_empty() {
-            return Ended::with(Err(Error::Owned));
+            return Err(Error::Owned);
         }
         let accepted = states.accepted;
         if on_no_change == OnNoChange::Fail && !accepted.is_empty() {
             held.tally().no_change_slow.add(1);
-            return Ended::with(Err(Error::NoChange));
+            return Err(Error::NoChange);
         }
         let ready = states.ahead;
         let fresh = asked.without(&accepted).without(&ready);
         if fresh.is_empty() && ready.is_empty() {
             held.tally().no_change_slow.add(1);
-            return Ended::with(Ok(Done::NOTHING));
+            return Ok(Done::NOTHING);
         }
         let ready = (!ready.is_empty()).then_some(&ready);
         self.accept_pages(held, block, &fresh, ready)
@@ -143,20 +161,18 @@ impl<B: Backend> Engine<'_, B> {
         block: Block,
         fresh: &impl Pages,
         ready: Option<&PageSet>,
-    ) -> Ended {
-        let ended = self.bring_in(held, fresh, ready, For::Guest);
-        if let Ok(done) = &ended.result {
-            match block.size() {
-                PageSize::Size4K => held.tally().accepted_4k.add(1),
-                PageSize::Size2M => held.tally().accepted_2m.add(1),
-            }
-            let page = PageSize::Size4K.bytes();
-            held.tally().accepted_bytes.add(done.changed_pages * page);
-            if let Some(ready) = ready {
-                held.tally().claimed_bytes.add(ready.len() * page);
-            }
+    ) -> Result<Done, Error> {
+        let done = self.bring_in(held, fresh, ready, For::Guest)?;
+        match block.size() {
+            PageSize::Size4K => held.tally().accepted_4k.add(1),
+            PageSize::Size2M => held.tally().accepted_2m.add(1),
         }
-        ended
+        let page = PageSize::Size4K.bytes();
+        held.tally().accepted_bytes.add(done.changed_pages * page);
+        if let Some(ready) = ready {
+            held.tally().claimed_bytes.add(ready.len() * page);
+        }
+        Ok(done)
     }
 
     /// The phases: `fresh` pages are validated and scrubbed; they and the `ready` ones are granted
@@ -167,7 +183,7 @@ impl<B: Backend> Engine<'_, B> {
         fresh: &impl Pages,
         ready: Option<&PageSet>,
         destination: For,
-    ) -> Ended {
+    ) -> Result<Done, Error> {
         let (region, tally) = (held.region(), held.tally());
         let mut grain = Grain::Large;
 
@@ -181,12 +197,8 @@ impl<B: Backend> Engine<'_, B> {
         );
         if let Err(stopped) = validated {
             self.take_back(held, &stopped.done(fresh), &PageSet::EMPTY, grain);
-            let expelled = self.expel(held, stopped, grain);
-            let error = held.error(Operation::Validate, stopped);
-            return Ended {
-                result: Err(error),
-                flush_now: expelled,
-            };
+            self.expel(held, stopped, grain);
+            return Err(held.error(Operation::Validate, stopped));
         }
 
         // Memory is filled alike whatever page size the platform holds it in.
@@ -195,7 +207,7 @@ impl<B: Backend> Engine<'_, B> {
         });
         if let Err(stopped) = scrubbed {
             self.take_back(held, &fresh.to_set(), &PageSet::EMPTY, grain);
-            return Ended::with(Err(held.error(Operation::Scrub, stopped)));
+            return Err(held.error(Operation::Scrub, stopped));
         }
 
         let scrubbed_bytes = fresh.len() * PageSize::Size4K.bytes();
@@ -205,10 +217,10 @@ impl<B: Backend> Engine<'_, B> {
                 if state == PageState::Ahead {
                     tally.prepared_bytes.add(scrubbed_bytes);
                 }
-                Ended::with(Ok(Done {
+                Ok(Done {
                     scrubbed_bytes,
                     changed_pages: fresh.len(),
-                }))
+                })
             }
             (For::Guest, None) => self.hand_over(held, fresh, fresh, grain),
             (For::Guest, Some(ready)) => {
@@ -226,7 +238,7 @@ impl<B: Backend> Engine<'_, B> {
         all: &impl Pages,
         fresh: &impl Pages,
         mut grain: Grain,
-    ) -> Ended {
+    ) -> Result<Done, Error> {
         let granted = sweep_runs(
             held.region(),
             all,
@@ -240,16 +252,16 @@ impl<B: Backend> Engine<'_, B> {
             let granted = stopped.done(all);
             let ours = fresh.to_set().with(&granted);
             self.take_back(held, &ours, &granted, grain);
-            return Ended {
-                result: Err(held.error(Operation::Grant, stopped)),
-                flush_now: !granted.is_empty(),
-            };
+            if !granted.is_empty() {
+                held.owe_flush();
+            }
+            return Err(held.error(Operation::Grant, stopped));
         }
         held.record(all, PageState::Accepted);
-        Ended::with(Ok(Done {
+        Ok(Done {
             scrubbed_bytes: fresh.len() * PageSize::Size4K.bytes(),
             changed_pages: all.len(),
-        }))
+        })
     }
 
     /// Undoes an accept that failed half-way: `valid` pages become Unaccepted again, `granted`
@@ -297,11 +309,9 @@ impl<B: Backend> Engine<'_, B> {
     /// with the guest's old permissions and contents. To call that success would hand out stale
     /// data; to leave it would let the guest reach memory that the map calls Unaccepted. So X loses
     /// its permissions and its validity, and the map is true again.
-    ///
-    /// Returns whether a flush is needed.
-    fn expel(&self, held: &Held<'_>, stopped: Stopped, grain: Grain) -> bool {
+    fn expel(&self, held: &Held<'_>, stopped: Stopped, grain: Grain) {
         if stopped.trouble != Trouble::Contradiction {
-            return false;
+            return;
         }
         let (region, tally) = (held.region(), held.tally());
         let not_valid = |trouble| trouble == Trouble::Contradiction;
@@ -328,7 +338,7 @@ impl<B: Backend> Engine<'_, B> {
             )
         };
         held.record(&stopped.at().without(&gone), PageState::Owned);
-        true
+        held.owe_flush();
     }
 }
 

@@ -104,6 +104,7 @@ impl Run {
     ///
     /// # Errors
     /// That of the first page that fails.
+    #[inline]
     pub fn page_by_page<F>(
         self,
         instruction: impl Fn(Block) -> Result<(), F>,

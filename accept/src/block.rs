@@ -231,6 +231,11 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_is_told_by_its_address() {
+        assert_eq!(format!("{:?}", Frame::containing(0x1fff)), "Frame(0x1000)");
+    }
+
+    #[test]
     fn a_frame_starts_only_at_a_multiple_of_4096() {
         assert_eq!(Frame::starting_at(0x1001), None);
         assert_eq!(Frame::starting_at(0x1000), Some(Frame::containing(0x1fff)));

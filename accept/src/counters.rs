@@ -13,6 +13,7 @@ impl Count {
     }
 
     /// Adds under the lock that the counter belongs to: no atomic read-modify-write is needed.
+    #[inline]
     pub(crate) fn add(&self, n: u64) {
         self.0.store(
             self.0.load(Ordering::Relaxed).wrapping_add(n),
@@ -21,6 +22,7 @@ impl Count {
     }
 
     /// Adds without the lock. A counter is used with this or with [`Count::add`], never both.
+    #[inline]
     pub(crate) fn add_unlocked(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
     }

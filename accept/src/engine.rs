@@ -4,6 +4,8 @@
 //! region, take its lock, look at the states, act, record, release the lock, flush if something
 //! went wrong half-way.
 
+use core::cell::Cell;
+
 use crate::backend::{Backend, NotFlushed, Operation, STATUS_SIZE_MISMATCH, Trouble};
 use crate::block::{Block, Frame, PageSize};
 use crate::counters::{Counters, Tally};
@@ -91,22 +93,6 @@ pub enum Error {
     },
 }
 
-/// How a flow under the lock ended.
-pub(crate) struct Ended {
-    pub(crate) result: Result<Done, Error>,
-    /// A failed flow took permissions from the guest, and its caller will not pay for it.
-    pub(crate) flush_now: bool,
-}
-
-impl Ended {
-    pub(crate) const fn with(result: Result<Done, Error>) -> Self {
-        Self {
-            result,
-            flush_now: false,
-        }
-    }
-}
-
 impl<'m, B: Backend> Engine<'m, B> {
     /// An engine over `map`, with every page in the state that the map's memory says.
     pub const fn new(backend: B, map: Map<'m>, locks: RegionLocks<'m>) -> Self {
@@ -134,6 +120,7 @@ impl<'m, B: Backend> Engine<'m, B> {
     /// that page.
     ///
     /// [`Taken`]: crate::Taken
+    #[inline]
     #[must_use]
     pub fn state(&self, frame: Frame) -> Option<PageState> {
         Some(
@@ -213,19 +200,20 @@ impl<'m, B: Backend> Engine<'m, B> {
             place,
             region: block.first().region_start(),
             guard,
+            owes_flush: Cell::new(false),
         })
     }
 
     /// Ends a flow: releases the lock first, then pays for what a failure has left behind. I12: no
     /// lock is held across a flush.
-    pub(crate) fn end(&self, held: Held<'m>, ended: Ended) -> Result<Done, Error> {
+    pub(crate) fn end(&self, held: Held<'m>) {
+        let owes_flush = held.owes_flush.get();
         drop(held);
-        if ended.flush_now {
+        if owes_flush {
             // Nobody relies on pages that a failed flow has put out: they are invalid, and the
             // caller hears of the failure whether this is certain or not.
             let _ = self.backend.flush();
         }
-        ended.result
     }
 }
 
@@ -242,6 +230,7 @@ impl Glance<'_> {
     /// Accepted is the only answer that can be given without the lock: it is written after all the
     /// work is done and erased before any work of a rescind begins. Owned may be a page that is
     /// just leaving, Unaccepted one that is just arriving; both are looked at again under the lock.
+    #[inline]
     pub(crate) fn is_accepted(&self) -> bool {
         match self.block.size() {
             PageSize::Size4K => {
@@ -252,6 +241,7 @@ impl Glance<'_> {
     }
 
     /// Counts an answer that the test has given.
+    #[inline]
     pub(crate) fn count_no_change(&self) {
         self.tally.no_change_fast.add_unlocked(1);
     }
@@ -262,14 +252,18 @@ pub(crate) struct Held<'m> {
     place: Place<'m>,
     region: Frame,
     guard: Guard<'m>,
+    /// See [`Held::owe_flush`].
+    owes_flush: Cell<bool>,
 }
 
 impl<'m> Held<'m> {
     /// The first frame of the region.
+    #[inline]
     pub(crate) const fn region(&self) -> Frame {
         self.region
     }
 
+    #[inline]
     pub(crate) fn tally(&self) -> &'m Tally {
         self.guard.tally()
     }
@@ -280,13 +274,21 @@ impl<'m> Held<'m> {
     }
 
     /// Whether the whole region is Unaccepted, for sure.
+    #[inline]
     pub(crate) fn is_unaccepted(&self) -> bool {
         self.place.words.is_unaccepted()
     }
 
     /// The state of one page, for sure.
+    #[inline]
     pub(crate) fn state(&self, frame: Frame) -> PageState {
         self.place.words.state(frame.index_in_region())
+    }
+
+    /// A failed flow took permissions from the guest, and its caller will not pay for it: there has
+    /// to be a flush when the lock is released.
+    pub(crate) fn owe_flush(&self) {
+        self.owes_flush.set(true);
     }
 
     pub(crate) fn record(&self, pages: &impl Pages, state: PageState) {

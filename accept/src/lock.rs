@@ -39,6 +39,7 @@ impl RegionLock {
     }
 
     /// Takes the lock if nobody holds it.
+    #[inline]
     fn try_lock(&self) -> bool {
         // The plain read first: a failed exchange would take the line from the holder.
         !self.held.0.load(Ordering::Relaxed)
@@ -108,11 +109,13 @@ impl<'m> RegionLocks<'m> {
     }
 
     /// The counters that belong to the region around `frame`.
+    #[inline]
     pub(crate) fn tally(&self, frame: Frame) -> &'m Tally {
         &self.lock_of(frame).tally
     }
 
     /// Locks the region around `frame`; `None` when the wait became too long.
+    #[inline]
     pub(crate) fn lock(&self, frame: Frame) -> Option<Guard<'m>> {
         let lock = self.lock_of(frame);
         if lock.try_lock() {
@@ -129,6 +132,7 @@ impl<'m> RegionLocks<'m> {
         None
     }
 
+    #[inline]
     fn lock_of(&self, frame: Frame) -> &'m RegionLock {
         &self.locks[index(frame.region_number(), self.locks.len())]
     }
@@ -136,6 +140,7 @@ impl<'m> RegionLocks<'m> {
 
 /// Chooses one of `count` (a power of two) locks for a region: the top bits of a product with
 /// 2^64 / golden ratio, which spreads neighbours as well as regions a large stride apart.
+#[inline]
 const fn index(region_number: u64, count: usize) -> usize {
     let hash = region_number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (hash >> (u64::BITS - count.trailing_zeros())) as usize
@@ -149,12 +154,14 @@ pub(crate) struct Guard<'m> {
 
 impl<'m> Guard<'m> {
     /// The counters that this lock protects.
+    #[inline]
     pub(crate) fn tally(&self) -> &'m Tally {
         &self.lock.tally
     }
 }
 
 impl Drop for Guard<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.lock.held.0.store(false, Ordering::Release);
     }
@@ -186,6 +193,7 @@ mod tests {
         }
         assert_eq!(RegionLocks::count_for(1), 64);
         assert_eq!(RegionLocks::count_for(17), 128);
+        assert_eq!(RegionLocks::count_for(usize::MAX), 1 << 20);
     }
 
     #[test]

@@ -120,6 +120,7 @@ impl<'m> Range<'m> {
     }
 
     /// Whether `frame` is in the range.
+    #[inline]
     fn contains(&self, frame: Frame) -> bool {
         self.first <= frame && frame <= self.last
     }
@@ -174,6 +175,7 @@ impl<'m> Map<'m> {
 
     /// All that is kept of the region around `block`, or `None` unless the whole block lies in one
     /// range.
+    #[inline]
     pub(crate) fn place(&self, block: Block) -> Option<Place<'m>> {
         // A handful of ranges: walking them is cheaper than anything cleverer.
         let range = self
@@ -267,6 +269,11 @@ mod tests {
             Some(BadRange::Wraps)
         );
         assert_eq!(Range::regions_needed(frame(0x1000), u64::MAX), None);
+        // Away from address 0 numbers and differences of regions are not the same.
+        let range = Range::try_new(frame(0x5f_f000), 0x202, &regions).expect("good");
+        assert_eq!(Range::regions_needed(range.first(), range.pages()), Some(3));
+        assert_eq!(range.pages(), 0x202);
+        assert_eq!(range.last(), frame(0x80_0000));
     }
 
     #[test]
@@ -329,6 +336,30 @@ mod tests {
             "sticks out at the end"
         );
         assert_eq!(found(0xffff_ffff_ffe0_0000, PageSize::Size2M), None);
+    }
+
+    #[test]
+    fn regions_are_counted_from_where_the_range_begins() {
+        let regions = [const { Region::new() }; 3];
+        let ranges = [Range::try_new(frame(0x5f_f000), 0x202, &regions).expect("good")];
+        let map = Map::try_new(&ranges).expect("good");
+        for (index, gpa) in [0x5f_f000, 0x60_0000, 0x80_0000].into_iter().enumerate() {
+            let found = map.find(Block::page(frame(gpa))).expect("inside");
+            assert!(core::ptr::eq(found, regions[index].words()), "{gpa:#x}");
+        }
+        let mut pieces = Vec::new();
+        assert!(
+            map.for_each_piece(frame(0x7f_f000), 2, |words, f, i| pieces.push((
+                core::ptr::from_ref(words),
+                f.gpa(),
+                i
+            )))
+        );
+        let [_, middle, last] = regions.each_ref().map(|r| core::ptr::from_ref(r.words()));
+        assert_eq!(
+            pieces,
+            [(middle, 0x7f_f000, 511..512), (last, 0x80_0000, 0..1)]
+        );
     }
 
     #[test]

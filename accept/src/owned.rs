@@ -6,7 +6,7 @@
 
 use crate::backend::{Backend, Operation, Trouble};
 use crate::block::{Block, Frame, PageSize};
-use crate::engine::{Done, Ended, Engine, Error, Held};
+use crate::engine::{Engine, Error, Held};
 use crate::pages::{PageSet, PageState};
 use crate::sweep::{Grain, Stopped, sweep};
 
@@ -64,12 +64,13 @@ impl<B: Backend> Engine<'_, B> {
     pub fn take(&self, frame: Frame, role: Role) -> Result<Taken, Error> {
         let block = Block::page(frame);
         let held = self.hold(block)?;
-        let ended = match held.state(frame) {
-            PageState::Owned => Ended::with(Err(Error::Owned)),
-            PageState::Unaccepted | PageState::Ahead => Ended::with(Err(Error::NotAccepted)),
+        let result = match held.state(frame) {
+            PageState::Owned => Err(Error::Owned),
+            PageState::Unaccepted | PageState::Ahead => Err(Error::NotAccepted),
             PageState::Accepted => self.take_held(&held, frame, role),
         };
-        let Done { .. } = self.end(held, ended)?;
+        self.end(held);
+        result?;
         let taken = Taken { frame, role };
         // The flush follows the unlock; the page is Owned by then, so nobody can get between. A
         // vCPU that may still write to the page through a stale translation could change what is
@@ -84,17 +85,17 @@ impl<B: Backend> Engine<'_, B> {
         Ok(taken)
     }
 
-    fn take_held(&self, held: &Held<'_>, frame: Frame, role: Role) -> Ended {
+    fn take_held(&self, held: &Held<'_>, frame: Frame, role: Role) -> Result<(), Error> {
         let page = PageSet::single(frame.index_in_region());
         held.record(&page, PageState::Owned);
         if role == Role::CallingArea {
-            return Ended::with(Ok(Done::NOTHING));
+            return Ok(());
         }
         match self.adjust(held, &page, |block| self.backend.revoke(block)) {
-            None => Ended::with(Ok(Done::NOTHING)),
+            None => Ok(()),
             Some(stopped) => {
                 held.record(&page, PageState::Accepted);
-                Ended::with(Err(held.error(Operation::Revoke, stopped)))
+                Err(held.error(Operation::Revoke, stopped))
             }
         }
     }

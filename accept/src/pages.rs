@@ -36,6 +36,7 @@ pub enum PageState {
 
 impl PageState {
     /// The state in the low two bits of `bits`.
+    #[inline]
     const fn from_bits(bits: u64) -> Self {
         match bits & 3 {
             0 => Self::Unaccepted,
@@ -46,6 +47,7 @@ impl PageState {
     }
 
     /// The state repeated for every page of a word.
+    #[inline]
     const fn pattern(self) -> u64 {
         self as u64 * EVEN
     }
@@ -90,6 +92,7 @@ pub(crate) struct RegionWords([AtomicU64; WORDS]);
 
 impl RegionWords {
     /// The state of the page at `index` (0 to 511). Touches one word.
+    #[inline]
     pub(crate) fn state(&self, index: usize) -> PageState {
         let index = index % PAGES_PER_REGION;
         let word = self.0[index / PAGES_PER_WORD].load(Ordering::Acquire);
@@ -115,6 +118,7 @@ impl RegionWords {
     }
 
     /// Whether the whole region is Unaccepted. For sure only while its lock is held.
+    #[inline]
     pub(crate) fn is_unaccepted(&self) -> bool {
         let any = self
             .0
@@ -142,6 +146,7 @@ impl RegionWords {
     }
 
     /// Writes `state` for the page at `index` (0 to 511), as [`RegionWords::record`].
+    #[inline]
     pub(crate) fn record_one(&self, index: usize, state: PageState) {
         let index = index % PAGES_PER_REGION;
         let word = &self.0[index / PAGES_PER_WORD];
@@ -151,6 +156,7 @@ impl RegionWords {
     }
 
     /// Writes `state` for every page, as [`RegionWords::record`].
+    #[inline]
     pub(crate) fn record_all(&self, state: PageState) {
         for word in &self.0 {
             word.store(state.pattern(), Ordering::Release);
@@ -426,6 +432,8 @@ mod tests {
     fn sets_know_empty_full_and_difference() {
         assert!(PageSet::EMPTY.is_empty() && !PageSet::EMPTY.is_full());
         assert!(PageSet::FULL.is_full() && PageSet::FULL.len() == 512);
+        assert_ne!(PageSet::FULL, PageSet::FULL.below(511));
+        assert!(!PageSet::FULL.is_empty() && !PageSet::single(511).is_empty());
         assert!(PageSet::span(0, 512).is_full() && PageSet::span(7, 7).is_empty());
         let rest = PageSet::FULL
             .without(&PageSet::single(31))
@@ -438,6 +446,13 @@ mod tests {
                 .collect::<Vec<_>>(),
             [30, 33]
         );
+    }
+
+    #[test]
+    fn a_block_is_its_page_or_all_of_its_region() {
+        let frame = crate::block::Frame::containing(0x40_7000);
+        assert_eq!(PageSet::of(Block::page(frame)), PageSet::single(7));
+        assert_eq!(PageSet::of(Block::region_around(frame)), PageSet::FULL);
     }
 
     #[test]
@@ -495,6 +510,11 @@ mod tests {
             }
             words.record(&PageSet::FULL, PageState::Unaccepted);
         }
+        for state in STATES {
+            // All words alike.
+            words.record(&PageSet::FULL, state);
+            assert_eq!(words.is_unaccepted(), state == PageState::Unaccepted);
+        }
     }
 
     #[test]
@@ -508,6 +528,13 @@ mod tests {
         region
             .words()
             .record(&PageSet::single(511), PageState::Owned);
+        assert!(!region.words().looks_accepted());
+
+        // The second cache line is read only if the first has an Accepted page.
+        let region = Region::new();
+        region
+            .words()
+            .record(&PageSet::single(511), PageState::Accepted);
         assert!(!region.words().looks_accepted());
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::backend::{Backend, Operation, Trouble};
 use crate::block::{Block, PageSize};
-use crate::engine::{Done, Ended, Engine, Error, FlushOwed, Held, OnNoChange, Rescinded};
+use crate::engine::{Done, Engine, Error, FlushOwed, Held, OnNoChange, Rescinded};
 use crate::pages::{PageSet, PageState};
 use crate::sweep::{Grain, sweep, sweep_on};
 
@@ -38,8 +38,9 @@ impl<B: Backend> Engine<'_, B> {
     /// place.
     pub fn rescind(&self, block: Block, on_no_change: OnNoChange) -> Result<Rescinded, Error> {
         let held = self.hold(block)?;
-        let ended = self.rescind_held(&held, block, on_no_change);
-        let Done { changed_pages, .. } = self.end(held, ended)?;
+        let result = self.rescind_held(&held, block, on_no_change);
+        self.end(held);
+        let Done { changed_pages, .. } = result?;
         let flush = (changed_pages != 0).then_some(FlushOwed(()));
         Ok(Rescinded {
             changed_pages,
@@ -47,11 +48,16 @@ impl<B: Backend> Engine<'_, B> {
         })
     }
 
-    fn rescind_held(&self, held: &Held<'_>, block: Block, on_no_change: OnNoChange) -> Ended {
+    fn rescind_held(
+        &self,
+        held: &Held<'_>,
+        block: Block,
+        on_no_change: OnNoChange,
+    ) -> Result<Done, Error> {
         let asked = PageSet::of(block);
         let states = held.states(&asked);
         if !states.owned.is_empty() {
-            return Ended::with(Err(Error::Owned));
+            return Err(Error::Owned);
         }
         // Also when nothing changes: the guest says what it is about to do with the pages.
         held.remember_given_back();
@@ -61,25 +67,23 @@ impl<B: Backend> Engine<'_, B> {
         };
         if on_no_change == OnNoChange::Fail && leaving.accepted != asked {
             held.tally().no_change_slow.add(1);
-            return Ended::with(Err(Error::NoChange));
+            return Err(Error::NoChange);
         }
         if leaving.all().is_empty() {
             held.tally().no_change_slow.add(1);
-            return Ended::with(Ok(Done::NOTHING));
+            return Ok(Done::NOTHING);
         }
-        let ended = self.put_out(held, &leaving);
-        if ended.result.is_ok() {
-            match block.size() {
-                PageSize::Size4K => held.tally().rescinded_4k.add(1),
-                PageSize::Size2M => held.tally().rescinded_2m.add(1),
-            }
-            let bytes = leaving.accepted.len() * PageSize::Size4K.bytes();
-            held.tally().rescinded_bytes.add(bytes);
+        let done = self.put_out(held, &leaving)?;
+        match block.size() {
+            PageSize::Size4K => held.tally().rescinded_4k.add(1),
+            PageSize::Size2M => held.tally().rescinded_2m.add(1),
         }
-        ended
+        let bytes = leaving.accepted.len() * PageSize::Size4K.bytes();
+        held.tally().rescinded_bytes.add(bytes);
+        Ok(done)
     }
 
-    fn put_out(&self, held: &Held<'_>, leaving: &Leaving) -> Ended {
+    fn put_out(&self, held: &Held<'_>, leaving: &Leaving) -> Result<Done, Error> {
         let (region, tally) = (held.region(), held.tally());
         let mut grain = Grain::Large;
         held.record(&leaving.all(), PageState::Owned);
@@ -93,11 +97,10 @@ impl<B: Backend> Engine<'_, B> {
             held.record(&lost, PageState::Unaccepted);
             let revoked = stopped.done(&leaving.accepted);
             self.restore(held, leaving, &lost, &revoked, grain);
-            let error = held.error(Operation::Revoke, stopped);
-            return Ended {
-                result: Err(error),
-                flush_now: !lost.is_empty(),
-            };
+            if !lost.is_empty() {
+                held.owe_flush();
+            }
+            return Err(held.error(Operation::Revoke, stopped));
         }
 
         let all = leaving.all();
@@ -118,18 +121,15 @@ impl<B: Backend> Engine<'_, B> {
                 &leaving.accepted.without(&lost),
                 grain,
             );
-            let error = held.error(Operation::Rescind, stopped);
-            return Ended {
-                result: Err(error),
-                flush_now: true,
-            };
+            held.owe_flush();
+            return Err(held.error(Operation::Rescind, stopped));
         }
 
         held.record(&all, PageState::Unaccepted);
-        Ended::with(Ok(Done {
+        Ok(Done {
             scrubbed_bytes: 0,
             changed_pages: all.len(),
-        }))
+        })
     }
 
     /// Undoes a rescind that failed half-way: the pages that are not `lost` become again what they

@@ -29,22 +29,27 @@ pub(crate) trait Pages {
 pub(crate) struct OnePage(pub(crate) usize);
 
 impl Pages for OnePage {
+    #[inline]
     fn is_full(&self) -> bool {
         false
     }
 
+    #[inline]
     fn len(&self) -> u64 {
         1
     }
 
+    #[inline]
     fn runs(&self) -> impl Iterator<Item = Range<usize>> {
         once(self.0..self.0 + 1)
     }
 
+    #[inline]
     fn to_set(&self) -> PageSet {
         PageSet::single(self.0)
     }
 
+    #[inline]
     fn record(&self, words: &RegionWords, state: PageState) {
         words.record_one(self.0, state);
     }
@@ -54,22 +59,27 @@ impl Pages for OnePage {
 pub(crate) struct WholeRegion;
 
 impl Pages for WholeRegion {
+    #[inline]
     fn is_full(&self) -> bool {
         true
     }
 
+    #[inline]
     fn len(&self) -> u64 {
         PAGES_PER_REGION as u64
     }
 
+    #[inline]
     fn runs(&self) -> impl Iterator<Item = Range<usize>> {
         once(0..PAGES_PER_REGION)
     }
 
+    #[inline]
     fn to_set(&self) -> PageSet {
         PageSet::FULL
     }
 
+    #[inline]
     fn record(&self, words: &RegionWords, state: PageState) {
         words.record_all(state);
     }

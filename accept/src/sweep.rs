@@ -38,6 +38,7 @@ impl Stopped {
 
 /// Applies `instruction` to `pages` of the region that starts at `region`, ascending, and stops at
 /// the first failure. After success it was done on all of them.
+#[inline]
 pub(crate) fn sweep<F: Into<Trouble>>(
     region: Frame,
     pages: &impl Pages,
@@ -50,6 +51,7 @@ pub(crate) fn sweep<F: Into<Trouble>>(
 }
 
 /// As [`sweep`], with an instruction for runs of small pages.
+#[inline]
 pub(crate) fn sweep_runs<F: Into<Trouble>>(
     region: Frame,
     pages: &impl Pages,

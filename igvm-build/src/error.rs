@@ -112,6 +112,20 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// The firmware for trust domains cannot be used.
+    #[error(
+        "not a usable firmware for trust domains ({reason}); use OVMF.inteltdx.fd of ovmf-inteltdx 2026.08 or newer"
+    )]
+    TdFirmware {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The paravisor has no entry point for trust domains.
+    #[error("no symbol {symbol} in the paravisor; build it with `cargo xtask build`")]
+    NoTdStart {
+        /// The symbol.
+        symbol: &'static str,
+    },
     /// The position of the C-bit is impossible.
     #[error("C-bit {c_bit}; expected 32 to 51, change --c-bit (51 for EPYC, 47 for the machine)")]
     CBit {

@@ -9,8 +9,9 @@
 //! | [`elf`] | what an ELF file says: segments, entry point, symbols |
 //! | [`layout`] | where everything in the paravisor's region lies |
 //! | [`page_tables`] | the tables the paravisor starts on |
-//! | [`vmsa`], [`native`] | the first processor's state, on each platform |
-//! | [`firmware`] | what an OVMF image says about itself |
+//! | [`vmsa`], [`native`] | the first processor's state, on each platform that has one |
+//! | [`tdx`] | what is launched on TDX, where it has none |
+//! | [`firmware`], [`td_firmware`] | what an OVMF image says about itself |
 //! | [`params`] | the page of launch parameters |
 //! | [`image`] | the file: all directives, in the order a loader needs |
 //! | [`digest`] | the launch digest of a list of directives |
@@ -38,4 +39,6 @@ pub mod params;
 pub mod show;
 pub mod sidecar;
 pub mod td;
+pub mod td_firmware;
+pub mod tdx;
 pub mod vmsa;

@@ -17,6 +17,7 @@ use igvm_build::image::{self, Options};
 use igvm_build::show::show;
 use igvm_build::sidecar::{Sidecar, hex};
 use igvm_build::td;
+use igvm_build::td_firmware::TdFirmware;
 use protocols::launch::Fault;
 
 #[derive(Parser)]
@@ -67,6 +68,9 @@ struct Build {
     /// The firmware, an OVMF .fd with SEV-SNP and SVSM support
     #[arg(long)]
     firmware: Option<PathBuf>,
+    /// The firmware for trust domains, a TDVF .fd: makes the image one for TDX, too
+    #[arg(long)]
+    td_firmware: Option<PathBuf>,
     /// Where to write the image
     #[arg(long)]
     out: PathBuf,
@@ -134,13 +138,29 @@ fn build(arguments: &Build) -> Result<()> {
         }
         _ => None,
     };
+    let td_bytes = arguments
+        .td_firmware
+        .as_deref()
+        .map(|file| {
+            read(
+                file,
+                "OVMF.inteltdx.fd of Debian's ovmf-inteltdx 2026.08 or newer",
+            )
+        })
+        .transpose()?;
+    let td_firmware = match (&arguments.td_firmware, &td_bytes) {
+        (Some(file), Some(bytes)) => {
+            Some(TdFirmware::parse(bytes).map_err(FileError::content(file))?)
+        }
+        _ => None,
+    };
     let options = Options {
         c_bit: arguments.c_bit,
         acceptance: arguments.accept.with(arguments.accept_extras)?,
         fault: Fault(arguments.fault),
         ..Options::default()
     };
-    let image = image::build(&program, firmware.as_ref(), &options)
+    let image = image::build(&program, firmware.as_ref(), td_firmware.as_ref(), &options)
         .map_err(FileError::content(&arguments.paravisor))?;
     let firmware_name = arguments
         .firmware
@@ -153,6 +173,9 @@ fn build(arguments: &Build) -> Result<()> {
     description.push(b'\n');
     write(&with_suffix(&arguments.out, ".json"), &description)?;
     println!("launch digest {}", sidecar.digest);
+    if let Some(mrtd) = &sidecar.mrtd {
+        println!("MRTD {mrtd}");
+    }
     Ok(())
 }
 

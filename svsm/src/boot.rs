@@ -300,7 +300,8 @@ fn check_processor(
     })
 }
 
-/// Turns on what keeps mistakes of ours from becoming holes.
+/// Turns on what keeps mistakes of ours from becoming holes, and the instructions that large pages are
+/// scrubbed with.
 pub(crate) fn harden_processor() {
     // SAFETY: the launch tables map text read-only and everything of ours as supervisor pages,
     // so none of these makes running code fault.
@@ -309,7 +310,8 @@ pub(crate) fn harden_processor() {
         Cr4::update(|flags| {
             flags.insert(
                 Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION
-                    | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION,
+                    | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION
+                    | Cr4Flags::OSFXSR,
             );
         });
     }
@@ -532,8 +534,22 @@ fn publish_descriptor(
     plan: &Plan,
     vcpu_table: Gpa,
 ) -> Result<(), TurnstileReason> {
+    publish_map(&system.engine, plan, |shown| {
+        shown.vcpu_count = system.registry.shown_count() as u32;
+        shown.vcpu_table_gpa = vcpu_table.get();
+    })
+}
+
+/// Shows the map to the referee, with what `complete` adds to it. The descriptor is a page, and it lies
+/// on the stack: once.
+#[inline(never)]
+pub(crate) fn publish_map<B: Backend>(
+    engine: &Engine<'_, B>,
+    plan: &Plan,
+    complete: impl FnOnce(&mut MapDescriptor),
+) -> Result<(), TurnstileReason> {
     let mut shown = MapDescriptor::new();
-    let ranges = system.engine.map().ranges();
+    let ranges = engine.map().ranges();
     let mut ranges = ranges.iter();
     for (outer, group) in plan.groups() {
         let first = ranges.next().ok_or(TurnstileReason::INTERNAL)?;
@@ -547,9 +563,8 @@ fn publish_descriptor(
             return Err(TurnstileReason::MAP_TOO_MANY);
         }
     }
-    shown.vcpu_count = system.registry.shown_count() as u32;
-    shown.vcpu_table_gpa = vcpu_table.get();
     shown.guest_vmpl = GUEST_VMPL.number().into();
+    complete(&mut shown);
     descriptor::publish(shown);
     Ok(())
 }

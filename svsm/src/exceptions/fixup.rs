@@ -43,12 +43,13 @@ macro_rules! fixup {
 pub(crate) use fixup;
 
 /// One instruction with AC set and a landing pad: evaluates to the new RAX, or to the fault. More
-/// lines behind the instruction are skipped by a fault.
+/// lines behind the instruction are skipped by a fault. If one of these may fault as well, it stands
+/// at a label of its own, followed by a [`fixup!`] from there to `3f`.
 ///
 /// RAX may be an operand; on a fault its value is replaced by what happened. The code around
 /// the macro answers for what the instruction does, the macro for where a fault lands.
 macro_rules! guarded {
-    ($($line:literal),+; rax = $rax:expr, $($operands:tt)*) => {{
+    ($($line:expr),+; rax = $rax:expr, $($operands:tt)*) => {{
         let mut rax: u64 = $rax;
         let faulted: u64;
         // SAFETY: a fault of the instruction continues at label 3, and AC is clear afterwards

@@ -300,7 +300,7 @@ impl Platform for Snp {
     }
 
     fn scrub(&self, block: MappedBlock) -> Result<(), AccessFault> {
-        access::fill_zero(block.address(), block.size().bytes())
+        access::zero_page(block.address(), block.size())
     }
 
     fn flush_local(&self) {

@@ -34,6 +34,8 @@ pub struct Artefacts {
     pub svsm_counts: PathBuf,
     /// The test program for L1 of a trust domain, an ELF file.
     pub tdx_cases: PathBuf,
+    /// The test guest for an L2 VM, packed as a firmware.
+    pub l2_cases: PathBuf,
     /// The default firmware.
     pub ovmf: PathBuf,
     /// The firmware that the chosen scenarios need, the default one included.
@@ -297,6 +299,7 @@ impl Context {
         self.image_of(Recipe {
             paravisor,
             firmware,
+            td_firmware: None,
             fault,
             acceptance: Acceptance::LAZY,
         })
@@ -362,6 +365,7 @@ impl Context {
         let (image, sidecar) = self.image_of(Recipe {
             paravisor,
             firmware: Some(&self.artefacts.svsm_cases),
+            td_firmware: None,
             fault,
             acceptance,
         })?;

@@ -9,6 +9,7 @@ use core::arch::asm;
 
 use protocols::addr::PageSize;
 use protocols::snp::opcode;
+use x86_64::registers::control::{Cr4, Cr4Flags};
 
 use crate::trap::{self, Trap};
 
@@ -423,6 +424,48 @@ pub fn undefined() -> Result<(), Trap> {
     // SAFETY: raises #UD, which is fixed up.
     unsafe { guarded!("ud2", options(nomem, nostack)) };
     trap::result(())
+}
+
+/// The 16 XMM registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C, align(16))]
+pub struct Xmm(pub [[u64; 2]; 16]);
+
+/// Enables the XMM registers. Compiled code does not use them.
+pub fn enable_xmm() {
+    // SAFETY: changes nothing but that instructions exist.
+    unsafe { Cr4::update(|flags| flags.insert(Cr4Flags::OSFXSR)) };
+}
+
+/// Loads all XMM registers.
+pub fn load_xmm(values: &Xmm) {
+    // SAFETY: reads the 256 bytes; compiled code keeps nothing in these registers.
+    unsafe {
+        asm!(
+            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+            "movaps xmm\\n, [{values} + \\n * 16]",
+            ".endr",
+            values = in(reg) values,
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// Reads all XMM registers.
+#[must_use]
+pub fn read_xmm() -> Xmm {
+    let mut values = Xmm([[0; 2]; 16]);
+    // SAFETY: writes the 256 bytes.
+    unsafe {
+        asm!(
+            ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+            "movaps [{values} + \\n * 16], xmm\\n",
+            ".endr",
+            values = in(reg) &mut values,
+            options(nostack),
+        );
+    }
+    values
 }
 
 /// VMGEXIT without touching the GHCB register.

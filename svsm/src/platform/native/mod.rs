@@ -58,7 +58,7 @@ mod bare {
         fn scrub(&self, block: MappedBlock) -> Result<(), AccessFault> {
             let gpa = gpa_of(block).ok_or(guest_map::OUTSIDE)?;
             self.table.may_scrub(gpa, block.size())?;
-            access::fill_zero(block.address(), block.size().bytes())
+            access::zero_page(block.address(), block.size())
         }
 
         fn flush_local(&self) {

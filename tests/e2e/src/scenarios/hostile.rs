@@ -2,13 +2,14 @@
 //!
 //! Each scenario lets the machine lie in one way. The paravisor must end the guest with the reason
 //! that names the lie, or live with it where the lie can do no harm. Which guest it is does not
-//! matter, so the small one is used.
+//! matter, so the small one is used. When memory is accepted might matter: with `--full` every lie
+//! is told under each policy.
 
-use protocols::launch::Fault;
+use protocols::launch::{AcceptPolicy, Acceptance, Fault};
 use protocols::report::Outcome;
 use protocols::terminate::{Reason, ReasonSet, TurnstileReason};
 
-use super::svsm_calls;
+use super::{policy, svsm_calls};
 use crate::scenario::{Findings, GUEST_LIMIT, Scenario};
 use crate::vm::Settings;
 
@@ -32,35 +33,56 @@ const LIES: [(&str, TurnstileReason); 13] = [
 /// Entering VMPL0 without a call pending: allowed to the host, so it must be survived.
 const EARLY_RETURN: &str = "early-return";
 
+/// When memory is accepted, in the name of a scenario.
+const POLICIES: [(&str, Acceptance); 3] = [
+    ("", Acceptance::LAZY),
+    ("-eager", policy::EAGER),
+    ("-ahead", policy::AHEAD),
+];
+
 pub fn scenarios() -> Vec<Scenario> {
-    let mut scenarios: Vec<Scenario> = LIES
-        .into_iter()
-        .map(|(lie, reason)| meets(lie, reason))
-        .collect();
-    scenarios.push(Scenario::new(
-        format!("hostile/{EARLY_RETURN}"),
-        |context| {
-            let hostile = Some(EARLY_RETURN.to_owned());
-            svsm_calls::go_through(
-                context,
-                Settings {
-                    hostile,
-                    ..Settings::default()
-                },
-            )
-        },
-    ));
+    let mut scenarios = Vec::new();
+    for (suffix, acceptance) in POLICIES {
+        for (lie, reason) in LIES {
+            let scenario = meets(lie, reason, suffix, acceptance);
+            // Beyond lazy, every day only what the host is asked for before the guest starts.
+            scenarios.push(match (lie, suffix) {
+                (_, "") | ("ghcb-psc", "-eager") => scenario,
+                _ => scenario.only_in_full(),
+            });
+        }
+        let early = Scenario::new(format!("hostile/{EARLY_RETURN}{suffix}"), move |context| {
+            let settings = Settings {
+                hostile: Some(EARLY_RETURN.to_owned()),
+                ..Settings::default()
+            };
+            match acceptance.policy {
+                AcceptPolicy::LAZY => svsm_calls::go_through(context, settings),
+                _ => policy::calls(context, acceptance, settings),
+            }
+        });
+        scenarios.push(match suffix {
+            "" => early,
+            _ => early.weighing(2).only_in_full(),
+        });
+    }
     scenarios
 }
 
-fn meets(lie: &'static str, expected: TurnstileReason) -> Scenario {
-    Scenario::new(format!("hostile/{lie}"), move |context| {
+fn meets(
+    lie: &'static str,
+    expected: TurnstileReason,
+    suffix: &str,
+    acceptance: Acceptance,
+) -> Scenario {
+    Scenario::new(format!("hostile/{lie}{suffix}"), move |context| {
         let settings = Settings {
             hostile: Some(lie.to_owned()),
             ..Settings::default()
         };
         let paravisor = &context.artefacts.paravisor;
-        let (config, sidecar) = context.svsm_cases(paravisor, Fault::NONE, settings)?;
+        let (config, sidecar) =
+            context.svsm_cases_with(paravisor, Fault::NONE, settings, acceptance)?;
         let finished = config.run(GUEST_LIMIT, |_| {})?;
         let mut findings = Findings::default();
         findings.ended(&finished, Outcome::Terminated)?;

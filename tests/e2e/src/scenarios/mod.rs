@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`isa`] | does the machine behave as the architecture says, without any paravisor? |
 //! | [`tdx`] | does it behave as TDX says when it is a trust domain? |
+//! | [`tdx_l2`] | does the paravisor serve the guest of a trust domain? |
 //! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
 //! | [`bench`] | does a call cost what it may? |
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
@@ -39,6 +40,7 @@ mod policy;
 mod stress;
 mod svsm_calls;
 mod tdx;
+mod tdx_l2;
 mod tools;
 
 use crate::scenario::Scenario;
@@ -50,6 +52,7 @@ pub fn all() -> Vec<Scenario> {
         image::scenarios(),
         isa::scenarios(),
         tdx::scenarios(),
+        tdx_l2::scenarios(),
         svsm_calls::scenarios(),
         bench::scenarios(),
         hostile::scenarios(),

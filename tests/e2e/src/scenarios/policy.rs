@@ -19,24 +19,29 @@ const LEAST_CASES: usize = 35;
 /// Pages of a step.
 const PAGES_PER_STEP: u64 = 512;
 
-const EAGER: Acceptance = Acceptance {
+/// All memory before the guest starts.
+pub const EAGER: Acceptance = Acceptance {
     policy: AcceptPolicy::EAGER,
     ..Acceptance::LAZY
 };
-const AHEAD: Acceptance = Acceptance {
+/// Memory by processors that the guest has not started.
+pub const AHEAD: Acceptance = Acceptance {
     policy: AcceptPolicy::AHEAD,
     ..Acceptance::LAZY
 };
 
 pub fn scenarios() -> Vec<Scenario> {
+    let (large, small) = (Backing::Large, Backing::Small);
     let boots = [
-        ("policy/linux-eager", EAGER, Backing::Large, "2G"),
-        ("policy/linux-ahead", AHEAD, Backing::Large, "2G"),
-        ("policy/linux-ahead-4k", AHEAD, Backing::Small, "1G"),
+        ("policy/linux-eager", EAGER, large, Vc::Direct, "2G"),
+        ("policy/linux-ahead", AHEAD, large, Vc::Direct, "2G"),
+        ("policy/linux-ahead-4k", AHEAD, small, Vc::Direct, "1G"),
+        ("policy/linux-eager-strict", EAGER, large, Vc::Strict, "2G"),
+        ("policy/linux-ahead-strict", AHEAD, large, Vc::Strict, "2G"),
     ];
-    let boots = boots.map(|(name, acceptance, backing, memory)| {
+    let boots = boots.map(|(name, acceptance, backing, vc, memory)| {
         let scenario = Scenario::new(name, move |context| {
-            boot(context, acceptance, backing, memory)
+            boot(context, acceptance, backing, vc, memory)
         });
         // Every day one boot: the test guest goes through both policies and both backings.
         if name == "policy/linux-ahead" {
@@ -45,35 +50,43 @@ pub fn scenarios() -> Vec<Scenario> {
             scenario.only_in_full()
         }
     });
-    let calls = [
-        // All of it is ready when the guest starts.
-        Scenario::new("policy/calls-eager", |context| {
-            calls(context, EAGER, Backing::Large, "2G")
-        })
-        .weighing(2),
-        // More of it, in smaller pages, than is ready when the guest wants its second processor.
-        Scenario::new("policy/calls-ahead", |context| {
-            // That there is work left then is for the guest to see (policy_processor_starts). The
-            // start need not wait: the processor may give itself back between the guest's call
-            // and its request to the host.
-            calls(context, AHEAD, Backing::Small, "4G")
-        })
-        .weighing(2),
+    let guests = [
+        ("policy/calls-eager", EAGER, Vc::Direct),
+        ("policy/calls-ahead", AHEAD, Vc::Direct),
+        ("policy/calls-eager-strict", EAGER, Vc::Strict),
+        ("policy/calls-ahead-strict", AHEAD, Vc::Strict),
     ];
-    calls.into_iter().chain(boots).collect()
+    let guests = guests.map(|(name, acceptance, vc)| {
+        let settings = Settings {
+            vc,
+            ..Settings::default()
+        };
+        let scenario = Scenario::new(name, move |context| {
+            calls(context, acceptance, settings.clone())
+        })
+        .weighing(2);
+        match vc {
+            Vc::Direct => scenario,
+            _ => scenario.only_in_full(),
+        }
+    });
+    guests.into_iter().chain(boots).collect()
 }
 
 /// The test guest on two processors.
-fn calls(
-    context: &Context,
-    acceptance: Acceptance,
-    backing: Backing,
-    memory: &str,
-) -> Result<Findings> {
+///
+/// Eager: all memory is ready when it starts. Ahead: there is more of it, in smaller pages, than is
+/// ready when it wants its second processor. That there is work left then is for the guest to see
+/// (`policy_processor_starts`). The start need not wait: the processor may give itself back between
+/// the guest's call and its request to the host.
+pub fn calls(context: &Context, acceptance: Acceptance, settings: Settings) -> Result<Findings> {
+    let (backing, memory) = match acceptance.policy {
+        AcceptPolicy::AHEAD => (Backing::Small, "4G"),
+        _ => (Backing::Large, "2G"),
+    };
     let settings = Settings {
         backing,
-        vc: Vc::Direct,
-        ..Settings::default()
+        ..settings
     };
     let paravisor = &context.artefacts.paravisor;
     let (config, sidecar) =
@@ -95,18 +108,20 @@ fn boot(
     context: &Context,
     acceptance: Acceptance,
     backing: Backing,
+    vc: Vc,
     memory: &str,
 ) -> Result<Findings> {
     let artefacts = &context.artefacts;
     let (image, sidecar) = context.image_of(Recipe {
         paravisor: &artefacts.paravisor,
         firmware: Some(&artefacts.ovmf),
+        td_firmware: None,
         fault: Fault::NONE,
         acceptance,
     })?;
     let settings = Settings {
         backing,
-        vc: Vc::Direct,
+        vc,
         ..Settings::default()
     };
     let config = Config {

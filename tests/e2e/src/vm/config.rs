@@ -128,6 +128,8 @@ pub struct Settings {
     pub breakage: Option<&'static str>,
     /// The image's native platform, in a guest without SEV-SNP: the machine's plain mode.
     pub native: bool,
+    /// The image's TDX platform: the machine is a trust domain.
+    pub tdx: bool,
 }
 
 impl Settings {
@@ -158,6 +160,9 @@ impl Settings {
         }
         if self.native {
             text.push_str("platform=native\n");
+        }
+        if self.tdx {
+            text.push_str("platform=tdx\n");
         }
         text
     }

@@ -47,6 +47,11 @@ pub const CASES: &[Case] = &[
         zero_large,
     ),
     case(
+        "xmm_registers_survive_an_accept",
+        "decision 021",
+        xmm_registers_survive,
+    ),
+    case(
         "accept_again_after_rescind",
         "svsm.md §4.1, design.md I2",
         again,
@@ -189,6 +194,19 @@ fn zero_small() -> Verdict {
 
 fn zero_large() -> Verdict {
     memory::expect_zero(accepted_region()?.get(), LARGE_PAGE_SIZE)
+}
+
+/// The paravisor scrubs with XMM0; to the guest its own is as it was.
+fn xmm_registers_survive() -> Verdict {
+    insn::enable_xmm();
+    let values = insn::Xmm(core::array::from_fn(|n| {
+        [0x5858_0000 + n as u64, !(n as u64)]
+    }));
+    insn::load_xmm(&values);
+    let region = accepted_region();
+    let after = insn::read_xmm();
+    memory::expect_zero(region?.get(), LARGE_PAGE_SIZE)?;
+    expect("XMM registers kept", after == values, true)
 }
 
 fn again() -> Verdict {

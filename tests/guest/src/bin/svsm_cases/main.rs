@@ -65,8 +65,9 @@ extern "C" fn main() -> ! {
     use protocols::oracle::HostAct;
 
     trap::install();
-    setup::open_console();
     svsm::use_calling_area(setup::first_calling_area());
+    // May have to ask the paravisor for a page.
+    setup::open_console();
     let tables: &[&[Case]] = if double_validation::is_host(HostAct::EXCHANGE) {
         &[
             double_validation::REMAP,

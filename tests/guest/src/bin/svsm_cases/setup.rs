@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use guest::ghcb::{self, change_page_state};
 use guest::harness::{Finding, Verdict, expect};
-use guest::svsm::{self, Outcome};
+use guest::svsm::{self, Outcome, pvalidate_from};
 use guest::{console, insn, memory, oracle};
 use protocols::addr::{Gpa, PAGE_SIZE, PageSize};
 use protocols::ghcb::PageOperation;
@@ -68,8 +68,10 @@ pub fn open_console() {
         });
         return;
     }
-    // A page nobody has accepted can be made shared as it is.
+    // Nobody has asked for this page, but it may have been made ready ahead (policies eager, ahead):
+    // who shares a page rescinds it first. If that fails, the referee says so at the end.
     let page = memory::fresh_page();
+    let _ = pvalidate_from(0, &[ignoring(rescind(page, PageSize::Size4K))]);
     if change_page_state(page, PageOperation::SHARED).is_ok() {
         CONSOLE_PAGE.call_once(|| ghcb::Page::at(page));
         reopen_console();
