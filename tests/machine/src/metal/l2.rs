@@ -7,8 +7,8 @@ use alloc::format;
 
 use machine::guest::event::{Event, Kind as EventKind};
 use machine::platform::End;
+use machine::tdx::l2::interrupts::{Virtual, waits_for_interrupts};
 use machine::tdx::l2::vmcs::Controls;
-use machine::tdx::l2::{Virtual, waits_for_interrupts};
 use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
 use protocols::tdx::Status;

@@ -5,7 +5,7 @@ use alloc::format;
 
 use machine::guest::decode::{MAX_LENGTH, Opcode};
 use machine::platform::End;
-use machine::tdx::l2::MsrAccess;
+use machine::tdx::l2::msr::MsrAccess;
 use machine::tdx::tdcall::Outcome;
 use machine::tdx::ve;
 use machine::types::{Alias, Gpa, Kind};

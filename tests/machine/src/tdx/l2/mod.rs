@@ -8,6 +8,9 @@
 //! `L2::status`; at any other time L1's structure has it.
 
 pub mod apic;
+mod fields;
+pub mod interrupts;
+pub mod msr;
 pub mod vmcs;
 
 use alloc::boxed::Box;
@@ -17,19 +20,17 @@ use alloc::string::String;
 use protocols::tdx::l2::{
     EnterState, Exit, Flush, GlaList, decode_enter_operand, decode_invgla_operand,
 };
-use protocols::tdx::metadata::{FieldId, L2Controls};
+use protocols::tdx::metadata::L2Controls;
 use protocols::tdx::vmcall::register::{COUNT, RBP, RCX, RDX};
-use protocols::tdx::vmcs::{Field, Interruptibility, PrimaryControls, interruption, msr_bitmaps};
+use protocols::tdx::vmcs::{Field, Interruptibility, interruption, msr_bitmaps};
 use protocols::tdx::{L2Vm, Operand, Status};
 use protocols::vmsa::{Efer, Vmsa};
 use zerocopy::{FromBytes, IntoBytes};
 
-use self::apic::VirtualApic;
-use self::vmcs::{Controls, Refusal};
+use self::vmcs::Controls;
 use super::page::{is_private, vmpl_of};
 use super::sept::{State, Walk};
 use super::tdcall::Gprs;
-use super::ve::{MsrClass, msr_class};
 use super::{Stop, Td};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
@@ -89,43 +90,6 @@ pub struct Running {
     pub ctls: L2Controls,
     /// The controls L1 has set.
     pub controls: Controls,
-}
-
-/// What an interrupt of the virtual APIC makes the CPU do at an entry.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Virtual {
-    /// Nothing.
-    None,
-    /// Deliver this vector now.
-    Deliver(u8),
-    /// Come back as soon as interrupts can be taken.
-    Wait,
-}
-
-/// What becomes of an access of an L2 VM to a model-specific register.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum MsrAccess {
-    /// L1 gets it.
-    Exit,
-    /// The processor does it.
-    Native,
-    /// Done; a read gives this.
-    Done(u64),
-    /// #GP(0).
-    GeneralProtection,
-    /// L1 hears that the service of this vector has ended.
-    EndOfInterrupt(u8),
-    /// L1 hears that the task priority is below its threshold.
-    BelowThreshold,
-}
-
-/// Numbers of x2APIC registers that are virtualized.
-mod x2apic {
-    pub const FIRST: u32 = 0x800;
-    pub const LAST: u32 = 0x8FF;
-    pub const TPR: u32 = 0x808;
-    pub const EOI: u32 = 0x80B;
-    pub const SELF_IPI: u32 = 0x83F;
 }
 
 impl Td {
@@ -390,202 +354,6 @@ impl<P: PhysicalMemory> Platform<P> {
         Some((interruption::Event::decode(field)?, error, length))
     }
 
-    /// Calls `act` on the virtual APIC of the VM that runs.
-    fn with_apic<R>(
-        &mut self,
-        vcpu: VcpuId,
-        act: impl FnOnce(&mut VirtualApic<'_, P>) -> R,
-    ) -> Option<R> {
-        let (_, l2) = self.td()?.inside(vcpu)?;
-        let (page, status) = (l2.controls.virtual_apic?, l2.status);
-        let at = self.need_mapped(Gpa::new(page)).ok()?;
-        let mut apic = VirtualApic::new(&self.memory, at, status);
-        let result = act(&mut apic);
-        let status = apic.status;
-        self.td_mut()?.inside_mut(vcpu)?.1.status = status;
-        Some(result)
-    }
-
-    /// The interrupts of the virtual APIC, before the VM goes on. `open` says that it can take one.
-    /// `None` if the page is not there any more.
-    pub fn virtual_interrupt(&mut self, vcpu: VcpuId, open: bool) -> Option<Virtual> {
-        use protocols::tdx::vmcs::SecondaryControls;
-        let running = self.running_l2(vcpu)?;
-        let delivers = SecondaryControls::VIRTUAL_INTERRUPTS;
-        if !running.controls.secondary.contains(delivers) {
-            return Some(Virtual::None);
-        }
-        self.with_apic(vcpu, |apic| {
-            apic.update_ppr();
-            match apic.pending() {
-                Some(vector) if open => {
-                    apic.deliver(vector);
-                    Virtual::Deliver(vector)
-                }
-                Some(_) => Virtual::Wait,
-                None => Virtual::None,
-            }
-        })
-    }
-
-    /// The task priority of the virtual APIC.
-    pub fn virtual_tpr(&mut self, vcpu: VcpuId) -> u8 {
-        self.with_apic(vcpu, |apic| apic.tpr()).unwrap_or(0)
-    }
-
-    /// The VM has set its task priority by CR8 or its register; true if L1 is to hear of it.
-    pub fn set_virtual_tpr(&mut self, vcpu: VcpuId, value: u8) -> bool {
-        use protocols::tdx::vmcs::SecondaryControls;
-        let Some(running) = self.running_l2(vcpu) else {
-            return false;
-        };
-        let _ = self.with_apic(vcpu, |apic| {
-            apic.set_tpr(value);
-            apic.update_ppr();
-        });
-        let delivers = SecondaryControls::VIRTUAL_INTERRUPTS;
-        !running.controls.secondary.contains(delivers)
-            && value >> 4 < running.controls.tpr_threshold
-    }
-
-    /// An access of the VM that runs to a model-specific register (`value` is what it writes).
-    pub fn l2_msr(&mut self, vcpu: VcpuId, number: u32, write: Option<u64>) -> MsrAccess {
-        use protocols::tdx::vmcs::SecondaryControls as Secondary;
-        let is_write = write.is_some();
-        let Some((_, l2)) = self.td().and_then(|td| td.inside(vcpu)) else {
-            return MsrAccess::Exit;
-        };
-        let exits = msr_bitmaps::place(number, is_write)
-            .is_none_or(|(word, bit)| l2.bitmaps[word] >> bit & 1 != 0);
-        if exits {
-            return MsrAccess::Exit;
-        }
-        let secondary = l2.controls.secondary;
-        let eoi_exit = l2.controls.eoi_exit;
-        if (x2apic::FIRST..=x2apic::LAST).contains(&number) {
-            let virtualized = secondary.contains(Secondary::VIRTUALIZE_X2APIC);
-            let delivers = secondary.contains(Secondary::VIRTUAL_INTERRUPTS);
-            return match (number, write) {
-                (x2apic::TPR, None) if virtualized => self.read_apic(vcpu, number),
-                (_, None) if virtualized && secondary.contains(Secondary::APIC_REGISTERS) => {
-                    self.read_apic(vcpu, number)
-                }
-                (x2apic::TPR, Some(value)) if virtualized => match u8::try_from(value) {
-                    Ok(value) if self.set_virtual_tpr(vcpu, value) => MsrAccess::BelowThreshold,
-                    Ok(_) => MsrAccess::Done(0),
-                    Err(_) => MsrAccess::GeneralProtection,
-                },
-                (x2apic::EOI, Some(0)) if virtualized && delivers => {
-                    match self.with_apic(vcpu, |apic| apic.end_of_interrupt()) {
-                        Some(vector)
-                            if eoi_exit[usize::from(vector / 64)] >> (vector % 64) & 1 != 0 =>
-                        {
-                            MsrAccess::EndOfInterrupt(vector)
-                        }
-                        _ => MsrAccess::Done(0),
-                    }
-                }
-                (x2apic::SELF_IPI, Some(vector @ 16..=255)) if virtualized && delivers => {
-                    let _ = self.with_apic(vcpu, |apic| apic.request(vector as u8));
-                    MsrAccess::Done(0)
-                }
-                (x2apic::EOI | x2apic::SELF_IPI, Some(_)) if virtualized && delivers => {
-                    MsrAccess::GeneralProtection
-                }
-                // The APIC of the processor is L1's.
-                _ => MsrAccess::Exit,
-            };
-        }
-        // L1 cannot give what it does not have itself.
-        match msr_class(number, is_write) {
-            MsrClass::Native => MsrAccess::Native,
-            MsrClass::Host | MsrClass::None => MsrAccess::Exit,
-        }
-    }
-
-    fn read_apic(&mut self, vcpu: VcpuId, number: u32) -> MsrAccess {
-        match self.with_apic(vcpu, |apic| apic.read(number)) {
-            Some(value) => MsrAccess::Done(value),
-            None => MsrAccess::Exit,
-        }
-    }
-
-    /// Whether an access of the VM that runs to a register exits to the machine's part of L1: it
-    /// does if L1 wants it, or if it is none that the processor does by itself.
-    pub fn catches_l2_msr(&self, vcpu: VcpuId, number: u32, write: bool) -> bool {
-        let Some((_, l2)) = self.td().and_then(|td| td.inside(vcpu)) else {
-            return true;
-        };
-        msr_class(number, write) != MsrClass::Native
-            || msr_bitmaps::place(number, write)
-                .is_none_or(|(word, bit)| l2.bitmaps[word] >> bit & 1 != 0)
-    }
-
-    /// TDG.VP.RD of a field of an L2 VM: VMCS, MSR bitmaps, L2_CTLS.
-    pub(super) fn l2_field(&self, vcpu: VcpuId, id: FieldId) -> Option<u64> {
-        if !id.is_single() {
-            return None;
-        }
-        if let Some((vm, field)) = Field::of(id) {
-            let mut state = self.l2_state(vcpu, vm)?;
-            return vmcs::read(&self.l2(vcpu, vm)?.controls, &mut state, field);
-        }
-        if let Some((vm, word)) = msr_bitmaps::of(id) {
-            return self.l2(vcpu, vm)?.bitmaps.get(word).copied();
-        }
-        let vm = L2Vm::ALL
-            .into_iter()
-            .find(|&vm| FieldId::l2_ctls(vm).is(id))?;
-        Some(self.l2(vcpu, vm)?.ctls.bits())
-    }
-
-    /// TDG.VP.WR of such a field.
-    pub(super) fn set_l2_field(&mut self, vcpu: VcpuId, id: FieldId, value: u64) -> Status {
-        const UNKNOWN: Status = Status::METADATA_FIELD_ID_INCORRECT;
-        if let Some((vm, field)) = Field::of(id) {
-            let (Some(at), Some(mut state)) =
-                (self.state_at(vcpu, vmpl_of(vm)), self.l2_state(vcpu, vm))
-            else {
-                return UNKNOWN;
-            };
-            let Some(l2) = self.l2_mut(vcpu, vm) else {
-                return UNKNOWN;
-            };
-            return match vmcs::write(&mut l2.controls, &mut state, field, value) {
-                Ok(()) => {
-                    self.memory.write(at, state.as_bytes());
-                    Status::SUCCESS
-                }
-                Err(Refusal::Value) => Status::METADATA_FIELD_VALUE_NOT_VALID,
-                Err(Refusal::Unknown) => UNKNOWN,
-            };
-        }
-        if let Some((vm, word)) = msr_bitmaps::of(id) {
-            let Some(place) = self
-                .l2_mut(vcpu, vm)
-                .and_then(|l2| l2.bitmaps.get_mut(word))
-            else {
-                return UNKNOWN;
-            };
-            *place = value;
-            return Status::SUCCESS;
-        }
-        let found = L2Vm::ALL
-            .into_iter()
-            .find(|&vm| FieldId::l2_ctls(vm).is(id));
-        let Some(l2) = found.and_then(|vm| self.l2_mut(vcpu, vm)) else {
-            return UNKNOWN;
-        };
-        // #VE without L1 is not modelled, so nobody is to think that it works.
-        match L2Controls::from_bits(value) {
-            Some(ctls) if !ctls.contains(L2Controls::ENABLE_EXTENDED_VE) => {
-                l2.ctls = ctls;
-                Status::SUCCESS
-            }
-            _ => Status::METADATA_FIELD_VALUE_NOT_VALID,
-        }
-    }
-
     /// TDG.VP.INVEPT.
     pub(super) fn invept(&mut self, vcpu: VcpuId, gprs: &Gprs) -> u64 {
         let all: u64 = L2Vm::ALL.into_iter().map(L2Vm::invept_bit).sum();
@@ -644,11 +412,6 @@ impl<P: PhysicalMemory> Platform<P> {
         .map(|(_, bit)| bit)
         .sum()
     }
-}
-
-/// Whether the VM exits where an interrupt can be taken.
-pub const fn waits_for_interrupts(controls: &Controls) -> bool {
-    controls.primary.contains(PrimaryControls::INTERRUPT_WINDOW)
 }
 
 /// What the processor has only one set of: neither entry nor exit switches it.

@@ -6,7 +6,8 @@ use protocols::vmsa::Vmsa;
 use zerocopy::FromBytes;
 
 use super::*;
-use crate::tdx::l2::{MsrAccess, Virtual};
+use crate::tdx::l2::interrupts::Virtual;
+use crate::tdx::l2::msr::MsrAccess;
 use crate::vcpu::EnterError;
 
 const VM: L2Vm = L2Vm::Vm1;
