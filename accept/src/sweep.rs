@@ -193,12 +193,15 @@ mod tests {
                 &mut Grain::Large,
                 &Tally::new(),
                 |_| -> Result<(), AdjustFault> { panic!("a large page") },
-                |run| match run.first().number() {
-                    0 => Ok(()),
-                    _ => Err(Broken {
-                        done: lie,
-                        fault: AdjustFault::Failed(9),
-                    }),
+                |run| {
+                    assert_eq!(run.pages(), 4);
+                    match run.first().number() {
+                        0 => Ok(()),
+                        _ => Err(Broken {
+                            done: lie,
+                            fault: AdjustFault::Failed(9),
+                        }),
+                    }
                 },
             );
             let stopped = swept.expect_err("stopped");

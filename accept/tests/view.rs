@@ -113,6 +113,20 @@ fn a_short_bitmap_is_filled_as_far_as_it_goes() {
     });
 }
 
+#[test]
+fn memory_that_begins_elsewhere_is_told_from_there() {
+    let model = Model::new(REGIONS as usize, true);
+    // Units 2 to 5.
+    with_range(&model, 2 * 512, 4 * 512, |engine| {
+        engine.accept(large(3), OnNoChange::Fail).expect("accepted");
+        assert_eq!(engine.census(3..4).accepted, UNIT);
+        assert_eq!(engine.census(4..6).unaccepted, 2 * UNIT);
+        assert_eq!(engine.census(0..3).unaccepted, UNIT);
+        let expected = [false, false, true, false, true, true];
+        assert_eq!(bits(engine), expected);
+    });
+}
+
 proptest! {
     #[test]
     fn the_guest_is_told_of_every_page_it_may_not_touch(
