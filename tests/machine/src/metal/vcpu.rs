@@ -21,6 +21,7 @@ use machine::guest::walk::Paging;
 use machine::platform::End;
 use machine::settings::{Hostile, PlatformKind, Reflection, Trace};
 use machine::types::{Spa, VcpuId, Vmpl};
+use machine::vcpu::EnterError;
 use protocols::exit_code::ExitCode;
 use protocols::report::Event;
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, Vmsa};
@@ -251,7 +252,11 @@ impl Vcpu {
     pub fn run(&mut self, first: Vmpl) -> ! {
         let mut next = first;
         loop {
-            self.enter_world(next);
+            if !self.enter_world(next) {
+                self.halted = false;
+                next = self.wait_for_start();
+                continue;
+            }
             let flow = loop {
                 if let Some(flow) = self.serve_request() {
                     break flow;
@@ -435,7 +440,9 @@ impl Vcpu {
         save.rsp = 0;
     }
 
-    fn enter_world(&mut self, vmpl: Vmpl) {
+    /// Enters a level; false if another CPU has had the host forget its VMSA since that was asked
+    /// for. As under KVM the vCPU is then stopped, and waits for its next start.
+    fn enter_world(&mut self, vmpl: Vmpl) -> bool {
         let entered = {
             let mut machine = shared::lock(0);
             machine.update_stale();
@@ -443,6 +450,10 @@ impl Vcpu {
         };
         let spa = match entered {
             Ok(spa) => spa,
+            Err(EnterError::NoVmsa) if vmpl != Vmpl::VMPL0 => {
+                self.answer_start_of(vmpl);
+                return false;
+            }
             Err(error) => {
                 let why = format!("vCPU {} cannot run {vmpl}: {error:?}", self.id.0);
                 finish::end(End::Refused(why), self.rip())
@@ -456,10 +467,7 @@ impl Vcpu {
         }
         self.vmsa = spa;
         self.strict = vmpl == Vmpl::VMPL0 || self.reflection != Reflection::Direct;
-        // A request to start this level, or to replace its VMSA, has now been carried out.
-        if smp::request(self.id) == Some(Request::Start(vmpl)) {
-            smp::answer(self.id);
-        }
+        self.answer_start_of(vmpl);
         self.init_control();
         if self.is_l2() {
             self.init_l2_control();
@@ -477,6 +485,14 @@ impl Vcpu {
             self.nmi_unless_held();
         }
         self.trace_entry(left, left_rax);
+        true
+    }
+
+    /// A request to start this level, or to replace its VMSA, has now been carried out.
+    fn answer_start_of(&self, vmpl: Vmpl) {
+        if smp::request(self.id) == Some(Request::Start(vmpl)) {
+            smp::answer(self.id);
+        }
     }
 
     /// The trace's line for a world switch: `left` ran here before, with this in RAX. Between the
