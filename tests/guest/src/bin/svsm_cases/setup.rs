@@ -55,6 +55,14 @@ const HARMLESS_PORT: u16 = 0x2FF;
 /// The GHCB page that the console writes through where ports are reflected to the guest.
 static CONSOLE_PAGE: Once<ghcb::Page> = Once::new();
 
+/// Bytes that were ready when the console's page was given back: prepared, and never claimed.
+static READY_GIVEN_BACK: AtomicU64 = AtomicU64::new(0);
+
+/// How much of what was prepared went back to the host before any case ran.
+pub fn ready_given_back() -> u64 {
+    READY_GIVEN_BACK.load(Ordering::Relaxed)
+}
+
 /// Attaches the console: plain OUT where the host lets VMPL1 use its ports (`vc=direct`), the
 /// GHCB where an OUT raises #VC (`vc=strict`).
 pub fn open_console() {
@@ -71,7 +79,12 @@ pub fn open_console() {
     // Nobody has asked for this page, but it may have been made ready ahead (policies eager, ahead):
     // who shares a page rescinds it first. If that fails, the referee says so at the end.
     let page = memory::fresh_page();
+    let before = oracle::counter(Counter::PVALIDATE_4K_RESCIND);
     let _ = pvalidate_from(0, &[ignoring(rescind(page, PageSize::Size4K))]);
+    // Nothing is executed for a page that was not valid.
+    if oracle::counter(Counter::PVALIDATE_4K_RESCIND) != before {
+        READY_GIVEN_BACK.store(PAGE_SIZE, Ordering::Relaxed);
+    }
     if change_page_state(page, PageOperation::SHARED).is_ok() {
         CONSOLE_PAGE.call_once(|| ghcb::Page::at(page));
         reopen_console();
