@@ -59,6 +59,11 @@ pub enum Error {
         /// The entry point of the ELF header.
         entry: u64,
     },
+    /// No segment covers the reset vector of a trust domain.
+    #[error(
+        "no segment ends at 4 GiB; a trust domain starts at 0xfffffff0, check the linker script"
+    )]
+    NoResetVector,
     /// The ELF and what is placed behind it do not fit in the region.
     #[error(
         "needs {needed} bytes of a region of {available}; make the program smaller or the region larger"
@@ -106,6 +111,20 @@ pub enum Error {
     BadSevMetadata {
         /// What is wrong with it.
         reason: String,
+    },
+    /// The firmware for trust domains cannot be used.
+    #[error(
+        "not a usable firmware for trust domains ({reason}); use OVMF.inteltdx.fd of ovmf-inteltdx 2026.08 or newer"
+    )]
+    TdFirmware {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The paravisor has no entry point for trust domains.
+    #[error("no symbol {symbol} in the paravisor; build it with `cargo xtask build`")]
+    NoTdStart {
+        /// The symbol.
+        symbol: &'static str,
     },
     /// The position of the C-bit is impossible.
     #[error("C-bit {c_bit}; expected 32 to 51, change --c-bit (51 for EPYC, 47 for the machine)")]

@@ -14,7 +14,9 @@
 //! takes where there is nothing confidential. Program and firmware are the same pages for both. What
 //! differs (page tables, launch parameters, secrets and CPUID pages, processor state) lies at the
 //! same addresses in two forms, each with its platform's mask, so SEV-SNP is launched and measured as
-//! if the other platform were not there.
+//! if the other platforms were not there. With a firmware for trust domains the file is for TDX, too
+//! ([`crate::tdx`]); that platform shares the program and what the host fills in, and has pages of its
+//! own for all else.
 
 use igvm::{
     IgvmDirectiveHeader as Directive, IgvmFile, IgvmInitializationHeader, IgvmPlatformHeader,
@@ -30,11 +32,13 @@ use protocols::launch::{Acceptance, Fault, GENERAL_VP_COUNT_OFFSET, MEMORY_MAP_S
 use protocols::measure::Digest;
 use zerocopy::IntoBytes;
 
-use crate::digest::launch_digest;
+use crate::digest::{launch_digest, mrtd};
 use crate::elf::Program;
 use crate::error::Error;
 use crate::firmware::Firmware;
 use crate::layout::{Layout, REGION_END, page_behind, program_pages};
+use crate::td_firmware::TdFirmware;
+use crate::tdx::{self, TDX_MASK};
 use crate::{native, page_tables, params, vmsa};
 
 /// SEV-SNP, as bit of compatibility masks.
@@ -81,8 +85,10 @@ impl Default for Options {
 pub struct Image {
     /// The IGVM file.
     pub bytes: Vec<u8>,
-    /// Its launch digest.
+    /// Its launch digest on SEV-SNP.
     pub digest: Digest,
+    /// Its measurement as a trust domain, if it is for TDX.
+    pub mrtd: Option<Digest>,
     /// Where the pieces of the region lie.
     pub layout: Layout,
     /// Guest-physical address of the paravisor's map descriptor, if it has one.
@@ -92,7 +98,8 @@ pub struct Image {
     pub low_end: Option<u64>,
 }
 
-/// Builds the image of a paravisor with or without a firmware.
+/// Builds the image of a paravisor with or without a firmware, and with or without one for trust
+/// domains.
 ///
 /// The result depends on nothing but the arguments: no time, no path, no random order.
 ///
@@ -103,6 +110,7 @@ pub struct Image {
 pub fn build(
     program: &Program<'_>,
     firmware: Option<&Firmware<'_>>,
+    td_firmware: Option<&TdFirmware<'_>>,
     options: &Options,
 ) -> Result<Image, Error> {
     if !(32..=51).contains(&options.c_bit) {
@@ -116,7 +124,8 @@ pub fn build(
 
     // Natively the paravisor's last act is to start a firmware.
     let with_native = options.native && firmware.is_some();
-    let all = SNP_MASK | if with_native { NATIVE_MASK } else { 0 };
+    let untrusting = SNP_MASK | if with_native { NATIVE_MASK } else { 0 };
+    let all = untrusting | td_firmware.map_or(0, |_| TDX_MASK);
     let mut directives = parameter_directives(&layout, all);
     directives.extend(
         program_pages
@@ -153,8 +162,18 @@ pub fn build(
             (firmware.gpa()..)
                 .step_by(PAGE_SIZE as usize)
                 .zip(firmware.bytes().chunks(PAGE_SIZE as usize))
-                .map(|(gpa, data)| normal(gpa, data, all)),
+                .map(|(gpa, data)| normal(gpa, data, untrusting)),
         );
+    }
+    if let Some(td_firmware) = td_firmware {
+        let tables = page_tables::build(&layout, &program_pages, None);
+        directives.extend(tdx::directives(
+            program,
+            td_firmware,
+            &layout,
+            &tables,
+            &params,
+        )?);
     }
     if with_native {
         directives.push(Directive::X64NativeVpContext {
@@ -183,7 +202,10 @@ pub fn build(
 
     let digest = launch_digest(&directives, SNP_MASK)?;
     Ok(Image {
-        bytes: serialize(directives, with_native)?,
+        mrtd: td_firmware
+            .map(|_| mrtd(&directives, TDX_MASK))
+            .transpose()?,
+        bytes: serialize(directives, all)?,
         digest,
         layout,
         map_descriptor: program.symbol(protocols::map::SYMBOL),
@@ -237,7 +259,7 @@ fn parameter_directives(layout: &Layout, mask: u32) -> Vec<Directive> {
 
 /// A measured page. A page of zeroes is stored without data: the format gives it the same
 /// meaning and the same measurement.
-fn normal(gpa: u64, data: &[u8], mask: u32) -> Directive {
+pub(crate) fn normal(gpa: u64, data: &[u8], mask: u32) -> Directive {
     let data = if data.iter().all(|&byte| byte == 0) {
         &[]
     } else {
@@ -270,7 +292,7 @@ fn page(gpa: u64, data_type: IgvmPageDataType, data: &[u8], mask: u32) -> Direct
 }
 
 /// Puts the headers around the directives and writes the file.
-fn serialize(directives: Vec<Directive>, with_native: bool) -> Result<Vec<u8>, Error> {
+fn serialize(directives: Vec<Directive>, all: u32) -> Result<Vec<u8>, Error> {
     let platform = |compatibility_mask, platform_type, platform_version| {
         IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
             compatibility_mask,
@@ -285,22 +307,25 @@ fn serialize(directives: Vec<Directive>, with_native: bool) -> Result<Vec<u8>, E
         IgvmPlatformType::SEV_SNP,
         IGVM_SEV_SNP_PLATFORM_VERSION,
     )];
-    if with_native {
+    if all & NATIVE_MASK != 0 {
         platforms.push(platform(
             NATIVE_MASK,
             IgvmPlatformType::NATIVE,
             IGVM_NATIVE_PLATFORM_VERSION,
         ));
     }
-    let policy = IgvmInitializationHeader::GuestPolicy {
+    let mut policies = vec![IgvmInitializationHeader::GuestPolicy {
         policy: POLICY,
         compatibility_mask: SNP_MASK,
-    };
+    }];
+    if all & TDX_MASK != 0 {
+        platforms.push(tdx::platform());
+        policies.push(tdx::policy());
+    }
     let invalid = |error: igvm::Error| Error::NotIgvm {
         reason: error.to_string(),
     };
-    let file =
-        IgvmFile::new(IgvmRevision::V1, platforms, vec![policy], directives).map_err(invalid)?;
+    let file = IgvmFile::new(IgvmRevision::V1, platforms, policies, directives).map_err(invalid)?;
     let mut bytes = Vec::new();
     file.serialize(&mut bytes).map_err(invalid)?;
     Ok(bytes)

@@ -9,11 +9,13 @@
 //! | [`elf`] | what an ELF file says: segments, entry point, symbols |
 //! | [`layout`] | where everything in the paravisor's region lies |
 //! | [`page_tables`] | the tables the paravisor starts on |
-//! | [`vmsa`], [`native`] | the first processor's state, on each platform |
-//! | [`firmware`] | what an OVMF image says about itself |
+//! | [`vmsa`], [`native`] | the first processor's state, on each platform that has one |
+//! | [`tdx`] | what is launched on TDX, where it has none |
+//! | [`firmware`], [`td_firmware`] | what an OVMF image says about itself |
 //! | [`params`] | the page of launch parameters |
 //! | [`image`] | the file: all directives, in the order a loader needs |
 //! | [`digest`] | the launch digest of a list of directives |
+//! | [`td`] | the file of a trust domain |
 //! | [`show`], [`sidecar`] | descriptions for people and for tools |
 //! | [`flat`] | ROMs made of ELF files |
 //! | [`accept`] | when memory is accepted, in the words of a command line |
@@ -36,4 +38,7 @@ pub mod page_tables;
 pub mod params;
 pub mod show;
 pub mod sidecar;
+pub mod td;
+pub mod td_firmware;
+pub mod tdx;
 pub mod vmsa;

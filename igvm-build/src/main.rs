@@ -15,7 +15,9 @@ use igvm_build::firmware::Firmware;
 use igvm_build::flat::elf_to_flat;
 use igvm_build::image::{self, Options};
 use igvm_build::show::show;
-use igvm_build::sidecar::Sidecar;
+use igvm_build::sidecar::{Sidecar, hex};
+use igvm_build::td;
+use igvm_build::td_firmware::TdFirmware;
 use protocols::launch::Fault;
 
 #[derive(Parser)]
@@ -32,6 +34,14 @@ struct Arguments {
 enum Command {
     /// Build an image and write it, with a description beside it (FILE.json)
     Build(Build),
+    /// Build the image of a trust domain: every page of an ELF file that brings its own reset vector
+    Td {
+        /// The ELF file
+        elf: PathBuf,
+        /// Where to write the image
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Say what is in an image, and its launch digest
     Show {
         /// The IGVM file
@@ -58,6 +68,9 @@ struct Build {
     /// The firmware, an OVMF .fd with SEV-SNP and SVSM support
     #[arg(long)]
     firmware: Option<PathBuf>,
+    /// The firmware for trust domains, a TDVF .fd: makes the image one for TDX, too
+    #[arg(long)]
+    td_firmware: Option<PathBuf>,
     /// Where to write the image
     #[arg(long)]
     out: PathBuf,
@@ -88,6 +101,13 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Build(arguments) => build(&arguments)?,
+        Command::Td { elf, out } => {
+            let bytes = read(&elf, "an ELF file, build it with `cargo xtask build`")?;
+            let program = Program::parse(&bytes).map_err(FileError::content(&elf))?;
+            let image = td::build(&program).map_err(FileError::content(&elf))?;
+            write(&out, &image.bytes)?;
+            println!("MRTD {}", hex(&image.mrtd));
+        }
         Command::Show { file } => {
             let bytes = read(&file, "an IGVM file, build one with `igvm-build build`")?;
             print!("{}", show(&bytes).map_err(FileError::content(&file))?);
@@ -118,13 +138,29 @@ fn build(arguments: &Build) -> Result<()> {
         }
         _ => None,
     };
+    let td_bytes = arguments
+        .td_firmware
+        .as_deref()
+        .map(|file| {
+            read(
+                file,
+                "OVMF.inteltdx.fd of Debian's ovmf-inteltdx 2026.08 or newer",
+            )
+        })
+        .transpose()?;
+    let td_firmware = match (&arguments.td_firmware, &td_bytes) {
+        (Some(file), Some(bytes)) => {
+            Some(TdFirmware::parse(bytes).map_err(FileError::content(file))?)
+        }
+        _ => None,
+    };
     let options = Options {
         c_bit: arguments.c_bit,
         acceptance: arguments.accept.with(arguments.accept_extras)?,
         fault: Fault(arguments.fault),
         ..Options::default()
     };
-    let image = image::build(&program, firmware.as_ref(), &options)
+    let image = image::build(&program, firmware.as_ref(), td_firmware.as_ref(), &options)
         .map_err(FileError::content(&arguments.paravisor))?;
     let firmware_name = arguments
         .firmware
@@ -137,6 +173,9 @@ fn build(arguments: &Build) -> Result<()> {
     description.push(b'\n');
     write(&with_suffix(&arguments.out, ".json"), &description)?;
     println!("launch digest {}", sidecar.digest);
+    if let Some(mrtd) = &sidecar.mrtd {
+        println!("MRTD {mrtd}");
+    }
     Ok(())
 }
 

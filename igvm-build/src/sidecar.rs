@@ -12,6 +12,9 @@ use crate::image::Image;
 pub struct Sidecar {
     /// Launch digest, 96 hexadecimal digits.
     pub digest: String,
+    /// Measurement as a trust domain, 96 hexadecimal digits, if the image is for TDX.
+    #[serde(default)]
+    pub mrtd: Option<String>,
     /// First byte of the paravisor's region.
     pub region_gpa: u64,
     /// Bytes of the region.
@@ -38,6 +41,7 @@ impl Sidecar {
         use protocols::launch::{REGION_GPA, REGION_SIZE};
         Self {
             digest: hex(&image.digest),
+            mrtd: image.mrtd.as_ref().map(|mrtd| hex(mrtd)),
             region_gpa: REGION_GPA,
             region_size: REGION_SIZE,
             launched_size: image.layout.image_end - REGION_GPA,

@@ -19,7 +19,7 @@ const NO_SYMBOL: (&str, u64) = ("nothing", 0);
 /// Builds an image of the segments, with its entry at the start of the first one.
 fn build_loads(loads: &[Load]) -> Result<(), Error> {
     let bytes = elf(loads[0].address, loads, NO_SYMBOL);
-    build(&Program::parse(&bytes)?, None, &Options::default()).map(drop)
+    build(&Program::parse(&bytes)?, None, None, &Options::default()).map(drop)
 }
 
 fn text(address: u64) -> Load {
@@ -226,6 +226,7 @@ fn impossible_c_bits_are_refused() {
         let error = build(
             &program,
             None,
+            None,
             &Options {
                 c_bit,
                 ..Options::default()
@@ -240,9 +241,14 @@ fn impossible_c_bits_are_refused() {
 #[test]
 fn files_that_are_no_images_are_not_shown() {
     let elf = paravisor();
-    let mut image = build(&Program::parse(&elf).unwrap(), None, &Options::default())
-        .unwrap()
-        .bytes;
+    let mut image = build(
+        &Program::parse(&elf).unwrap(),
+        None,
+        None,
+        &Options::default(),
+    )
+    .unwrap()
+    .bytes;
     assert!(show(&image).is_ok());
     image[40] ^= 1;
     for bytes in [&b""[..], b"IGVM", &image] {

@@ -25,7 +25,13 @@ const OPTIONS: fn() -> Options = || Options {
 fn image(options: &Options) -> Image {
     let (elf, firmware) = (paravisor(), ovmf(Some(&AREAS)));
     let firmware = Firmware::parse(&firmware).unwrap();
-    build(&Program::parse(&elf).unwrap(), Some(&firmware), options).unwrap()
+    build(
+        &Program::parse(&elf).unwrap(),
+        Some(&firmware),
+        None,
+        options,
+    )
+    .unwrap()
 }
 
 fn directives(bytes: &[u8]) -> Vec<Directive> {
@@ -263,7 +269,7 @@ fn the_first_processor_starts_in_the_program() {
 #[test]
 fn an_image_needs_no_firmware() {
     let elf = paravisor();
-    let image = build(&Program::parse(&elf).unwrap(), None, &OPTIONS()).unwrap();
+    let image = build(&Program::parse(&elf).unwrap(), None, None, &OPTIONS()).unwrap();
     assert!(
         pages(&image.bytes)
             .iter()

@@ -23,7 +23,13 @@ fn image(native: bool) -> Image {
         native,
         ..Options::default()
     };
-    build(&Program::parse(&elf).unwrap(), Some(&firmware), &options).unwrap()
+    build(
+        &Program::parse(&elf).unwrap(),
+        Some(&firmware),
+        None,
+        &options,
+    )
+    .unwrap()
 }
 
 /// What the platform with the bit `mask` is launched with, in order.
@@ -75,7 +81,13 @@ fn sev_snp_is_launched_as_if_there_were_no_other_platform() {
 #[test]
 fn without_a_firmware_there_is_no_native_platform() {
     let elf = paravisor();
-    let image = build(&Program::parse(&elf).unwrap(), None, &Options::default()).unwrap();
+    let image = build(
+        &Program::parse(&elf).unwrap(),
+        None,
+        None,
+        &Options::default(),
+    )
+    .unwrap();
     let file = IgvmFile::new_from_binary(&image.bytes, None).unwrap();
     assert_eq!(file.platforms().len(), 1);
 }

@@ -32,6 +32,8 @@ open_enum! {
         RDPMC = 0x6F,
         /// CPUID.
         CPUID = 0x72,
+        /// IRET.
+        IRET = 0x74,
         /// INVD.
         INVD = 0x76,
         /// PAUSE.

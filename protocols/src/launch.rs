@@ -100,6 +100,8 @@ open_enum! {
         SEV_SNP = 0,
         /// A processor without confidential hardware; acceptance is simulated (decision 019).
         NATIVE = 1,
+        /// L1 of an Intel TDX trust domain; the guest is an L2 VM (decision 023).
+        TDX = 2,
     }
 }
 
@@ -111,7 +113,7 @@ pub struct Section {
     pub gpa: u64,
     /// Bytes, a multiple of 4 KiB.
     pub size: u64,
-    /// What belongs there.
+    /// What belongs there. In a trust domain the number is one of [`crate::tdvf::SectionKind`].
     pub kind: SectionKind,
     /// Zero.
     pub reserved: u32,
@@ -178,8 +180,11 @@ pub struct LaunchParams {
     pub read_ahead: u32,
     /// What this is the page of.
     pub platform: PlatformKind,
+    /// In a trust domain: where the firmware's last page lies until no processor needs the
+    /// paravisor's reset vector any more ([`ResetPage`]); 0 elsewhere.
+    pub firmware_last_page: u64,
     /// Zero.
-    pub reserved: [u8; 3168],
+    pub reserved: [u8; 3160],
 }
 
 const _: () = {
@@ -194,8 +199,64 @@ const _: () = {
     assert!(offset_of!(LaunchParams, budget) == 0x388);
     assert!(offset_of!(LaunchParams, read_ahead) == 0x398);
     assert!(offset_of!(LaunchParams, platform) == 0x39C);
-    assert!(offset_of!(LaunchParams, reserved) == 0x3A0);
+    assert!(offset_of!(LaunchParams, firmware_last_page) == 0x3A0);
+    assert!(offset_of!(LaunchParams, reserved) == 0x3A8);
 };
+
+/// The page with the reset vector of a trust domain, as `igvm-build` makes it.
+///
+/// All processors of a trust domain start at [`ResetPage::VECTOR`], in 32-bit mode without paging and
+/// with nothing but their number. The page tells the paravisor's first code, which lies in its region,
+/// what elsewhere a measured processor state tells.
+#[derive(Clone, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ResetPage {
+    /// Root of the page tables, below 4 GiB.
+    pub page_table_root: u32,
+    /// The launch parameters, below 4 GiB.
+    pub params: u32,
+    /// Zero.
+    pub unused: [u8; 0xFF0 - 8],
+    /// The reset vector: [`ResetPage::JUMP`] and the distance to the first code.
+    pub jump: [u8; 5],
+    /// Zero.
+    pub rest: [u8; 11],
+}
+
+const _: () = {
+    use core::mem::offset_of;
+    assert!(size_of::<ResetPage>() == 4096);
+    assert!(offset_of!(ResetPage, page_table_root) == ResetPage::ROOT_OFFSET as usize);
+    assert!(offset_of!(ResetPage, params) == ResetPage::PARAMS_OFFSET as usize);
+    assert!(offset_of!(ResetPage, jump) as u32 == ResetPage::VECTOR & 0xFFF);
+};
+
+impl ResetPage {
+    /// Address of the page.
+    pub const GPA: u64 = (1 << 32) - 4096;
+    /// Where processors start.
+    pub const VECTOR: u32 = 0xFFFF_FFF0;
+    /// Offset of `page_table_root`.
+    pub const ROOT_OFFSET: u32 = 0;
+    /// Offset of `params`.
+    pub const PARAMS_OFFSET: u32 = 4;
+    /// JMP rel32 (SDM volume 2, JMP): the distance follows, from the next instruction.
+    pub const JUMP: u8 = 0xE9;
+    /// Name of the paravisor's first code, for `igvm-build`.
+    pub const SYMBOL: &str = "turnstile_td_start";
+
+    /// The page for these addresses; `start` is where the first code lies.
+    #[must_use]
+    pub fn new(page_table_root: u32, params: u32, start: u32) -> Self {
+        let mut page = Self::new_zeroed();
+        page.page_table_root = page_table_root;
+        page.params = params;
+        let next = Self::VECTOR.wrapping_add(page.jump.len() as u32);
+        let [a, b, c, d] = start.wrapping_sub(next).to_le_bytes();
+        page.jump = [Self::JUMP, a, b, c, d];
+        page
+    }
+}
 
 impl LaunchParams {
     /// First bytes of the page.
@@ -318,6 +379,16 @@ mod tests {
         params.section_count = u32::MAX;
         assert_eq!(params.sections().len(), LaunchParams::MAX_SECTIONS);
         assert!(!params.is_understood());
+    }
+
+    #[test]
+    fn the_reset_vector_jumps_to_the_first_code() {
+        let page = ResetPage::new(0x3000_1000, 0x3000_2000, 0x3000_0040);
+        assert_eq!(page.jump[0], 0xE9);
+        let distance = u32::from_le_bytes(page.jump[1..].try_into().unwrap());
+        // From the instruction behind the jump, around the end of the address space.
+        assert_eq!(0xFFFF_FFF5u32.wrapping_add(distance), 0x3000_0040);
+        assert_eq!(page.as_bytes()[..8], [0, 0x10, 0, 0x30, 0, 0x20, 0, 0x30]);
     }
 
     #[test]

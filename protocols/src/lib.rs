@@ -27,6 +27,7 @@
 //! | IGVM | `igvm_defs` 0.4, the public definition of the IGVM file format |
 //! | OVMF | EDK II, `OvmfPkg` (firmware metadata), stable202605 |
 //! | UEFI | UEFI specification 2.10 and Linux' configuration tables |
+//! | TDVF | Intel TDX Virtual Firmware Design Guide; EDK II, `OvmfPkg/IntelTdx` |
 //! | Turnstile | this project: ARCHITECTURE.md and `docs/` |
 
 #![no_std]
@@ -50,6 +51,7 @@ pub mod efi;
 pub mod exit_code;
 pub mod ghcb;
 pub mod guid;
+pub mod hob;
 pub mod igvm_map;
 pub mod launch;
 pub mod map;
@@ -62,6 +64,7 @@ pub mod secrets;
 pub mod snp;
 pub mod stack_trace;
 pub mod svsm;
+pub mod tdvf;
 pub mod tdx;
 pub mod terminate;
 pub mod vmsa;

@@ -94,6 +94,13 @@ open_enum! {
         INSTRUCTIONS = 12,
         /// The same at VMPL1.
         INSTRUCTIONS_OF_GUEST = 13,
+        /// TDG.MEM.PAGE.ACCEPT of 4 KiB by L1, any result.
+        ACCEPT_4K = 14,
+        /// TDG.MEM.PAGE.ACCEPT of 2 MiB by L1, any result.
+        ACCEPT_2M = 15,
+        /// Exits of a trust domain to its host that the module made in the midst of an instruction
+        /// of L1's.
+        TD_EXIT = 16,
     }
 }
 
@@ -113,6 +120,8 @@ open_enum! {
         RE_ADD = 4,
         /// The same with the 2 MiB around the address. Only with `hostile=re-add`.
         RE_ADD_2M = 5,
+        /// Blocks the page's entry in the secure EPT of a trust domain.
+        BLOCK = 6,
     }
 }
 

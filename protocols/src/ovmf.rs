@@ -267,6 +267,22 @@ impl<'a> Metadata<'a> {
     }
 }
 
+/// The value of the entry `guid` of an image's table, for entries that end with a u32; none if there is
+/// no such entry.
+///
+/// # Errors
+///
+/// [`MetadataError`] says what of the table is malformed.
+pub fn entry_value(image: &[u8], guid: Guid) -> Result<Option<u32>, MetadataError> {
+    for entry in table(image)? {
+        let (found, data) = entry?;
+        if found == guid {
+            return Ok(trailing_u32(data));
+        }
+    }
+    Ok(None)
+}
+
 /// The entries of the GUIDed table without the footer, last one first.
 fn table(
     image: &[u8],

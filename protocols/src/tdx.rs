@@ -2,8 +2,47 @@
 //!
 //! Sources: Intel TDX Module 1.5 ABI Reference Specification (348551), sections on TDG.MEM.PAGE.*;
 //! the values are those of `sept` entries and interface functions of module 1.5.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`vmcall`] | what a trust domain asks of the host: TDG.VP.VMCALL |
+//! | [`ve`] | the virtualization exception |
+//! | [`metadata`] | identifiers of the fields that TDG.VM.RD and its like read |
+//! | [`report`] | the report a trust domain gets about itself |
+//! | [`l2`] | TD partitioning: entry and exit of an L2 VM |
+//! | [`vmcs`] | the fields of an L2 VM that L1 sets |
 
 use crate::addr::{Gpa, PAGE_SIZE, PageSize};
+
+pub mod l2;
+pub mod metadata;
+pub mod report;
+pub mod ve;
+pub mod vmcall;
+pub mod vmcs;
+
+/// The instruction: 66 0F 01 CC.
+pub const TDCALL: [u8; 4] = [0x66, 0x0F, 0x01, 0xCC];
+
+/// The bit of a guest-physical address that makes it shared, for a guest whose addresses have
+/// `width` bits: the highest.
+#[must_use]
+pub const fn shared_bit(width: u32) -> u64 {
+    1 << (width - 1)
+}
+
+bitflags::bitflags! {
+    /// ATTRIBUTES of a trust domain, as far as guests look at them.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct TdAttributes: u64 {
+        /// The host may debug it.
+        const DEBUG = 1 << 0;
+        /// An access to a page that is not accepted goes to the host instead of raising #VE.
+        const SEPT_VE_DISABLE = 1 << 28;
+        /// It may be migrated.
+        const MIGRATABLE = 1 << 29;
+    }
+}
 
 open_enum! {
     /// A leaf of TDCALL: the low 16 bits of RAX.
@@ -61,6 +100,26 @@ open_enum! {
         PAGE_ATTR_INVALID = 0xC000_0B11,
         /// An operand is wrong; details: which.
         OPERAND_INVALID = 0xC000_0100,
+        /// There is no #VE whose information could be read.
+        NO_VALID_VE_INFO = 0xC000_0704,
+        /// What an L2 VM is to run with is something that no processor can have.
+        TD_VMCS_FIELD_ERROR = 0xC000_0731,
+        /// There is no such field, or the identifier is not that of a single element.
+        METADATA_FIELD_ID_INCORRECT = 0xC000_0C00,
+        /// The field cannot be written by who asked.
+        METADATA_FIELD_NOT_WRITABLE = 0xC000_0C01,
+        /// The field cannot take this value.
+        METADATA_FIELD_VALUE_NOT_VALID = 0xC000_0C03,
+        /// Not an error: the first field's identifier was asked for.
+        METADATA_FIRST_FIELD_ID_IN_CONTEXT = 0x0000_0C0B,
+        /// An L2 VM stopped for something that the host has passed on to L1.
+        L2_EXIT_HOST_ROUTED_ASYNC = 0x0000_1100,
+        /// A TDG.VP.VMCALL of an L2 VM that the host has passed on to L1.
+        L2_EXIT_HOST_ROUTED_TDVMCALL = 0x0000_1101,
+        /// An L2 VM stopped because an interrupt waits for L1.
+        L2_EXIT_PENDING_INTERRUPT = 0x0000_1102,
+        /// No L2 VM was entered because an interrupt waits for L1.
+        PENDING_INTERRUPT = 0x0000_1120,
         /// Another party holds what the call needs: to be repeated.
         OPERAND_BUSY = 0x8000_0200,
         /// As [`Status::OPERAND_BUSY`], the host having the right of way.
@@ -75,10 +134,42 @@ impl Status {
         Self((rax >> 32) as u32)
     }
 
+    /// The value of RAX with this code and `details`.
+    #[must_use]
+    pub const fn with(self, details: u32) -> u64 {
+        (self.0 as u64) << 32 | details as u64
+    }
+
     /// Whether the call is to be repeated, with its operands loaded anew.
     #[must_use]
     pub const fn is_busy(self) -> bool {
         self.0 == Self::OPERAND_BUSY.0 || self.0 == Self::OPERAND_BUSY_HOST_PRIORITY.0
+    }
+}
+
+open_enum! {
+    /// Which operand [`Status::OPERAND_INVALID`] and its like blame.
+    pub struct Operand(u32) {
+        /// RAX: leaf or version.
+        RAX = 0,
+        /// RCX.
+        RCX = 1,
+        /// RDX.
+        RDX = 2,
+        /// R8.
+        R8 = 8,
+        /// R9.
+        R9 = 9,
+        /// The virtual-APIC page of an L2 VM.
+        L2_VAPIC_GPA = 0xAA,
+    }
+}
+
+impl Operand {
+    /// The value of RAX that says that this operand is wrong.
+    #[must_use]
+    pub const fn invalid(self) -> u64 {
+        Status::OPERAND_INVALID.with(self.0)
     }
 }
 
@@ -134,6 +225,23 @@ pub enum L2Vm {
 impl L2Vm {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Vm1, Self::Vm2, Self::Vm3];
+
+    /// The VM with a number; `None` for L1's and what is above.
+    #[must_use]
+    pub const fn from_number(number: u64) -> Option<Self> {
+        match number {
+            1 => Some(Self::Vm1),
+            2 => Some(Self::Vm2),
+            3 => Some(Self::Vm3),
+            _ => None,
+        }
+    }
+
+    /// Its place among [`Self::ALL`].
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self as usize - 1
+    }
 
     /// The VM's field of GPA_ATTR, or of its mask.
     #[must_use]

@@ -107,6 +107,20 @@ reasons! {
         NATIVE_CHECK = 40, "a check of the native platform failed (the log says which)";
         NATIVE_PROCESSOR = 41, "the native platform's processor lacks FSGSBASE, SMEP or SMAP";
         NATIVE_ONLY = 42, "the native platform has no privilege levels to run or to start";
+        TD_ONLY = 50, "a trust domain has no privilege levels to run or to start";
+        TD_INFO = 51, "the trust domain's address width or number of processors is not supported";
+        TD_PARTITIONING = 52, "the trust domain has no L2 VM for the guest";
+        TD_ACCEPT = 53, "TDG.MEM.PAGE.ACCEPT failed on a page the paravisor needs";
+        TD_ATTRIBUTES = 54, "TDG.MEM.PAGE.ATTR.WR failed on a page the guest needs";
+        TD_FIELD = 55, "the module refused a field of the guest's L2 VM";
+        TD_ENTER = 56, "the module refused to enter the guest's L2 VM";
+        TD_VMCALL = 57, "the module or the host refused a request of the paravisor's";
+        TD_MAP_GPA = 58, "the host refused to convert pages, or made no progress";
+        TD_PROCESSORS = 59, "a processor of the trust domain did not leave the reset vector";
+        VE_UNEXPECTED = 60, "a #VE the paravisor does not handle";
+        L2_SHUTDOWN = 61, "the guest shut a processor of its down (triple fault)";
+        L2_EXIT = 62, "the guest stopped for something the paravisor does not handle";
+        L2_MEMORY = 63, "the guest used memory that it has not accepted, and asked not to be told";
     }
 }
 

@@ -534,8 +534,22 @@ fn publish_descriptor(
     plan: &Plan,
     vcpu_table: Gpa,
 ) -> Result<(), TurnstileReason> {
+    publish_map(&system.engine, plan, |shown| {
+        shown.vcpu_count = system.registry.shown_count() as u32;
+        shown.vcpu_table_gpa = vcpu_table.get();
+    })
+}
+
+/// Shows the map to the referee, with what `complete` adds to it. The descriptor is a page, and it lies
+/// on the stack: once.
+#[inline(never)]
+pub(crate) fn publish_map<B: Backend>(
+    engine: &Engine<'_, B>,
+    plan: &Plan,
+    complete: impl FnOnce(&mut MapDescriptor),
+) -> Result<(), TurnstileReason> {
     let mut shown = MapDescriptor::new();
-    let ranges = system.engine.map().ranges();
+    let ranges = engine.map().ranges();
     let mut ranges = ranges.iter();
     for (outer, group) in plan.groups() {
         let first = ranges.next().ok_or(TurnstileReason::INTERNAL)?;
@@ -549,9 +563,8 @@ fn publish_descriptor(
             return Err(TurnstileReason::MAP_TOO_MANY);
         }
     }
-    shown.vcpu_count = system.registry.shown_count() as u32;
-    shown.vcpu_table_gpa = vcpu_table.get();
     shown.guest_vmpl = GUEST_VMPL.number().into();
+    complete(&mut shown);
     descriptor::publish(shown);
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The log: lines on COM1 until the guest owns it.
 //!
 //! Text goes byte by byte through the GHCB of the processor that logs, or straight to the port on the
-//! native platform; before there is a way, and after [`shut`], text is dropped. Once the guest runs, [`quiet`] lets only errors through:
+//! native platform, or by TDG.VP.VMCALL in a trust domain; before there is a way, and after [`shut`], text is dropped. Once the guest runs, [`quiet`] lets only errors through:
 //! those that come right before the end, and lies of the host. Nothing a guest does is logged,
 //! so a guest can neither flood the log nor garble its own console through it.
 
@@ -12,6 +12,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::native::{self, Devices};
+use crate::hypervisor::tdx::{self, TdHost};
 use crate::percpu;
 
 /// I/O port of COM1's transmit register.
@@ -53,6 +54,8 @@ impl Log for Console {
         // Errors of the sink are dropped: there is nowhere to report them.
         if native::is_here() {
             let _ = writeln!(Port(&Devices), "[svsm] {}\r", record.args());
+        } else if tdx::is_here() {
+            let _ = writeln!(Port(&TdHost), "[svsm] {}\r", record.args());
         } else if let Some(ghcb) = percpu::current().and_then(percpu::PerCpu::ghcb) {
             let _ = writeln!(Port(ghcb), "[svsm] {}\r", record.args());
         }

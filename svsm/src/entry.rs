@@ -2,7 +2,8 @@
 //!
 //! The boot processor starts at `_start` as the image says: 64-bit mode on the launch page
 //! tables, RDI = address of the launch parameters, interrupts off, no stack. It gets a static
-//! stack with an unmapped page below (see [`boot_stack_guard`]).
+//! stack with an unmapped page below (see [`boot_stack_guard`]). Those of a trust domain start
+//! elsewhere: `tdx::entry`.
 #![expect(unsafe_code, reason = "naked entry point and the static boot stack")]
 
 use core::arch::naked_asm;
@@ -13,11 +14,11 @@ use protocols::addr::PAGE_SIZE;
 use crate::boot;
 
 /// Bytes of the boot processor's stack.
-const BOOT_STACK_SIZE: usize = 32 * 1024;
+pub(crate) const BOOT_STACK_SIZE: usize = 32 * 1024;
 
 /// The stack with its guard page below.
 #[repr(C, align(4096))]
-struct BootStack {
+pub(crate) struct BootStack {
     guard: UnsafeCell<[u8; PAGE_SIZE as usize]>,
     stack: UnsafeCell<[u8; BOOT_STACK_SIZE]>,
 }
@@ -25,7 +26,7 @@ struct BootStack {
 // SAFETY: no Rust code reads or writes the bytes; the boot processor alone runs on them.
 unsafe impl Sync for BootStack {}
 
-static BOOT_STACK: BootStack = BootStack {
+pub(crate) static BOOT_STACK: BootStack = BootStack {
     guard: UnsafeCell::new([0; PAGE_SIZE as usize]),
     stack: UnsafeCell::new([0; BOOT_STACK_SIZE]),
 };

@@ -60,9 +60,11 @@ impl<'a> Launch<'a> {
             (params.secrets_gpa, PAGE_SIZE),
             (params.cpuid_gpa, PAGE_SIZE),
         ];
+        let of_td = (params.firmware_last_page, PAGE_SIZE);
         let platform_fits = match params.platform {
             PlatformKind::SEV_SNP => of_snp.iter().all(is_launched),
             PlatformKind::NATIVE => params.c_bit == 0,
+            PlatformKind::TDX => params.c_bit == 0 && is_launched(&of_td),
             _ => false,
         };
         if !platform_fits || !inside.iter().all(is_launched) {
@@ -211,6 +213,19 @@ mod tests {
         params.platform = PlatformKind(77);
         assert!(Launch::check(&params).is_err());
         params.platform = PlatformKind::SEV_SNP;
+        assert!(Launch::check(&params).is_err());
+    }
+
+    #[test]
+    fn a_page_of_a_trust_domain_names_the_firmwares_last_page() {
+        let mut params = good();
+        params.platform = PlatformKind::TDX;
+        params.firmware_last_page = params.secrets_gpa;
+        (params.secrets_gpa, params.cpuid_gpa) = (0, 0);
+        assert_eq!(Launch::check(&params).unwrap().c_bit(), None);
+        params.firmware_last_page = params.image_end;
+        assert!(Launch::check(&params).is_err());
+        params.firmware_last_page = 0;
         assert!(Launch::check(&params).is_err());
     }
 

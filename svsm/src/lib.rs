@@ -16,6 +16,7 @@
 //! | [`platform`] | what the processor gives: PVALIDATE, RMPADJUST, or a simulation of them |
 //! | [`hypervisor`] | what the host gives: GHCB, or devices |
 //! | [`native`] | the start-up where nothing is confidential |
+//! | [`tdx`] | L1 of a trust domain: its start-up, and the guest in an L2 VM |
 //! | `console`, `panic`, `terminate` | the log, where a bug was met, and the end |
 //! | [`guest`] | what the guest finds and the state it runs from |
 //! | `vcpus`, `system`, `backend` | the registry, the shared parts, the engine's hands |
@@ -44,6 +45,7 @@ pub mod native;
 pub mod panic;
 pub mod platform;
 pub mod protocol;
+pub mod tdx;
 pub mod vcpus;
 
 #[cfg(target_os = "none")]

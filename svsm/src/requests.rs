@@ -42,14 +42,32 @@ pub fn serve_after_call(system: &'static System, index: usize, ghcb: &'static Gh
     let service = system.service();
     loop {
         answer_all(system, &service, index)
-            .and_then(|()| run_guest(system, index, ghcb))
+            .and_then(|next| run_guest(system, index, ghcb, next))
             .unwrap_or_else(|reason| terminate(reason));
     }
 }
 
+/// What a processor goes to run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// The VMSA whose call was answered: it is awaited, so it stays.
+    Answered,
+    /// Whatever the host was told to run.
+    Offered,
+}
+
 /// Lets the host run the guest until it comes back.
-fn run_guest(system: &System, index: usize, ghcb: &Ghcb) -> Result<(), TurnstileReason> {
-    match system.registry.presence(index) {
+fn run_guest(
+    system: &System,
+    index: usize,
+    ghcb: &Ghcb,
+    next: Next,
+) -> Result<(), TurnstileReason> {
+    let presence = match next {
+        Next::Answered => Presence::Live,
+        Next::Offered => system.registry.offer(index),
+    };
+    match presence {
         Presence::Live => {}
         // Looked at again: a processor that is given back now would not be started again if the
         // VMSA stays. The host gets it meanwhile, so whoever deletes comes to an end.
@@ -69,7 +87,9 @@ fn run_guest(system: &System, index: usize, ghcb: &Ghcb) -> Result<(), Turnstile
         }
     }
     system.registry.count_wait(index);
-    match ghcb.run_vmpl(GUEST_VMPL) {
+    let ended = ghcb.run_vmpl(GUEST_VMPL);
+    system.registry.withdraw(index);
+    match ended {
         // Another processor of the guest may have had the host forget the VMSA, or may have
         // deleted it just now. Not to run is the guest's choice, and nothing is lost.
         Err(TurnstileReason::RUN_VMPL) => msr::wait_for_start(),
@@ -82,13 +102,16 @@ fn answer_all(
     system: &System,
     service: &GuestService,
     index: usize,
-) -> Result<(), TurnstileReason> {
+) -> Result<Next, TurnstileReason> {
+    let mut next = Next::Offered;
     for slot in system.registry.slots_of(index) {
-        if let Some(arrived) = arrive(system, index, slot)? {
-            answer(system, service, index, arrived)?;
+        if let Some(arrived) = arrive(system, index, slot)?
+            && answer(system, service, index, arrived)? == Next::Answered
+        {
+            next = Next::Answered;
         }
     }
-    Ok(())
+    Ok(next)
 }
 
 /// Gets the VMSA in a slot to itself, if there is one. While another processor deletes it there
@@ -112,21 +135,21 @@ fn answer(
     service: &GuestService,
     index: usize,
     arrived: Service,
-) -> Result<(), TurnstileReason> {
+) -> Result<Next, TurnstileReason> {
     let vmsa = system.vmsas.vmsa(arrived.vmsa);
     if vmsa.is_awaited() || vmsa.is_untouched() {
         // It runs, on another processor, or has not been run yet: nobody has called. One that was
         // never run stays as it is: the host was not asked to run it, so it may be deleted.
         system.registry.end_service(index, arrived);
-        return Ok(());
+        return Ok(Next::Offered);
     }
     vmsa.stop();
-    match service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers()) {
+    let next = match service.handle(VcpuIndex(index), vmsa.exit_code(), &vmsa.registers()) {
         Answer::Terminate(reason) => return Err(reason),
         // The page may be anything of the guest's by now.
         Answer::Gone => {
             system.registry.forget_service(index);
-            return Ok(());
+            return Ok(Next::Offered);
         }
         // The host ran it on another processor while it called from this one: its exit has put
         // back what was stopped, and the call was made with the registers of an earlier exit.
@@ -136,11 +159,15 @@ fn answer(
         Answer::Return(registers) => {
             vmsa.set_registers(&registers);
             vmsa.resume();
+            Next::Answered
         }
         // As it was, with its exit code: it may be one that stands beside the one that called,
         // which the guest may delete.
-        Answer::Resume => vmsa.release(),
-    }
+        Answer::Resume => {
+            vmsa.release();
+            Next::Offered
+        }
+    };
     system.registry.end_service(index, arrived);
-    Ok(())
+    Ok(next)
 }

@@ -54,7 +54,7 @@ pub const fn bytes_of_tables(vcpus: usize) -> u64 {
 
 /// Maps a stack for processor `index`; returns its upper end. An overflow meets the page below,
 /// which is not mapped, and ends with a double fault on the emergency stack.
-fn map_stack(index: usize, pool: &mut Pool) -> Result<u64, TurnstileReason> {
+pub(crate) fn map_stack(index: usize, pool: &mut Pool) -> Result<u64, TurnstileReason> {
     let memory = pool.bytes(STACK_SIZE)?;
     let bottom = STACK_WINDOW + index as u64 * STACK_STRIDE + PAGE_SIZE;
     for offset in (0..STACK_SIZE).step_by(PAGE_SIZE as usize) {

@@ -1,8 +1,8 @@
 //! The end: asking the host to stop the machine, with a reason.
 //!
 //! Works from the first instruction on, needs no GHCB page and no memory. A host that does not
-//! stop the machine gets a processor that asks again for ever and does nothing else. On the native
-//! platform there is nobody to ask: QEMU's exit device is told.
+//! stop the machine gets a processor that asks again for ever and does nothing else. A trust domain
+//! reports a fatal error. On the native platform there is nobody to ask: QEMU's exit device is told.
 #![expect(unsafe_code, reason = "leaves to the host")]
 
 use log::error;
@@ -11,7 +11,7 @@ use protocols::terminate::{Reason, TurnstileReason};
 use x86_64::instructions::hlt;
 
 use crate::console;
-use crate::hypervisor::native;
+use crate::hypervisor::{native, tdx};
 use crate::platform::snp;
 
 /// Stops the machine for one of the paravisor's own reasons.
@@ -21,6 +21,9 @@ pub fn terminate(reason: TurnstileReason) -> ! {
     console::shut();
     if native::is_here() {
         native::stop();
+    }
+    if tdx::is_here() {
+        tdx::stop(reason);
     }
     loop {
         snp::write_ghcb_msr(Request::Terminate(reason).encode());

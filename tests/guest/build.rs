@@ -11,6 +11,8 @@ fn main() {
         ("isa_cases", "isa_cases"),
         ("svsm_cases", "svsm_cases"),
         ("svsm_counts", "svsm_cases"),
+        ("tdx_cases", "tdx_cases"),
+        ("l2_cases", "l2_cases"),
     ] {
         let script = format!("{directory}/{script}.ld");
         println!("cargo::rerun-if-changed={script}");

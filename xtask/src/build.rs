@@ -59,6 +59,18 @@ const SVSM_COUNTS: Program = Program {
     features: &[],
     artefact: "svsm_counts.elf",
 };
+const TDX_CASES: Program = Program {
+    package: "guest",
+    bin: "tdx_cases",
+    features: &[],
+    artefact: "tdx_cases.elf",
+};
+const L2_CASES: Program = Program {
+    package: "guest",
+    bin: "l2_cases",
+    features: &[],
+    artefact: "l2_cases.elf",
+};
 const FAULTY_PARAVISOR: Program = Program {
     package: "svsm",
     bin: "svsm",
@@ -91,6 +103,7 @@ pub fn for_run(
     layout: &Layout,
     target: BareTarget,
     firmware: &Path,
+    td_firmware: Option<&Path>,
     fault: Fault,
     acceptance: Acceptance,
     dir: &Path,
@@ -110,6 +123,7 @@ pub fn for_run(
     let sidecar = Recipe {
         paravisor: &paravisor,
         firmware: Some(firmware),
+        td_firmware,
         fault,
         acceptance,
     }
@@ -134,6 +148,10 @@ pub struct ForTests {
     pub svsm_cases: PathBuf,
     /// The VMPL1 guest that counts, packed as a firmware.
     pub svsm_counts: PathBuf,
+    /// The test program for L1 of a trust domain, an ELF file.
+    pub tdx_cases: PathBuf,
+    /// The test guest for an L2 VM, packed as a firmware.
+    pub l2_cases: PathBuf,
 }
 
 /// Builds what only the scenarios need.
@@ -142,11 +160,15 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let isa_cases = compile(layout, target, &ISA_CASES, &step)?;
     let guest = compile(layout, target, &SVSM_CASES, &step)?;
     let counts = compile(layout, target, &SVSM_COUNTS, &step)?;
+    let tdx_cases = compile(layout, target, &TDX_CASES, &step)?;
+    let l2_guest = compile(layout, target, &L2_CASES, &step)?;
     step.done("");
     let svsm_cases = layout.artefacts.join("svsm_cases.fd");
     write_flat(&guest, GUEST_ROM_SIZE, &svsm_cases)?;
     let svsm_counts = layout.artefacts.join("svsm_counts.fd");
     write_flat(&counts, GUEST_ROM_SIZE, &svsm_counts)?;
+    let l2_cases = layout.artefacts.join("l2_cases.fd");
+    write_flat(&l2_guest, GUEST_ROM_SIZE, &l2_cases)?;
     let step = progress::step("build the paravisor with deliberate faults");
     let faulty_paravisor = compile(layout, target, &FAULTY_PARAVISOR, &step)?;
     step.done("");
@@ -155,6 +177,8 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         isa_cases,
         svsm_cases,
         svsm_counts,
+        tdx_cases,
+        l2_cases,
     })
 }
 

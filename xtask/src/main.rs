@@ -108,6 +108,7 @@ fn perform(task: Task) -> Result<ExitCode> {
                 &layout,
                 target,
                 &firmware,
+                None,
                 Fault::NONE,
                 acceptance,
                 &layout.artefacts,

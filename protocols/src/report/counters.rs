@@ -54,6 +54,47 @@ pub struct VmplCounters {
     pub psc_shared_pages: u64,
     /// Pages the host converted because the level accessed them through the wrong alias.
     pub implicit_conversions: u64,
+    /// TDG.MEM.PAGE.ACCEPT by size and result.
+    pub accept: AcceptCounters,
+    /// TDCALLs by leaf (`VP_INFO`, `VP_VMCALL/IO`, …).
+    pub tdcalls: BTreeMap<String, u64>,
+    /// Exits to the host in the midst of an instruction, by what it was about (`accept`,
+    /// `attributes`, `operand`, `access`).
+    pub td_exits: BTreeMap<String, u64>,
+    /// #VE exceptions delivered.
+    pub ve_injected: u64,
+}
+
+/// TDG.MEM.PAGE.ACCEPT by size. What asks for neither is counted as 4 KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AcceptCounters {
+    /// 4 KiB.
+    pub size_4k: AcceptResults,
+    /// 2 MiB.
+    pub size_2m: AcceptResults,
+}
+
+/// TDG.MEM.PAGE.ACCEPT by result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AcceptResults {
+    /// SUCCESS.
+    pub ok: u64,
+    /// PAGE_ALREADY_ACCEPTED.
+    pub already_accepted: u64,
+    /// PAGE_SIZE_MISMATCH.
+    pub size_mismatch: u64,
+    /// OPERAND_INVALID.
+    pub invalid: u64,
+}
+
+impl AcceptResults {
+    /// How often the leaf was executed.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.ok + self.already_accepted + self.size_mismatch + self.invalid
+    }
 }
 
 /// PVALIDATE by size and action.

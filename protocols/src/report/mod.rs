@@ -172,7 +172,8 @@ pub struct Trace {
 pub struct Report {
     /// How the run ended.
     pub outcome: Outcome,
-    /// The value a guest wrote to port 0xF4 ([`Outcome::GuestExit`]), else 0.
+    /// The value a guest wrote to port 0xF4 ([`Outcome::GuestExit`]), the code of a trust domain's
+    /// ReportFatalError ([`Outcome::Terminated`]), else 0.
     pub code: u64,
     /// One line for humans.
     pub reason: String,
@@ -232,7 +233,7 @@ pub enum Outcome {
     Reset,
     /// The guest wrote to port 0xF4.
     GuestExit,
-    /// A termination request through the GHCB.
+    /// A termination request through the GHCB, or ReportFatalError of a trust domain.
     Terminated,
     /// A processor halted with nothing left that could wake it.
     Halted,
@@ -318,7 +319,8 @@ pub struct Disagreement {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Violations {
-    /// PVALIDATE(1) at VMPL0 on a validated page.
+    /// PVALIDATE(1) at VMPL0 on a validated page; in a trust domain TDG.MEM.PAGE.ACCEPT by L1 of a
+    /// page that it had accepted and not given back.
     pub double_validation: u64,
     /// A lower VMPL was granted a page that still held the scramble pattern.
     pub unscrubbed_grant: u64,

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | #VC 0x72 at a CPUID instruction | answered from the launch table ([`crate::cpuid`]) |
 //! | #PF, #GP, #VC at an instruction with a landing pad | continue there ([`fixup`]) |
-//! | #VC 0x404 anywhere else | I6: the host replaced a page of ours; terminate |
+//! | #VE for CPUID at an instruction with a landing pad | continue there: the host's to answer |
+//! | #VC 0x404, #VE for an access anywhere else | I6: the host replaced a page of ours; terminate |
 //! | NMI | ignored: nobody at VMPL0 waits for one |
 //! | everything else | a bug or an attack; terminate |
 //!
@@ -18,6 +19,7 @@ pub mod fixup;
 use core::arch::naked_asm;
 
 use protocols::exit_code::ExitCode;
+use protocols::tdx::ve::{self, ExitReason};
 use protocols::terminate::TurnstileReason;
 use spin::Once;
 use x86_64::VirtAddr;
@@ -28,6 +30,7 @@ use crate::cpuid::CpuidTable;
 use crate::panic;
 use crate::percpu::EMERGENCY_STACK;
 use crate::platform::AccessFault;
+use crate::platform::tdx::module;
 use crate::terminate::terminate;
 
 /// Vector of NMI.
@@ -36,6 +39,8 @@ const NMI: u64 = 2;
 const GENERAL_PROTECTION: u64 = 13;
 /// Vector of #PF.
 const PAGE_FAULT: u64 = 14;
+/// Vector of #VE.
+const VIRTUALIZATION: u64 = ve::VECTOR as u64;
 /// Vector of #VC.
 const VMM_COMMUNICATION: u64 = 29;
 
@@ -121,6 +126,7 @@ fn build_idt() -> InterruptDescriptorTable {
     gate!(idt.alignment_check, alignment_check);
     emergency_gate!(idt.machine_check, machine_check);
     gate!(idt.simd_floating_point, simd);
+    gate!(idt.virtualization, virtualization);
     gate!(idt.vmm_communication_exception, vmm_communication);
     idt
 }
@@ -161,6 +167,7 @@ stub!(x87, 16);
 stub!(alignment_check, 17, has_code);
 stub!(machine_check, 18);
 stub!(simd, 19);
+stub!(virtualization, 20);
 stub!(vmm_communication, 29, has_code);
 
 /// Saves the registers as a [`Frame`], handles, restores.
@@ -215,22 +222,35 @@ extern "C" fn handle(frame: &mut Frame) {
     if frame.vector == VMM_COMMUNICATION && emulate_cpuid(frame) {
         return;
     }
-    match frame.vector {
+    let vector = frame.vector;
+    match vector {
         NMI => return,
-        GENERAL_PROTECTION | PAGE_FAULT | VMM_COMMUNICATION => {
-            if let Some(landing) = fixup::landing_for(frame.rip) {
-                let fault = AccessFault {
-                    vector: frame.vector as u8,
-                    code: frame.code as u32,
-                };
-                frame.rax = fixup::encode(fault);
-                frame.rip = landing;
+        GENERAL_PROTECTION | PAGE_FAULT | VMM_COMMUNICATION if land(frame) => return,
+        // First of all the information: without it the next #VE would be a double fault.
+        VIRTUALIZATION => {
+            let reason = module::take_ve().map(|info| info.reason);
+            if reason == Some(ExitReason::CPUID) && land(frame) {
                 return;
             }
+            fatal_ve(frame, reason)
         }
         _ => {}
     }
     fatal(frame)
+}
+
+/// Continues at the landing pad of the instruction, if it has one.
+fn land(frame: &mut Frame) -> bool {
+    let Some(landing) = fixup::landing_for(frame.rip) else {
+        return false;
+    };
+    let fault = AccessFault {
+        vector: frame.vector as u8,
+        code: frame.code as u32,
+    };
+    frame.rax = fixup::encode(fault);
+    frame.rip = landing;
+    true
 }
 
 /// Answers a CPUID instruction that raised #VC; false if that is not what happened.
@@ -253,8 +273,27 @@ fn emulate_cpuid(frame: &mut Frame) -> bool {
     true
 }
 
+/// The same for a #VE. I6: one for an access means that the host took a page and put another there.
+fn fatal_ve(frame: &Frame, reason: Option<ExitReason>) -> ! {
+    report(frame);
+    terminate(match reason {
+        Some(ExitReason::EPT_VIOLATION) => TurnstileReason::NOT_VALIDATED,
+        _ => TurnstileReason::VE_UNEXPECTED,
+    })
+}
+
 /// Says what happened and ends the machine.
 fn fatal(frame: &Frame) -> ! {
+    report(frame);
+    terminate(match (frame.vector, ExitCode(frame.code)) {
+        (VMM_COMMUNICATION, ExitCode::PAGE_NOT_VALIDATED) => TurnstileReason::NOT_VALIDATED,
+        (VMM_COMMUNICATION, _) => TurnstileReason::VC_UNEXPECTED,
+        _ => TurnstileReason::EXCEPTION,
+    })
+}
+
+/// Says what happened.
+fn report(frame: &Frame) {
     panic::report_exception(
         format_args!(
             "exception {} code {:#x} at {:#x}, cr2 {:#x}, rsp {:#x}",
@@ -267,9 +306,4 @@ fn fatal(frame: &Frame) -> ! {
         frame.rip,
         frame.rbp,
     );
-    terminate(match (frame.vector, ExitCode(frame.code)) {
-        (VMM_COMMUNICATION, ExitCode::PAGE_NOT_VALIDATED) => TurnstileReason::NOT_VALIDATED,
-        (VMM_COMMUNICATION, _) => TurnstileReason::VC_UNEXPECTED,
-        _ => TurnstileReason::EXCEPTION,
-    })
 }

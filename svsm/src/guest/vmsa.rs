@@ -192,6 +192,10 @@ impl VmsaControl for VmsaWindow {
         self.vmsa(vmsa).is_awaited()
     }
 
+    fn is_untouched(&self, vmsa: Frame) -> bool {
+        self.vmsa(vmsa).is_untouched()
+    }
+
     #[cfg(feature = "faults")]
     fn rests(&self, vmsa: Frame) -> bool {
         self.fault == protocols::launch::Fault::IN_USE_VMSA

@@ -14,6 +14,8 @@ pub mod ghcb;
 pub mod msr;
 #[cfg(target_os = "none")]
 pub mod native;
+#[cfg(target_os = "none")]
+pub mod tdx;
 
 /// When a processor starts to run a VMSA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

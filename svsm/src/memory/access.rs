@@ -28,6 +28,20 @@ pub fn copy_out(address: u64, data: &[u8]) -> Result<(), AccessFault> {
     .map(drop)
 }
 
+/// Copies from `address` into `data`.
+///
+/// # Errors
+///
+/// The fault; `data` may be written in part.
+pub fn copy_in(address: u64, data: &mut [u8]) -> Result<(), AccessFault> {
+    guarded!("rep movsb"; rax = 0,
+        inout("rcx") data.len() => _,
+        inout("rsi") address => _,
+        inout("rdi") data.as_mut_ptr() => _,
+    )
+    .map(drop)
+}
+
 /// Fills `bytes` bytes (a multiple of 8) at `address` with zeros.
 ///
 /// # Errors
@@ -59,7 +73,7 @@ const STREAM_STEP: u64 = 512;
 const _: () = assert!(LARGE_PAGE_SIZE.is_multiple_of(STREAM_STEP));
 
 /// Fills the large page at `address` with zeros, past the caches: new memory is in none of them, and
-/// nobody reads all of it soon (decision 020). The zeros are in memory when this returns.
+/// nobody reads all of it soon (decision 021). The zeros are in memory when this returns.
 ///
 /// Leaves zero in XMM0. The paravisor has nothing there, and what the guest has there is in its VMSA
 /// while the paravisor runs.

@@ -10,6 +10,9 @@
 //! | live, serving | its call is worked on, on its processor | that processor, and pins |
 //! | live, deleting | on its way back to the guest | who deletes it, alone |
 //!
+//! A live one may be *offered* besides: its processor has left it to the host to run this VMSA,
+//! and has not come back.
+//!
 //! Invariants: pins exist only while live; deleting begins only without pins, and not under a
 //! call of somebody else; what is not live is not the paravisor's to touch.
 
@@ -23,6 +26,8 @@ const SERVING: u32 = 1 << 1;
 const DELETING: u32 = 1 << 2;
 /// Somebody fills the slot in, or empties it.
 const CLAIMED: u32 = 1 << 3;
+/// Its processor has gone to run it, for the first time perhaps, and has not come back.
+const OFFERED: u32 = 1 << 4;
 /// One pin. The bits below are the flags; there are never more pins than processors.
 const PIN: u32 = 1 << 8;
 
@@ -98,6 +103,27 @@ impl Slot {
     /// What is there at this moment.
     pub fn glance(&self) -> Look<()> {
         Look::of(self.0.load(Ordering::SeqCst))
+    }
+
+    /// Leaves it to the host to run the VMSA, until [`Slot::withdraw`]; only its own processor
+    /// does. One that is on record but not open yet cannot be run yet: it counts as leaving.
+    pub fn offer(&self) -> Look<()> {
+        let offered = self.change(|word| match Look::of(word) {
+            Look::Here(()) if word & CLAIMED != 0 => Err(Look::Leaving),
+            Look::Here(()) => Ok(word | OFFERED),
+            nothing => Err(nothing),
+        });
+        offered.map_or_else(|found| found, Look::Here)
+    }
+
+    /// The processor has come back.
+    pub fn withdraw(&self) {
+        self.0.fetch_and(!OFFERED, Ordering::SeqCst);
+    }
+
+    /// Whether the host may be about to run it because its processor asked for that.
+    pub fn is_offered(&self) -> bool {
+        self.0.load(Ordering::SeqCst) & OFFERED != 0
     }
 
     /// Whether somebody fills it in or empties it at this moment: it will be free or live.
@@ -236,9 +262,17 @@ mod tests {
         );
         assert_eq!(slot.serve(), Look::Absent, "but serves nobody yet");
         assert_eq!(slot.begin_delete(false), Err(Kept::Pinned));
+        assert_eq!(
+            slot.offer(),
+            Look::Leaving,
+            "what the host cannot run yet is not offered"
+        );
         slot.open();
         assert_eq!(slot.serve(), Look::Here(()));
         assert!(!slot.claim());
+        assert!(slot.offer() == Look::Here(()) && slot.is_offered());
+        slot.withdraw();
+        assert!(!slot.is_offered() && slot.is_live());
     }
 
     #[test]

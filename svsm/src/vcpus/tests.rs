@@ -11,6 +11,9 @@ use accept::{
 };
 
 use super::*;
+use crate::protocol::{
+    DeleteRefusal, Deletion, Inherited, NotPassedOn, VcpuIndex, VcpuPages, Vcpus,
+};
 
 const VMSA: u64 = 0x10;
 const AREA: u64 = 0x40;
@@ -56,6 +59,8 @@ struct Spy {
     flushed: StdMutex<Vec<Frame>>,
     /// What has not stopped since it was released.
     awaited: StdMutex<Vec<Frame>>,
+    /// What has run.
+    touched: StdMutex<Vec<Frame>>,
     /// Pages that are the guest's: to touch one is the worst that can happen.
     guests: StdMutex<BTreeSet<u64>>,
 }
@@ -99,6 +104,10 @@ impl VmsaControl for &Spy {
     fn is_awaited(&self, vmsa: Frame) -> bool {
         self.touch(vmsa);
         self.awaited.lock().unwrap().contains(&vmsa)
+    }
+    fn is_untouched(&self, vmsa: Frame) -> bool {
+        self.touch(vmsa);
+        !self.touched.lock().unwrap().contains(&vmsa)
     }
 }
 
@@ -291,6 +300,52 @@ fn nobody_deletes_what_the_host_was_asked_to_run() {
     // It may be made anew, and then serves calls again.
     world.register(1, 2);
     world.serve(1, 2);
+}
+
+#[test]
+fn nobody_deletes_what_a_processor_goes_to_run_for_the_first_time() {
+    // The processor found a new VMSA at VMPL0, and asked the host to run what there is. Deleted
+    // then, it was no VMSA any more when the host came to it (svsm_cases,
+    // smp_delete_while_running).
+    let world = world(2);
+    world.register(1, 1);
+    assert_eq!(world.registry.offer(1), Presence::Live);
+    assert_eq!(world.delete(0, 1), Err(DeleteRefusal::InUse));
+    let passed = (&world.registry).pass_on_area(VcpuIndex(0), 1, frame(AREA + 1));
+    assert!(matches!(passed, Err(NotPassedOn::Busy)));
+    // What is made after it has gone, the guest must give to the host itself.
+    world.register(1, 2);
+    assert_eq!(world.delete(0, 2), Ok(()));
+    // What it has run, and left, is at rest although the host may have come to run another.
+    world.spy.touched.lock().unwrap().push(vmsa(1));
+    assert_eq!(world.delete(0, 1), Ok(()));
+    world.register(1, 3);
+    assert_eq!(world.registry.offer(1), Presence::Live);
+    world.registry.withdraw(1);
+    assert_eq!(world.delete(0, 3), Ok(()));
+    assert_eq!(world.registry.offer(1), Presence::None);
+}
+
+#[test]
+fn what_a_processor_does_not_go_to_run_may_be_deleted() {
+    // A host that enters VMPL0 for nothing goes on with what ran. New VMSAs beside that stayed for
+    // as long as there was no call, and the table was full (hostile/early-return).
+    let world = world(2);
+    world.spy.touched.lock().unwrap().push(vmsa(1));
+    world.register(1, 1);
+    world.register(1, 2);
+    assert_eq!(world.registry.offer(1), Presence::Live);
+    assert_eq!(world.delete(0, 2), Ok(()));
+}
+
+#[test]
+fn what_is_being_deleted_is_not_offered() {
+    let world = world(2);
+    world.register(1, 1);
+    let deletion = world.begin(0, 1).unwrap();
+    assert_eq!(world.registry.offer(1), Presence::Leaving);
+    (&world.registry).undo_delete(VcpuIndex(0), deletion);
+    assert_eq!(world.delete(0, 1), Ok(()), "it was not offered");
 }
 
 #[test]

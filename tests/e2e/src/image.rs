@@ -13,7 +13,9 @@ use igvm_build::error::FileError;
 use igvm_build::firmware::Firmware;
 use igvm_build::flat::elf_to_flat;
 use igvm_build::image::{self, Options};
-use igvm_build::sidecar::Sidecar;
+use igvm_build::sidecar::{Sidecar, hex};
+use igvm_build::td;
+use igvm_build::td_firmware::TdFirmware;
 use protocols::launch::{Acceptance, Fault};
 
 /// The emulated machine's C-bit: its nested tables have four levels, so 47 is the highest bit that
@@ -27,6 +29,8 @@ pub struct Recipe<'a> {
     pub paravisor: &'a Path,
     /// What it starts at VMPL1, an OVMF image; none for a program that needs no guest.
     pub firmware: Option<&'a Path>,
+    /// What it starts as the L2 VM of a trust domain, a TDVF image; none if the image is not for TDX.
+    pub td_firmware: Option<&'a Path>,
     /// A deliberate fault, which only the test build of the paravisor heeds.
     pub fault: Fault,
     /// When memory is accepted.
@@ -46,13 +50,23 @@ impl Recipe<'_> {
             Some((path, bytes)) => Some(Firmware::parse(bytes).map_err(FileError::content(path))?),
             None => None,
         };
+        let td_bytes = match self.td_firmware {
+            Some(path) => Some((path, read(path, "a TDVF image")?)),
+            None => None,
+        };
+        let td_firmware = match &td_bytes {
+            Some((path, bytes)) => {
+                Some(TdFirmware::parse(bytes).map_err(FileError::content(path))?)
+            }
+            None => None,
+        };
         let options = Options {
             c_bit: MACHINE_C_BIT,
             fault: self.fault,
             acceptance: self.acceptance,
             native: true,
         };
-        let image = image::build(&program, firmware.as_ref(), &options)
+        let image = image::build(&program, firmware.as_ref(), td_firmware.as_ref(), &options)
             .map_err(FileError::content(self.firmware.unwrap_or(self.paravisor)))?;
         let name = self.firmware.and_then(Path::file_name);
         let sidecar = Sidecar::new(
@@ -73,6 +87,15 @@ impl Recipe<'_> {
         )?;
         Ok(sidecar)
     }
+}
+
+/// Builds the image of a trust domain and writes it to `out`; its MRTD.
+pub fn write_td(elf: &Path, out: &Path) -> Result<String> {
+    let bytes = read(elf, "an ELF file")?;
+    let program = Program::parse(&bytes).map_err(FileError::content(elf))?;
+    let image = td::build(&program).map_err(FileError::content(elf))?;
+    write(out, &image.bytes)?;
+    Ok(hex(&image.mrtd))
 }
 
 /// Where the description of an image lies.

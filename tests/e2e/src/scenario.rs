@@ -13,7 +13,7 @@ use protocols::report::{Event, Outcome, Report};
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
-use crate::vm::{Config, Console, Finished, Linux, Loader, Settings};
+use crate::vm::{Config, Console, Cores, Finished, Linux, Loader, Settings};
 
 /// Everything that was built and fetched for the scenarios.
 #[derive(Clone, Debug)]
@@ -32,6 +32,10 @@ pub struct Artefacts {
     pub svsm_cases: PathBuf,
     /// The VMPL1 guest that counts what calls cost, packed as a firmware.
     pub svsm_counts: PathBuf,
+    /// The test program for L1 of a trust domain, an ELF file.
+    pub tdx_cases: PathBuf,
+    /// The test guest for an L2 VM, packed as a firmware.
+    pub l2_cases: PathBuf,
     /// The default firmware.
     pub ovmf: PathBuf,
     /// The firmware that the chosen scenarios need, the default one included.
@@ -84,7 +88,8 @@ pub struct Context {
 pub struct Scenario {
     /// `INTENT/NAME`, unique.
     pub name: String,
-    /// How many processors it keeps busy: its machine's virtual ones, or one for a program.
+    /// How many of the computer's cores it keeps busy: one for each virtual processor of a machine
+    /// that may use them all, one for any other machine, and for a program.
     pub weight: u32,
     /// Whether it is left out unless everything is asked for (`xtask test --full`).
     pub full_only: bool,
@@ -122,11 +127,11 @@ impl Scenario {
         }
     }
 
-    /// The same, for a machine with `vcpus` busy virtual processors.
+    /// The same, which keeps so many of the computer's cores busy.
     #[must_use]
-    pub fn weighing(self, vcpus: u32) -> Scenario {
+    pub fn weighing(self, cores: u32) -> Scenario {
         Scenario {
-            weight: vcpus,
+            weight: cores,
             ..self
         }
     }
@@ -294,6 +299,7 @@ impl Context {
         self.image_of(Recipe {
             paravisor,
             firmware,
+            td_firmware: None,
             fault,
             acceptance: Acceptance::LAZY,
         })
@@ -309,19 +315,26 @@ impl Context {
     /// A machine of 4 GiB and one virtual processor, without an operating system. The referee is on
     /// if the image has a map to compare.
     pub fn machine(&self, image: PathBuf, sidecar: &Sidecar, settings: Settings) -> Config {
+        let settings = Settings {
+            map_descriptor: sidecar.map_descriptor,
+            low_end: sidecar.low_end,
+            ..settings
+        };
+        self.machine_of(image, settings)
+    }
+
+    /// The same without a paravisor in the image.
+    pub fn machine_of(&self, image: PathBuf, settings: Settings) -> Config {
         Config {
             qemu: self.artefacts.qemu.clone(),
             rom: self.artefacts.rom.clone(),
             image,
             loader: Loader::Machine,
-            settings: Settings {
-                map_descriptor: sidecar.map_descriptor,
-                low_end: sidecar.low_end,
-                ..settings
-            },
+            settings,
             memory: "4G".into(),
             low_memory: None,
             vcpus: 1,
+            cores: Cores::One,
             linux: None,
             disk: None,
             console: Console::File,
@@ -352,6 +365,7 @@ impl Context {
         let (image, sidecar) = self.image_of(Recipe {
             paravisor,
             firmware: Some(&self.artefacts.svsm_cases),
+            td_firmware: None,
             fault,
             acceptance,
         })?;
@@ -361,6 +375,8 @@ impl Context {
         };
         let config = Config {
             vcpus: 2,
+            // It uses no FXRSTOR, and its processors shall meet.
+            cores: Cores::All,
             ..self.machine(image, &sidecar, settings)
         };
         Ok((config, sidecar))

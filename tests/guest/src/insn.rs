@@ -241,6 +241,12 @@ pub unsafe fn call(address: u64) -> Result<u64, Trap> {
     trap::result(value)
 }
 
+/// Takes interrupts for a moment.
+pub fn open_interrupts() {
+    // SAFETY: the handlers are installed; interrupts are off before and after.
+    unsafe { asm!("sti", "nop", "nop", "cli") };
+}
+
 /// The four registers CPUID answers in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuidResult {
@@ -340,6 +346,72 @@ pub fn out32(port: u16, value: u32) -> Result<(), Trap> {
     unsafe {
         guarded!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack));
     }
+    trap::result(())
+}
+
+/// HLT, where it raises an exception.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn halt_once() -> Result<(), Trap> {
+    // SAFETY: the cases execute it where it is reflected.
+    unsafe { guarded!("hlt", options(nomem, nostack)) };
+    trap::result(())
+}
+
+/// WBINVD.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn wbinvd() -> Result<(), Trap> {
+    // SAFETY: changes caches only.
+    unsafe { guarded!("wbinvd", options(nostack)) };
+    trap::result(())
+}
+
+/// MWAIT.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn mwait() -> Result<(), Trap> {
+    // SAFETY: the cases execute it where it is reflected.
+    unsafe { guarded!("mwait", in("eax") 0, in("ecx") 0, options(nostack)) };
+    trap::result(())
+}
+
+/// VMCALL, Intel's call to a hypervisor.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn vmcall() -> Result<(), Trap> {
+    // SAFETY: the cases execute it where it is reflected.
+    unsafe { guarded!(".byte 0x0F, 0x01, 0xC1", options(nostack)) };
+    trap::result(())
+}
+
+/// 0F 01 CC: TDCALL without its prefix.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn tdcall_without_prefix() -> Result<(), Trap> {
+    // SAFETY: an undefined instruction.
+    unsafe { guarded!(".byte 0x0F, 0x01, 0xCC", options(nostack)) };
+    trap::result(())
+}
+
+/// IN of one byte from a port named in the instruction (0x71, CMOS data).
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn in8_cmos() -> Result<(), Trap> {
+    // SAFETY: the cases execute it where it is reflected.
+    unsafe { guarded!("in al, 0x71", out("al") _, options(nomem, nostack)) };
     trap::result(())
 }
 

@@ -1,11 +1,13 @@
-//! What the two bare-metal test guests have in common.
+//! What the bare-metal test guests have in common.
 //!
 //! - `isa_cases` takes the place of the paravisor (VMPL0, straight from an IGVM image) and
 //!   judges the emulated machine: instructions, RMP, GHCB.
 //! - `svsm_cases` takes the place of the firmware (VMPL1) and judges the paravisor: every
 //!   SVSM call, good and bad.
+//! - `tdx_cases` is L1 of a trust domain and judges the emulated machine there: TDCALL, the
+//!   secure EPT, #VE, the host's answers.
 //!
-//! Both are tables of [`harness::Case`]s. A case makes something happen and compares what
+//! All are tables of [`harness::Case`]s. A case makes something happen and compares what
 //! *others* say about it (results of instructions, replies, the oracle, memory that others
 //! filled) with what the fact sheets promise; it never compares with a value it wrote itself
 //! unless the point is that the value survived. One line per case goes to the second serial
@@ -38,6 +40,8 @@ mod panic;
 pub mod reader;
 #[cfg(target_os = "none")]
 pub mod svsm;
+#[cfg(target_os = "none")]
+pub mod tdcall;
 pub mod text;
 #[cfg(target_os = "none")]
 pub mod trap;

@@ -15,7 +15,7 @@
 
 use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use protocols::exit_code::ExitCode;
 use protocols::snp::VC_VECTOR;
@@ -36,6 +36,11 @@ pub const GENERAL_PROTECTION: u8 = 13;
 pub const PAGE_FAULT: u8 = 14;
 /// #VC.
 pub const VMM_COMMUNICATION: u8 = VC_VECTOR;
+
+/// #DF.
+pub const DOUBLE_FAULT: u8 = 8;
+/// #VE.
+pub const VIRTUALIZATION: u8 = protocols::tdx::ve::VECTOR;
 
 /// An exception that a listed instruction raised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +63,19 @@ impl Trap {
     /// #UD.
     pub const UD: Self = Self {
         vector: INVALID_OPCODE,
+        error: 0,
+        address: 0,
+    };
+
+    /// #VE; what it is about is asked of the module.
+    pub const VE: Self = Self {
+        vector: VIRTUALIZATION,
+        error: 0,
+        address: 0,
+    };
+    /// #DF.
+    pub const DF: Self = Self {
+        vector: DOUBLE_FAULT,
         error: 0,
         address: 0,
     };
@@ -154,8 +172,26 @@ fn resume_address(rip: u64) -> Option<u64> {
         .map(|fixup| fixup.resume)
 }
 
+/// The interrupts that came since this was asked last, as far as they have vectors below 64: bit n is
+/// vector 32 + n.
+pub fn interrupts() -> u32 {
+    INTERRUPTS.swap(0, Ordering::Relaxed)
+}
+
+static INTERRUPTS: AtomicU32 = AtomicU32::new(0);
+
+/// End of interrupt, x2APIC.
+const X2APIC_EOI: u32 = 0x80B;
+
 extern "C" fn on_exception(frame: &mut Frame) {
     let vector = frame.vector as u8;
+    if vector >= FIRST_INTERRUPT {
+        let bit = 1_u32.checked_shl(u32::from(vector - FIRST_INTERRUPT));
+        INTERRUPTS.fetch_or(bit.unwrap_or(0), Ordering::Relaxed);
+        // SAFETY: the interrupt came from this APIC, which is in x2APIC mode.
+        unsafe { x86_64::registers::model_specific::Msr::new(X2APIC_EOI).write(0) };
+        return;
+    }
     let has_address = vector == PAGE_FAULT
         || (vector == VMM_COMMUNICATION && frame.error == ExitCode::PAGE_NOT_VALIDATED.0);
     let address = if has_address { Cr2::read_raw() } else { 0 };
@@ -180,19 +216,21 @@ extern "C" fn on_exception(frame: &mut Frame) {
     frame.rip = resume;
 }
 
-const VECTORS: usize = 32;
+/// The first vector of interrupts.
+const FIRST_INTERRUPT: u8 = 32;
+const VECTORS: usize = 256;
 /// Bytes between two entry stubs.
 const STUB_SIZE: usize = 16;
 
 // Vectors 8, 10-14, 17, 21, 29 and 30 come with an error code (bit set below); the others get
-// a zero in its place so that all frames look alike.
+// a zero in its place so that all frames look alike. Interrupts have none.
 global_asm!(
     ".balign {size}",
     "trap_stubs:",
     ".set vector, 0",
     ".rept {vectors}",
     ".balign {size}",
-    ".if (({with_error} >> vector) & 1) == 0",
+    ".if vector >= 32 || (({with_error} >> vector) & 1) == 0",
     "push 0",
     ".endif",
     "push vector",

@@ -43,6 +43,10 @@ pub enum Denial {
     InUse,
     /// The VMPL lacks a permission; the mask it has.
     Permissions(u8),
+    /// The host has blocked the page.
+    Blocked,
+    /// A trust domain's code or page tables in shared memory.
+    SharedCode,
 }
 
 impl fmt::Display for Denial {
@@ -52,6 +56,8 @@ impl fmt::Display for Denial {
             Self::NotOwned => f.write_str("RMP: not owned by this guest at this address"),
             Self::Immutable => f.write_str("RMP: page is immutable"),
             Self::InUse => f.write_str("RMP: the page is a VMSA that runs"),
+            Self::Blocked => f.write_str("secure EPT: the page is blocked"),
+            Self::SharedCode => f.write_str("code or page tables in shared memory"),
             Self::Permissions(mask) => write!(f, "RMP: VMPL permissions are {mask:#x}"),
         }
     }
@@ -130,11 +136,14 @@ impl<P: PhysicalMemory> Platform<P> {
     /// Decides an access of `vmpl` to the page of `gpa` in `alias`, doing what the host's
     /// fault handler would do on the way.
     ///
-    /// `alias` is what the C-bit said; with paging off it is private. Fetches and table walks
-    /// are taken as private whatever it is.
+    /// `alias` is what the address said; with paging off it is private. Fetches and table walks
+    /// of an SNP guest are taken as private whatever it is.
     pub fn access(&mut self, vmpl: Vmpl, alias: Alias, gpa: Gpa, kind: Kind) -> Verdict {
         let gpa = gpa.align_down(PageSize::Size4K);
-        let alias = kind.effective_alias(alias);
+        let alias = self.effective_alias(kind, alias);
+        if alias == Alias::Shared && matches!(kind, Kind::Execute | Kind::Walk) {
+            return Verdict::Denied(Denial::SharedCode);
+        }
         let Some(place) = self.host.layout().place(gpa) else {
             return match alias {
                 Alias::Shared => Verdict::Mmio(Spa::new(gpa.get())),
@@ -167,6 +176,9 @@ impl<P: PhysicalMemory> Platform<P> {
         let entry = self.host.rmp().entry(place);
         if let Some(denial) = owner_fault(&entry, gpa) {
             return Verdict::Denied(denial);
+        }
+        if entry.is_blocked() {
+            return Verdict::Denied(Denial::Blocked);
         }
         if !entry.is_validated() {
             return Verdict::NotValidated;
@@ -226,6 +238,7 @@ impl<P: PhysicalMemory> Platform<P> {
         if self.is_vmsa_in_use(gpa, size) {
             return Err(UpdateError::InUse);
         }
+        self.flushed_by_host();
         self.host.convert(&self.memory, &place, gpa, size, to)
     }
 

@@ -11,9 +11,12 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use protocols::report::{
-    CallCounters, PvalidateCounters, PvalidateResults, RmpadjustCounters, RmpadjustResults,
-    VcpuCounters, Violations, VmplCounters,
+    AcceptCounters, AcceptResults, CallCounters, PvalidateCounters, PvalidateResults,
+    RmpadjustCounters, RmpadjustResults, VcpuCounters, Violations, VmplCounters,
 };
+
+use protocols::tdx::Leaf;
+use protocols::tdx::vmcall::SubFunction;
 
 use crate::calls::{self, Calls};
 use crate::samples::Samples;
@@ -28,6 +31,15 @@ pub enum Vmgexit {
     Nae(u64),
 }
 
+/// A TDCALL by what was asked.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Tdcall {
+    /// A leaf of the module.
+    Module(Leaf),
+    /// A request to the host: sub-function of TDG.VP.VMCALL.
+    Host(SubFunction),
+}
+
 /// Exit codes below this are counted in a table, the others in a map: an exit is counted before
 /// anything else is done about it.
 const FREQUENT: usize = 0x90;
@@ -37,6 +49,8 @@ struct Level {
     frequent_exits: [u64; FREQUENT],
     exits: BTreeMap<u64, u64>,
     vmgexits: BTreeMap<Vmgexit, u64>,
+    tdcalls: BTreeMap<Tdcall, u64>,
+    td_exits: BTreeMap<&'static str, u64>,
 }
 
 impl Default for Level {
@@ -46,6 +60,8 @@ impl Default for Level {
             frequent_exits: [0; FREQUENT],
             exits: BTreeMap::new(),
             vmgexits: BTreeMap::new(),
+            tdcalls: BTreeMap::new(),
+            td_exits: BTreeMap::new(),
         }
     }
 }
@@ -160,6 +176,25 @@ impl Counters {
         }
     }
 
+    /// Counts a TDCALL.
+    pub fn count_tdcall(&mut self, vmpl: Vmpl, what: Tdcall) {
+        let level = &mut self.served()[vmpl.index()];
+        *level.tdcalls.entry(what).or_default() += 1;
+    }
+
+    /// Counts an exit to the host of a trust domain, by what it was about.
+    pub fn count_td_exit(&mut self, vmpl: Vmpl, about: &'static str) {
+        let level = &mut self.served()[vmpl.index()];
+        *level.td_exits.entry(about).or_default() += 1;
+    }
+
+    /// How often a trust domain's level exited to the host in the midst of an instruction.
+    pub fn td_exits(&self, vmpl: Vmpl) -> u64 {
+        let of =
+            |levels: &[Level; Vmpl::COUNT]| levels[vmpl.index()].td_exits.values().sum::<u64>();
+        self.vcpus.iter().map(of).sum()
+    }
+
     /// What the report says of each vCPU.
     pub fn report(&self) -> Vec<VcpuCounters> {
         self.vcpus
@@ -215,6 +250,16 @@ impl Level {
             .iter()
             .map(|(&what, &n)| (vmgexit_name(what), n))
             .collect();
+        counters.tdcalls = self
+            .tdcalls
+            .iter()
+            .map(|(&what, &n)| (tdcall_name(what), n))
+            .collect();
+        counters.td_exits = self
+            .td_exits
+            .iter()
+            .map(|(&about, &n)| (about.to_string(), n))
+            .collect();
         counters
     }
 }
@@ -234,6 +279,10 @@ fn add(sum: &mut VmplCounters, more: &VmplCounters) {
         psc_private_pages,
         psc_shared_pages,
         implicit_conversions,
+        accept,
+        tdcalls,
+        td_exits,
+        ve_injected,
     } = more;
     for (sum, more) in [
         (&mut sum.world_switches, world_switches),
@@ -244,16 +293,41 @@ fn add(sum: &mut VmplCounters, more: &VmplCounters) {
         (&mut sum.psc_private_pages, psc_private_pages),
         (&mut sum.psc_shared_pages, psc_shared_pages),
         (&mut sum.implicit_conversions, implicit_conversions),
+        (&mut sum.ve_injected, ve_injected),
     ] {
         *sum += more;
     }
-    for (sum, more) in [(&mut sum.vmgexits, vmgexits), (&mut sum.exits, exits)] {
+    for (sum, more) in [
+        (&mut sum.vmgexits, vmgexits),
+        (&mut sum.exits, exits),
+        (&mut sum.tdcalls, tdcalls),
+        (&mut sum.td_exits, td_exits),
+    ] {
         for (name, count) in more {
             *sum.entry(name.clone()).or_default() += count;
         }
     }
     add_pvalidate(&mut sum.pvalidate, pvalidate);
     add_rmpadjust(&mut sum.rmpadjust, rmpadjust);
+    add_accept(&mut sum.accept, accept);
+}
+
+fn add_accept(sum: &mut AcceptCounters, more: &AcceptCounters) {
+    for (sum, more) in [
+        (&mut sum.size_4k, more.size_4k),
+        (&mut sum.size_2m, more.size_2m),
+    ] {
+        let AcceptResults {
+            ok,
+            already_accepted,
+            size_mismatch,
+            invalid,
+        } = more;
+        sum.ok += ok;
+        sum.already_accepted += already_accepted;
+        sum.size_mismatch += size_mismatch;
+        sum.invalid += invalid;
+    }
 }
 
 fn add_pvalidate(sum: &mut PvalidateCounters, more: &PvalidateCounters) {
@@ -293,6 +367,18 @@ fn add_rmpadjust(sum: &mut RmpadjustCounters, more: &RmpadjustCounters) {
         sum.fail_permission += fail_permission;
         sum.fail_in_use += fail_in_use;
         sum.size_mismatch += size_mismatch;
+    }
+}
+
+fn tdcall_name(what: Tdcall) -> String {
+    match what {
+        Tdcall::Module(leaf) => leaf
+            .name()
+            .map_or_else(|| String::from("unknown"), String::from),
+        Tdcall::Host(function) => match function.name() {
+            Some(name) => format!("VP_VMCALL/{name}"),
+            None => String::from("VP_VMCALL/unknown"),
+        },
     }
 }
 

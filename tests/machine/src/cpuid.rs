@@ -186,6 +186,27 @@ impl Table {
         table
     }
 
+    /// Makes the table of a trust domain: an Intel processor, and what its host answers where the
+    /// module does not ([`crate::tdx::ve`]). `tsc_hz` is 0 if unknown.
+    pub fn build_td(native: &dyn Fn(u32, u32) -> Leaf, vcpus: u32, tsc_hz: u64) -> Self {
+        let entries = TD_LEAVES
+            .into_iter()
+            .map(|(leaf, subleaf)| Entry {
+                leaf,
+                subleaf,
+                value: td_view(leaf, subleaf, native(leaf, subleaf), vcpus, tsc_hz),
+            })
+            .collect();
+        Self { entries }
+    }
+
+    /// Whether the table has an answer of its own.
+    pub fn has(&self, leaf: u32, subleaf: u32) -> bool {
+        let subleaf = if is_indexed(leaf) { subleaf } else { 0 };
+        let wanted = (leaf, subleaf);
+        self.entries.iter().any(|e| (e.leaf, e.subleaf) == wanted)
+    }
+
     /// The entries, as the CPUID page has them.
     pub fn entries(&self) -> &[Entry] {
         &self.entries
@@ -226,6 +247,77 @@ impl Table {
 /// Whether CPUID looks at ECX for this leaf, among the leaves of the table.
 const fn is_indexed(leaf: u32) -> bool {
     matches!(leaf, 0x7 | 0xB | 0x8000_001D)
+}
+
+/// The leaves of a trust domain's table.
+const TD_LEAVES: [(u32, u32); 18] = [
+    (0x0, 0),
+    (0x1, 0),
+    (0x7, 0),
+    (0xB, 0),
+    (0xB, 1),
+    (0x15, 0),
+    (0x21, 0),
+    (0x4000_0000, 0),
+    (0x4000_0001, 0),
+    (0x8000_0000, 0),
+    (0x8000_0001, 0),
+    (0x8000_0002, 0),
+    (0x8000_0003, 0),
+    (0x8000_0004, 0),
+    (0x8000_0005, 0),
+    (0x8000_0006, 0),
+    (0x8000_0007, 0),
+    (0x8000_0008, 0),
+];
+
+/// Family 6, model 0x8F, stepping 8: Sapphire Rapids.
+const TD_SIGNATURE: u32 = 0x0008_06F8;
+/// Highest basic leaf of a trust domain: the one that says what it is.
+const TD_MAX_STANDARD: u32 = 0x21;
+const TD_MAX_EXTENDED: u32 = 0x8000_0008;
+/// Linear and physical address bits of a trust domain: the shared bit is one of an address.
+const TD_ADDRESS_BITS: u32 = LINEAR_BITS << 8 | crate::tdx::GPA_WIDTH;
+/// The module tells the TSC's frequency as a multiple of this crystal's.
+const TD_CRYSTAL_HZ: u32 = 25_000_000;
+
+/// As [`guest_view`], for a trust domain: the same features under Intel's name.
+fn td_view(leaf: u32, subleaf: u32, native: Leaf, vcpus: u32, tsc_hz: u64) -> Leaf {
+    match leaf {
+        0x0 => vendor(TD_MAX_STANDARD, *b"GenuineIntel"),
+        0x1 => Leaf {
+            eax: TD_SIGNATURE,
+            ..guest_view(leaf, subleaf, native, vcpus)
+        },
+        0x15 => Leaf {
+            eax: 1,
+            ebx: (tsc_hz / u64::from(TD_CRYSTAL_HZ)) as u32,
+            ecx: TD_CRYSTAL_HZ,
+            edx: 0,
+        },
+        0x21 => vendor(0, *b"IntelTDX    "),
+        0x8000_0000 => Leaf {
+            eax: TD_MAX_EXTENDED,
+            ..Leaf::default()
+        },
+        // LAHF in 64-bit code; SYSCALL, NX, 1 GiB pages, RDTSCP, long mode: Intel's bits of these.
+        0x8000_0001 => Leaf {
+            ecx: native.ecx & 1,
+            edx: native.edx & (1 << 11 | 1 << 27) | bits::EXTENDED1_EDX_ON,
+            ..Leaf::default()
+        },
+        0x8000_0005 => Leaf::default(),
+        // Invariant TSC.
+        0x8000_0007 => Leaf {
+            edx: native.edx & 1 << 8,
+            ..Leaf::default()
+        },
+        0x8000_0008 => Leaf {
+            eax: TD_ADDRESS_BITS,
+            ..Leaf::default()
+        },
+        _ => guest_view(leaf, subleaf, native, vcpus),
+    }
 }
 
 /// Takes away what the machine does not emulate and what differs between vCPUs, and adds

@@ -50,6 +50,7 @@ pub mod rmp;
 pub mod samples;
 pub mod settings;
 pub mod stale;
+pub mod tdx;
 #[cfg(test)]
 mod testing;
 pub mod types;

@@ -8,7 +8,7 @@
 //! The fill and compare loops are trait methods with plain default bodies, so that the bare
 //! metal side can replace them by loops over its direct map.
 
-use crate::types::Spa;
+use crate::types::{PAGE_SIZE, Spa};
 
 /// Bytes of a cache line: the grain at which a missing scrub is seen.
 pub const LINE: u64 = 64;
@@ -45,6 +45,13 @@ pub trait PhysicalMemory {
     /// Writes a little-endian 64-bit word.
     fn write_u64(&self, spa: Spa, value: u64) {
         self.write(spa, &value.to_le_bytes());
+    }
+
+    /// Fills `bytes` (a multiple of 4 KiB) from `spa` with zeroes.
+    fn fill_zero(&self, spa: Spa, bytes: u64) {
+        for offset in (0..bytes).step_by(PAGE_SIZE as usize) {
+            self.write(spa.plus(offset), &[0; PAGE_SIZE as usize]);
+        }
     }
 
     /// Fills `bytes` (a multiple of 8) from `spa` with the pattern of `generation`.

@@ -10,7 +10,7 @@ use protocols::report::PvalidateResults;
 
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
-use crate::settings::Hostile;
+use crate::settings::{Hostile, PlatformKind};
 use crate::types::{Alias, Gpa, PageSize, Vmpl};
 
 /// Registers after a call.
@@ -106,6 +106,9 @@ impl<P: PhysicalMemory> Platform<P> {
             Counter::LIVE_RESCIND => violations.live_rescind,
             Counter::STALE_TRANSLATION => violations.stale_translation,
             Counter::IN_USE_RESCIND => violations.in_use_rescind,
+            Counter::ACCEPT_4K => level.accept.size_4k.total(),
+            Counter::ACCEPT_2M => level.accept.size_2m.total(),
+            Counter::TD_EXIT => self.counters.td_exits(Vmpl::VMPL0),
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
                 .iter()
                 .map(|&vmpl| self.counters.level(vmpl).implicit_conversions)
@@ -117,7 +120,11 @@ impl<P: PhysicalMemory> Platform<P> {
     /// Whether this host is one that does such things.
     fn would_act(&self, act: HostAct) -> bool {
         match act {
-            HostAct::EXCHANGE => self.settings.is_hostile(Hostile::Remap),
+            // A page that was taken out of a trust domain comes back pending, never as it was.
+            HostAct::EXCHANGE => {
+                self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Remap)
+            }
+            HostAct::BLOCK => self.kind() == PlatformKind::Tdx,
             HostAct::RE_ADD | HostAct::RE_ADD_2M => self.settings.is_hostile(Hostile::ReAdd),
             act => act.is_known(),
         }
@@ -141,6 +148,7 @@ impl<P: PhysicalMemory> Platform<P> {
             HostAct::EXCHANGE => self.host.exchange(memory, &place, gpa),
             HostAct::RE_ADD => self.host.re_add(memory, &place, gpa, PageSize::Size4K),
             HostAct::RE_ADD_2M => self.host.re_add(memory, &place, gpa, PageSize::Size2M),
+            HostAct::BLOCK => return self.host.block(&place, gpa).then_some(()),
             _ => return None,
         };
         result.ok()
@@ -215,7 +223,10 @@ mod tests {
             HOST_ACT_DONE
         );
         assert_eq!(flags(&mut platform), PageFlags::empty());
-        assert_eq!(act(&mut platform, HostAct(9)), HOST_ACT_NOT_POSSIBLE);
+        // SEV-SNP has no secure EPT.
+        for unknown in [HostAct::BLOCK, HostAct(9)] {
+            assert_eq!(act(&mut platform, unknown), HOST_ACT_NOT_POSSIBLE);
+        }
     }
 
     #[test]

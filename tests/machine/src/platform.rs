@@ -26,6 +26,7 @@ use crate::layout::{Layout, LayoutError};
 use crate::memory::PhysicalMemory;
 use crate::settings::Settings;
 use crate::stale::Stale;
+use crate::tdx::Personality;
 use crate::types::{Gpa, Spa, VcpuId, Vmpl};
 use crate::vcpu::Vcpu;
 
@@ -89,6 +90,7 @@ pub struct Platform<P> {
     pub(crate) stages: [bool; 2],
     pub(crate) ap_jump_table: u64,
     pub(crate) stale: Stale,
+    pub(crate) personality: Personality,
     progress: u64,
 }
 
@@ -106,6 +108,7 @@ impl<P: PhysicalMemory> Platform<P> {
             stages: [false; 2],
             ap_jump_table: 0,
             stale: Stale::default(),
+            personality: Personality::Snp,
             progress: 0,
         };
         let reset = platform.sev_info();
@@ -265,6 +268,15 @@ pub enum End {
         /// Reason code.
         code: u8,
     },
+    /// A trust domain reported that it cannot go on.
+    FatalError {
+        /// Who reported.
+        vmpl: Vmpl,
+        /// The code it gave.
+        code: u64,
+        /// The text it gave.
+        text: String,
+    },
     /// Halted with nothing left that could wake it.
     Halted {
         /// Who halted.
@@ -316,6 +328,12 @@ impl End {
                 };
                 (Outcome::Terminated, 0, reason, Some(termination))
             }
+            Self::FatalError { vmpl, code, text } => (
+                Outcome::Terminated,
+                code,
+                format!("{vmpl} reported fatal error {code:#x}: {text}"),
+                None,
+            ),
             Self::Halted { vmpl, rip, rsp } => {
                 let hint = if rsp == LINUX_C_BIT_CHECK_RSP {
                     " (Linux stops so when its C-bit check fails)"
@@ -337,7 +355,10 @@ impl End {
             Self::EmulatorFault(vcpu) => (
                 Outcome::EmulatorFault,
                 u64::from(vcpu),
-                format!("QEMU has put the machine's own state in place of that of vCPU {vcpu}"),
+                format!(
+                    "QEMU has lost the state of vCPU {vcpu}; with --cores one it does not \
+                     (docs/machine.md)"
+                ),
                 None,
             ),
         }

@@ -79,6 +79,8 @@ impl Entry {
     const ASSIGNED: u64 = 1 << 0;
     const LARGE: u64 = 1 << 1;
     const IMMUTABLE: u64 = 1 << 2;
+    /// Of a secure EPT entry only: the host has blocked it ([`crate::tdx::sept`]).
+    const BLOCKED: u64 = 1 << 3;
     const GPA: u64 = 0x0007_FFFF_FFFF_F000;
     const ASID_SHIFT: u32 = 51;
     const ASID: u64 = 0x3FF << Self::ASID_SHIFT;
@@ -124,6 +126,11 @@ impl Entry {
     /// Locked against RMPUPDATE and against guest use until the launch is through with it.
     pub const fn is_immutable(&self) -> bool {
         self.has(Self::IMMUTABLE)
+    }
+
+    /// The host has blocked it: nobody in the trust domain can use it.
+    pub const fn is_blocked(&self) -> bool {
+        self.has(Self::BLOCKED)
     }
 
     /// Holds a VMSA.
@@ -348,6 +355,12 @@ impl Rmp {
     pub(crate) fn set_permissions(&mut self, place: &Place, vmpl: Vmpl, value: Permissions) {
         let index = self.index(place);
         self.entries[index].permissions[vmpl.index()] = value.0;
+    }
+
+    /// Sets whether the host has blocked the entry.
+    pub(crate) fn set_blocked(&mut self, place: &Place, value: bool) {
+        let index = self.index(place);
+        self.entries[index].put(Entry::BLOCKED, value);
     }
 
     /// Sets the VMSA bit.

@@ -34,6 +34,17 @@ pub enum Reflection {
     All,
 }
 
+/// A platform that the machine can be, and that an image can be for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PlatformKind {
+    /// SEV-SNP.
+    Snp,
+    /// TDX.
+    Tdx,
+    /// No confidential hardware: plain mode.
+    Native,
+}
+
 /// What the run is traced in.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub enum Trace {
@@ -106,6 +117,8 @@ hostile! {
     Remap = "remap",
     /// An accepted page is removed and added again, when the test guest says so.
     ReAdd = "re-add",
+    /// MapGPA is answered with "again" and makes no progress.
+    MapGpaRetry = "map-gpa-retry",
 }
 
 /// Everything a run can be told.
@@ -113,6 +126,8 @@ hostile! {
 pub struct Settings {
     /// `backing=4k|2m`.
     pub backing: HostBacking,
+    /// `platform=snp|tdx|native`, if the image is for several; native only if it is said.
+    pub platform: Option<PlatformKind>,
     /// `vc=direct|strict|all`.
     pub reflection: Reflection,
     /// `referee=0xGPA`: the paravisor's map descriptor.
@@ -129,8 +144,6 @@ pub struct Settings {
     pub trace: Trace,
     /// `break=none|panic|exception`.
     pub breakage: Option<Breakage>,
-    /// `plain=on|off`: the image's native platform, in a guest without SEV-SNP.
-    pub plain: bool,
 }
 
 /// A line that was not understood.
@@ -205,6 +218,14 @@ impl Settings {
                     _ => return Err("4k or 2m"),
                 }
             }
+            "platform" => {
+                self.platform = Some(match value {
+                    "snp" => PlatformKind::Snp,
+                    "tdx" => PlatformKind::Tdx,
+                    "native" => PlatformKind::Native,
+                    _ => return Err("snp, tdx or native"),
+                });
+            }
             "vc" => {
                 self.reflection = match value {
                     "direct" => Reflection::Direct,
@@ -216,7 +237,6 @@ impl Settings {
             "referee" => self.referee = Some(parse_gpa(value)?),
             "low-end" => self.low_end = Some(parse_gpa(value)?),
             "oracle" => self.oracle = on_off(value)?,
-            "plain" => self.plain = on_off(value)?,
             "icount" => self.icount = on_off(value)?,
             "trace" => {
                 self.trace = match value {
@@ -237,8 +257,8 @@ impl Settings {
             "hostile" => self.hostile = parse_hostile(value)?,
             _ => {
                 return Err(
-                    "one of backing, vc, referee, low-end, oracle, icount, trace, hostile, break, \
-                     plain",
+                    "one of backing, platform, vc, referee, low-end, oracle, icount, trace, hostile, \
+                     break",
                 );
             }
         }
@@ -276,6 +296,14 @@ impl Settings {
             ("trace".to_string(), trace.to_string()),
             ("hostile".to_string(), hostile.join(",")),
         ]);
+        if let Some(platform) = self.platform {
+            let name = match platform {
+                PlatformKind::Snp => "snp",
+                PlatformKind::Tdx => "tdx",
+                PlatformKind::Native => "native",
+            };
+            echo.insert("platform".to_string(), name.to_string());
+        }
         if let Some(gpa) = self.referee {
             echo.insert("referee".to_string(), format!("{gpa:#x}"));
         }
@@ -288,9 +316,6 @@ impl Settings {
                 Breakage::Exception => "exception",
             };
             echo.insert("break".to_string(), name.to_string());
-        }
-        if self.plain {
-            echo.insert("plain".to_string(), on_off(true));
         }
         echo
     }
@@ -325,12 +350,13 @@ mod tests {
     #[test]
     fn all_keys_are_read_and_echoed() {
         let text = "backing=2m\nvc=strict\n# why\n\nreferee=0x8123000\noracle=on\n\
-                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\nplain=on\n";
+                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\nplatform=tdx\n";
         let settings = Settings::parse(text).unwrap();
         assert_eq!(settings.backing, HostBacking::Size2M);
         assert_eq!(settings.reflection, Reflection::Strict);
         assert_eq!(settings.referee, Some(Gpa::new(0x812_3000)));
-        assert!(settings.oracle && settings.plain);
+        assert!(settings.oracle);
+        assert_eq!(settings.platform, Some(PlatformKind::Tdx));
         assert_eq!(settings.trace, Trace::Switches);
         assert_eq!(settings.breakage, Some(Breakage::Exception));
         assert!(settings.is_hostile(Hostile::MapWrap) && settings.is_hostile(Hostile::EarlyReturn));
@@ -370,6 +396,7 @@ mod tests {
             ("backing=1g", 1, "backing", "1g"),
             ("\nvc=maybe", 2, "vc", "maybe"),
             ("colour=red", 1, "colour", "red"),
+            ("platform=sgx", 1, "platform", "sgx"),
             ("referee=8123000", 1, "referee", "8123000"),
             ("referee=0x8123004", 1, "referee", "0x8123004"),
             ("hostile=map-wrap,nice", 1, "hostile", "map-wrap,nice"),

@@ -186,10 +186,15 @@ impl Platform<Sparse> {
 pub(crate) struct FakeCpu {
     /// Writes in order: (what, address, bytes, value).
     pub(crate) writes: Vec<(&'static str, u64, u8, u64)>,
+    /// An interrupt waits.
+    pub(crate) interrupted: bool,
     next: u8,
 }
 
 impl Cpu for FakeCpu {
+    fn is_interrupted(&mut self) -> bool {
+        self.interrupted
+    }
     fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
         [leaf, subleaf, 0xC, 0xD]
     }

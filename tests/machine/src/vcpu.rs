@@ -4,6 +4,8 @@
 //! A vCPU has up to four contexts, one per VMPL, of which one runs at a time. The GHCB MSR
 //! and the registered GHCB page belong to the context, not to the vCPU.
 
+use alloc::string::String;
+
 use protocols::report::{Event, Stage, StageName};
 use protocols::vmsa::{Efer, SevFeatures};
 
@@ -51,7 +53,7 @@ pub struct Vcpu {
 }
 
 /// Why a VMSA cannot be run (VMRUN would give VMEXIT_INVALID; APM Table 15-41).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum EnterError {
     /// No such vCPU, or no VMSA was given for this VMPL.
     NoVmsa,
@@ -67,6 +69,8 @@ pub enum EnterError {
     Features(u64),
     /// The VMSA is in use by another vCPU.
     Busy(Gpa),
+    /// A trust domain exits, and the host cannot help.
+    TdExit(String),
 }
 
 /// Offsets in the VMSA (APM-B Table B-4).
@@ -136,6 +140,19 @@ impl<P: PhysicalMemory> Platform<P> {
     /// The checks of VMRUN on a VMSA. On success the VMSA counts as in use until
     /// [`Self::leave`], and the caller loads its state from the address returned.
     pub fn enter(&mut self, vcpu: VcpuId, vmpl: Vmpl) -> Result<Spa, EnterError> {
+        if self.td().is_some() {
+            self.serve(vcpu);
+            let state = if vmpl == Vmpl::VMPL0 {
+                self.store_l2(vcpu).map_err(EnterError::TdExit)?;
+                self.td().and_then(|td| td.state_of(vcpu, vmpl))
+            } else {
+                self.load_l2(vcpu)
+            };
+            let spa = state.ok_or(EnterError::NoVmsa)?;
+            let tsc = (self.clock)();
+            self.note_entry(vcpu, vmpl, tsc)?;
+            return Ok(spa);
+        }
         let gpa = self
             .context(vcpu, vmpl)
             .and_then(|c| c.vmsa)
@@ -160,10 +177,15 @@ impl<P: PhysicalMemory> Platform<P> {
         let rax = self.memory.read_u64(spa.plus(vmsa::RAX));
         let calls = &mut self.counters.calls;
         calls.close(vcpu, vmpl, gpa, rax, tsc, &guest);
+        self.note_entry(vcpu, vmpl, tsc)?.running = Some(gpa);
+        Ok(spa)
+    }
+
+    /// Counts the entry of a level, and tells if it is the first of its stage.
+    fn note_entry(&mut self, vcpu: VcpuId, vmpl: Vmpl, tsc: u64) -> Result<&mut Vcpu, EnterError> {
         let Some(state) = self.vcpus.get_mut(vcpu.index()) else {
             return Err(EnterError::NoVmsa);
         };
-        state.running = Some(gpa);
         let switched = state.last.replace(vmpl) != Some(vmpl);
         if switched {
             self.counters.vmpl(vmpl).world_switches += 1;
@@ -187,7 +209,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 instructions,
             }));
         }
-        Ok(spa)
+        self.vcpus.get_mut(vcpu.index()).ok_or(EnterError::NoVmsa)
     }
 
     /// The vCPU that is served is to start a lower level, but runs VMPL0 and is not interrupted.

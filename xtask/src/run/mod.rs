@@ -21,7 +21,8 @@ use clap::Args;
 use e2e::guests::{Firmware, Kernel};
 use e2e::image::{Accept, Extras};
 use e2e::vm::{
-    Backing, Config, Console, Finished, Happening, Linux, Loader, Platform, Settings, Stage, Vc,
+    Backing, Config, Console, Cores, Finished, Happening, Linux, Loader, Platform, Settings, Stage,
+    Vc,
 };
 use e2e::{image, initramfs};
 use protocols::report::Event;
@@ -35,8 +36,8 @@ use ending::Ending;
 /// What `xtask run` can be told.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// What the image is started on: snp (emulated), or native (nothing confidential, acceptance
-    /// simulated)
+    /// What the image is started on: snp (emulated), tdx (a trust domain, emulated), or native
+    /// (nothing confidential, acceptance simulated)
     #[arg(long, default_value = "snp")]
     platform: Platform,
     /// Memory of the machine, such as 4G or 2048M
@@ -45,6 +46,10 @@ pub struct Options {
     /// Number of virtual processors
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     vcpus: u32,
+    /// Cores of this computer that several virtual processors run on: one (slower, and right), or
+    /// all (QEMU may then lose the state of the first, which ends the run)
+    #[arg(long, default_value = "one")]
+    cores: Cores,
     /// Granularity in which the host backs private memory: 4k or 2m
     #[arg(long, default_value = "4k")]
     backing: Backing,
@@ -69,6 +74,9 @@ pub struct Options {
     /// Firmware to use, one of Debian's OVMF or a file: 2026.08, 2025.02, FILE
     #[arg(long, value_name = "FIRMWARE", default_value = "2026.08", value_parser = choice::<Firmware>)]
     firmware: Choice<Firmware>,
+    /// Firmware of the guest of a trust domain, a TDVF image; makes the image one for TDX, too
+    #[arg(long, value_name = "FILE")]
+    td_firmware: Option<PathBuf>,
     /// When the paravisor accepts memory: lazy (on request), eager (all of it before the guest
     /// starts), ahead (in the background on processors the guest has not started); the last two
     /// with or without a budget, such as ahead:512M or ahead:50%
@@ -122,7 +130,13 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     if options.platform == Platform::Native && options.vcpus != 1 {
         bail!("--platform native has one processor; leave --vcpus out");
     }
+    if options.platform == Platform::Tdx && options.td_firmware.is_none() {
+        bail!(
+            "--platform tdx needs a firmware for trust domains: name one with --td-firmware FILE"
+        );
+    }
     let mut config = prepare(layout, options, terminal)?;
+    config.settings.tdx = options.platform == Platform::Tdx;
     if options.platform == Platform::Native {
         config = config.native()?;
     }
@@ -176,6 +190,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         layout,
         target,
         &firmware,
+        options.td_firmware.as_deref(),
         options.observe.fault(),
         options.accept.with(options.accept_extras)?,
         &dir,
@@ -199,6 +214,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         memory: options.mem.clone(),
         low_memory: None,
         vcpus: options.vcpus,
+        cores: options.cores,
         linux,
         disk,
         console: if terminal && options.exec.is_none() {

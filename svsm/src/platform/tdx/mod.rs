@@ -9,6 +9,9 @@ use accept::{AdjustFault, Backend, Block, Fault, NotFlushed, ValidateFault};
 use protocols::addr::{Gpa, PageSize};
 use protocols::tdx::{L2Vm, Leaf, MAPPING_PENDING, PageAttributes, Status, page_operand};
 
+pub mod map_gpa;
+#[cfg(target_os = "none")]
+pub mod module;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +30,8 @@ pub struct Operands {
     pub rdx: u64,
     /// R8.
     pub r8: u64,
+    /// R9.
+    pub r9: u64,
 }
 
 /// What a call returned.
@@ -38,6 +43,12 @@ pub struct Outcome {
     pub rcx: u64,
     /// RDX.
     pub rdx: u64,
+    /// R8.
+    pub r8: u64,
+    /// R9.
+    pub r9: u64,
+    /// R10.
+    pub r10: u64,
 }
 
 /// The instruction.
@@ -62,7 +73,7 @@ pub struct TdxBackend<T, F> {
 }
 
 /// The guest's VM.
-const GUEST: L2Vm = L2Vm::Vm1;
+pub const GUEST: L2Vm = L2Vm::Vm1;
 
 impl<T: Tdcall, F: FlushOthers> TdxBackend<T, F> {
     /// A backend on `module`; flushes reach all other vCPUs by `others`.
@@ -100,6 +111,7 @@ impl<T: Tdcall, F: FlushOthers> TdxBackend<T, F> {
             rcx: operand(block),
             rdx: GUEST.field(wanted),
             r8: GUEST.field(PageAttributes::ALL_ACCESS | flush),
+            ..Operands::default()
         };
         for _ in 0..REPEAT_LIMIT {
             let (status, outcome) = self.call(Leaf::MEM_PAGE_ATTR_WR, operands);

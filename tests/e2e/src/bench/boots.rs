@@ -96,6 +96,7 @@ impl Boot {
         let (image, sidecar) = context.image_of(Recipe {
             paravisor,
             firmware: Some(&artefacts.ovmf),
+            td_firmware: None,
             fault,
             acceptance: policy.acceptance(),
         })?;

@@ -53,8 +53,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 || output.clone(),
             );
             Ok(findings)
-        })
-        .weighing(2),
+        }),
     ]
 }
 

@@ -17,6 +17,7 @@ pub fn scenarios() -> Vec<Scenario> {
             let recipe = Recipe {
                 paravisor: &artefacts.paravisor,
                 firmware: Some(&artefacts.ovmf),
+                td_firmware: None,
                 fault: Fault::NONE,
                 acceptance: Acceptance::LAZY,
             };
@@ -43,6 +44,7 @@ pub fn scenarios() -> Vec<Scenario> {
             let recipe = Recipe {
                 paravisor: &context.artefacts.paravisor,
                 firmware: None,
+                td_firmware: None,
                 fault: Fault::NONE,
                 acceptance: Acceptance::LAZY,
             };

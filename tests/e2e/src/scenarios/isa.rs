@@ -7,7 +7,7 @@ use protocols::launch::Fault;
 
 use super::cases;
 use crate::scenario::{Findings, GUEST_LIMIT, Scenario};
-use crate::vm::{Backing, Config, Settings, Vc};
+use crate::vm::{Backing, Config, Cores, Settings, Vc};
 
 /// The table has at least so many cases.
 const LEAST_CASES: usize = 160;
@@ -28,6 +28,7 @@ pub fn scenarios() -> Vec<Scenario> {
                 let config = Config {
                     // What one processor may still use of what another has changed.
                     vcpus: 2,
+                    cores: Cores::All,
                     ..context.machine(image, &sidecar, settings)
                 };
                 let finished = config.run(GUEST_LIMIT, |_| {})?;

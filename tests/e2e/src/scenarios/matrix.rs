@@ -84,7 +84,6 @@ pub fn scenarios() -> Vec<Scenario> {
         .into_iter()
         .map(|row| {
             let scenario = Scenario::new(row.name(), move |context| boot(context, row))
-                .weighing(row.vcpus)
                 .booting(row.kernel)
                 .started_by(row.firmware);
             if row.every_day() {

@@ -3,6 +3,8 @@
 //! | module | question |
 //! |---|---|
 //! | [`isa`] | does the machine behave as the architecture says, without any paravisor? |
+//! | [`tdx`] | does it behave as TDX says when it is a trust domain? |
+//! | [`tdx_l2`] | does the paravisor serve the guest of a trust domain? |
 //! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
 //! | [`bench`] | does a call cost what it may? |
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
@@ -37,6 +39,8 @@ mod observe;
 mod policy;
 mod stress;
 mod svsm_calls;
+mod tdx;
+mod tdx_l2;
 mod tools;
 
 use crate::scenario::Scenario;
@@ -47,6 +51,8 @@ pub fn all() -> Vec<Scenario> {
         tools::scenarios(),
         image::scenarios(),
         isa::scenarios(),
+        tdx::scenarios(),
+        tdx_l2::scenarios(),
         svsm_calls::scenarios(),
         bench::scenarios(),
         hostile::scenarios(),

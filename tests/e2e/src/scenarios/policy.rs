@@ -42,8 +42,7 @@ pub fn scenarios() -> Vec<Scenario> {
     let boots = boots.map(|(name, acceptance, backing, vc, memory)| {
         let scenario = Scenario::new(name, move |context| {
             boot(context, acceptance, backing, vc, memory)
-        })
-        .weighing(4);
+        });
         // Every day one boot: the test guest goes through both policies and both backings.
         if name == "policy/linux-ahead" {
             scenario
@@ -116,6 +115,7 @@ fn boot(
     let (image, sidecar) = context.image_of(Recipe {
         paravisor: &artefacts.paravisor,
         firmware: Some(&artefacts.ovmf),
+        td_firmware: None,
         fault: Fault::NONE,
         acceptance,
     })?;

@@ -58,7 +58,6 @@ pub fn scenarios() -> Vec<Scenario> {
                 format!("stress/{kernel}-{backing}-{length}"),
                 move |context| run(context, row),
             )
-            .weighing(VCPUS)
             .booting(row.kernel)
             .with_stress();
             if row.every_day {

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 
-use super::Disk;
+use super::{Cores, Disk};
 
 /// The granularity in which the emulated host backs private memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,8 +126,10 @@ pub struct Settings {
     pub trace: Trace,
     /// How the machine itself breaks: `panic` or `exception`.
     pub breakage: Option<&'static str>,
-    /// The image's native platform, in a guest without SEV-SNP.
-    pub plain: bool,
+    /// The image's native platform, in a guest without SEV-SNP: the machine's plain mode.
+    pub native: bool,
+    /// The image's TDX platform: the machine is a trust domain.
+    pub tdx: bool,
 }
 
 impl Settings {
@@ -156,8 +158,11 @@ impl Settings {
         if let Some(breakage) = self.breakage {
             let _ = writeln!(text, "break={breakage}");
         }
-        if self.plain {
-            text.push_str("plain=on\n");
+        if self.native {
+            text.push_str("platform=native\n");
+        }
+        if self.tdx {
+            text.push_str("platform=tdx\n");
         }
         text
     }
@@ -212,6 +217,8 @@ pub struct Config {
     pub low_memory: Option<String>,
     /// Number of virtual processors.
     pub vcpus: u32,
+    /// The computer's cores they run on.
+    pub cores: Cores,
     /// The guest's operating system, if it is to have one.
     pub linux: Option<Linux>,
     /// A disk with an operating system, with network and randomness beside it.
@@ -400,13 +407,13 @@ mod tests {
             hostile: Some("map-wrap".into()),
             trace: Trace::All,
             breakage: Some("panic"),
-            plain: true,
+            native: true,
             ..Settings::default()
         };
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplain=on\n"
+                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplatform=native\n"
             ),
             "{text}"
         );

@@ -7,6 +7,7 @@
 //! Invariant: a QEMU started here never outlives its [`Running`]; no other process is ever touched.
 
 mod config;
+mod cores;
 mod disk;
 mod exec;
 mod native;
@@ -19,9 +20,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use protocols::report::{Event, Launch, Outcome, Report, StageName};
+use protocols::report::{Event, Launch, Report, StageName};
 
 pub use config::{Backing, Config, Console, Linux, Loader, Logs, Settings, Trace, Vc};
+pub use cores::Cores;
+use cores::{Core, spawn_on_one};
 pub use disk::{Bus, Disk};
 use exec::ExecStream;
 pub use native::{Census, Platform};
@@ -32,8 +35,6 @@ use crate::initramfs::USERSPACE_MARKER;
 
 /// How often the logs are looked at.
 const POLL: Duration = Duration::from_millis(25);
-/// How often a run is made at most, while QEMU spoils it.
-const RUNS_IN_ALL: u32 = 5;
 
 /// The stages of a boot, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,6 +81,8 @@ pub enum Happening {
 #[derive(Debug)]
 pub struct Running {
     child: Child,
+    /// Held while it runs.
+    _core: Option<Core>,
     started: Instant,
     machine: (Tail, Lines),
     console: (Tail, Lines),
@@ -134,23 +137,15 @@ impl Config {
             present([(&disk.file as &Path, "a disk image")])?;
         }
         let firmware = self.linux.is_some() || self.disk.is_some();
-        Running::start(self.command()?, &self.dir, firmware)
+        let cores = match self.vcpus {
+            1 => Cores::All,
+            _ => self.cores,
+        };
+        Running::start(self.command()?, cores, &self.dir, firmware)
     }
 
     /// Runs the machine to its end, or until `limit` has passed, telling `watch` what happens.
-    ///
-    /// A run in which QEMU has lost the state of a processor says nothing about the guest: it is
-    /// made again, and that is told on standard error.
-    pub fn run(&self, limit: Duration, mut watch: impl FnMut(&Happening)) -> Result<Finished> {
-        for _ in 1..RUNS_IN_ALL {
-            let finished = self.start()?.watch(limit, &mut watch)?;
-            match &finished.report {
-                Some(report) if report.outcome == Outcome::EmulatorFault => {
-                    eprintln!("  {}: {}; run again", self.dir.display(), report.reason);
-                }
-                _ => return Ok(finished),
-            }
-        }
+    pub fn run(&self, limit: Duration, watch: impl FnMut(&Happening)) -> Result<Finished> {
         self.start()?.watch(limit, watch)
     }
 }
@@ -170,11 +165,15 @@ fn present<'a>(files: impl IntoIterator<Item = (&'a Path, &'a str)>) -> Result<(
 }
 
 impl Running {
-    /// Starts `qemu`, whose logs are in `dir`. `firmware` tells whether a firmware writes to the
+    /// Starts `qemu` on `cores`; its logs are in `dir`. `firmware` tells whether a firmware writes to the
     /// second serial port before the guest's command does.
-    fn start(mut qemu: Command, dir: &Path, firmware: bool) -> Result<Running> {
+    fn start(mut qemu: Command, cores: Cores, dir: &Path, firmware: bool) -> Result<Running> {
         let logs = Logs::within(dir);
-        let child = qemu.spawn().with_context(|| {
+        let started = match cores {
+            Cores::One => spawn_on_one(&mut qemu).map(|(child, core)| (child, Some(core))),
+            Cores::All => qemu.spawn().map(|child| (child, None)).map_err(Into::into),
+        };
+        let (child, core) = started.with_context(|| {
             format!(
                 "{}: cannot be started",
                 qemu.get_program().to_string_lossy()
@@ -182,6 +181,7 @@ impl Running {
         })?;
         Ok(Running {
             child,
+            _core: core,
             started: Instant::now(),
             machine: (Tail::new(&logs.machine), Lines::default()),
             console: (Tail::new(&logs.console), Lines::default()),

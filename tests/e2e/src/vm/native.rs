@@ -18,6 +18,8 @@ pub enum Platform {
     /// The emulated SEV-SNP machine.
     #[default]
     Snp,
+    /// The emulated machine as a trust domain.
+    Tdx,
     /// No confidential hardware.
     Native,
 }
@@ -28,8 +30,9 @@ impl FromStr for Platform {
     fn from_str(text: &str) -> Result<Platform> {
         match text {
             "snp" => Ok(Platform::Snp),
+            "tdx" => Ok(Platform::Tdx),
             "native" => Ok(Platform::Native),
-            _ => bail!("expected snp or native"),
+            _ => bail!("expected snp, tdx or native"),
         }
     }
 }
@@ -55,7 +58,7 @@ impl Config {
         Ok(Config {
             loader,
             settings: Settings {
-                plain: true,
+                native: true,
                 map_descriptor: None,
                 low_end: None,
                 ..self.settings
@@ -66,12 +69,13 @@ impl Config {
 
     /// Whether this is a run of the native platform.
     pub fn is_native(&self) -> bool {
-        self.settings.plain
+        self.settings.native
     }
 
     /// The way, in words.
     pub fn way(&self) -> &'static str {
         match (self.is_native(), self.loader) {
+            (false, _) if self.settings.tdx => "a trust domain, emulated by the machine",
             (false, _) => "SEV-SNP, emulated by the machine",
             (true, Loader::Qemu) => "native, loaded by QEMU itself (igvm-cfg)",
             (true, Loader::Machine) => {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::config::{self, Console, Logs};
-use super::{Disk, Finished, Happening, Running, present};
+use super::{Cores, Disk, Finished, Happening, Running, present};
 
 /// One run of plain QEMU.
 #[derive(Clone, Debug)]
@@ -44,6 +44,6 @@ impl Plain {
         qemu.arg("-bios").arg(&self.firmware);
         config::serial_ports(&mut qemu, &logs, Console::File)?;
         self.disk.attach(&mut qemu);
-        Running::start(qemu, &self.dir, true)?.watch(limit, watch)
+        Running::start(qemu, Cores::All, &self.dir, true)?.watch(limit, watch)
     }
 }

@@ -54,6 +54,8 @@ pub trait Cpu {
     fn set_dr7(&mut self, value: u64);
     /// WBINVD.
     fn wbinvd(&mut self);
+    /// Whether an interrupt waits that the task priority lets through.
+    fn is_interrupted(&mut self) -> bool;
 }
 
 /// What AP creation asks the CPU side to do. The platform has recorded the VMSA already.

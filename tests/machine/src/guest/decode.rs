@@ -39,6 +39,10 @@ pub enum Opcode {
     Xsetbv,
     /// 0F 01 F9.
     Rdtscp,
+    /// 66 0F 01 CC.
+    Tdcall,
+    /// 0F 01 C1: Intel's call to the hypervisor.
+    Vmcall,
     /// Anything else.
     Other,
 }
@@ -56,11 +60,13 @@ pub struct Instruction {
 /// there at the end of mapped memory. `long` says that REX prefixes exist.
 pub fn decode(bytes: &[u8], long: bool) -> Instruction {
     let mut repeat = None;
+    let mut operand_size = false;
     let mut at = 0;
     while let Some(&byte) = bytes.get(at) {
         match byte {
             0xF2 | 0xF3 => repeat = Some(byte),
-            0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 => {}
+            0x66 => operand_size = true,
+            0x26 | 0x2E | 0x36 | 0x3E | 0x64 | 0x65 | 0x67 | 0xF0 => {}
             0x40..=0x4F if long => {}
             _ => break,
         }
@@ -74,6 +80,7 @@ pub fn decode(bytes: &[u8], long: bool) -> Instruction {
         [0x0F, 0x30, ..] => (Opcode::Wrmsr, 2),
         [0x0F, 0x32, ..] => (Opcode::Rdmsr, 2),
         [0x0F, 0xA2, ..] => (Opcode::Cpuid, 2),
+        [0x0F, 0x01, 0xCC, ..] if operand_size && repeat.is_none() => (Opcode::Tdcall, 3),
         [0x0F, 0x01, third, ..] => (group_0f01(third, repeat), 3),
         _ => (Opcode::Other, 0),
     };
@@ -88,6 +95,7 @@ fn group_0f01(third: u8, repeat: Option<u8>) -> Opcode {
         (0xC8, _) => Opcode::Monitor,
         (0xC9, _) => Opcode::Mwait,
         (0xD1, _) => Opcode::Xsetbv,
+        (0xC1, None) => Opcode::Vmcall,
         (0xF9, _) => Opcode::Rdtscp,
         (0xD9, Some(_)) => Opcode::Vmgexit,
         (0xD9, None) => Opcode::Vmmcall,
@@ -149,6 +157,18 @@ mod tests {
     fn rdtscp_is_not_rdtsc() {
         assert_eq!(decode(&[0x0F, 0x01, 0xF9], true).opcode, Opcode::Rdtscp);
         assert_eq!(decode(&[0x0F, 0x31], true).opcode, Opcode::Other);
+    }
+
+    #[test]
+    fn tdcall_needs_its_prefix_and_no_other() {
+        let d = |bytes: &[u8]| decode(bytes, true).opcode;
+        assert_eq!(d(&protocols::tdx::TDCALL), Opcode::Tdcall);
+        assert_eq!(decode(&protocols::tdx::TDCALL, true).length, 4);
+        assert_eq!(d(&[0x0F, 0x01, 0xCC]), Opcode::Other);
+        assert_eq!(d(&[0x66, 0xF3, 0x0F, 0x01, 0xCC]), Opcode::Other);
+        // SEAMCALL.
+        assert_eq!(d(&[0x66, 0x0F, 0x01, 0xCF]), Opcode::Other);
+        assert_eq!(d(&[0x0F, 0x01, 0xC1]), Opcode::Vmcall);
     }
 
     #[test]

@@ -47,8 +47,9 @@ struct Page {
     shared: bool,
     /// The guest lost the page by its own access through the shared alias.
     given_away: bool,
-    /// VMPL0 has validated the address, or the launch has, and VMPL0 has not rescinded it since.
-    /// Unlike the RMP's bit this outlives what the host does to the page.
+    /// VMPL0 has validated the address, or the launch has, and VMPL0 has not rescinded it since. In a
+    /// trust domain: L1 has accepted it, or the launch has, and L1 has not given it back since. Unlike
+    /// the RMP's bit this outlives what the host does to the page.
     accepted: bool,
 }
 
@@ -184,7 +185,8 @@ impl HostMemory {
         self.pages[place.slot.index()].given_away
     }
 
-    /// Notes that the page or block was validated or rescinded from inside. Returns whether a page
+    /// Notes that the page or block was validated or rescinded from inside (in a trust domain:
+    /// accepted or given back). Returns whether a page
     /// of it had been validated before and not rescinded since, whatever the host has done to the
     /// RMP meanwhile.
     pub(crate) fn note_validation(
@@ -257,14 +259,18 @@ impl HostMemory {
     }
 
     /// Gives a private page that has no RMP entry one, as KVM does at the first private fault.
-    /// Does nothing if it has one.
+    /// Does nothing if it has one, but for unblocking it.
     pub fn prepare<P: PhysicalMemory>(
         &mut self,
         memory: &P,
         place: &Place,
         gpa: Gpa,
     ) -> Result<(), UpdateError> {
-        if self.rmp.entry(place).is_assigned() {
+        let entry = self.rmp.entry(place);
+        if entry.is_assigned() {
+            if entry.is_blocked() {
+                self.rmp.set_blocked(place, false);
+            }
             return Ok(());
         }
         let large = self.touch(place) == PageSize::Size2M
@@ -277,6 +283,36 @@ impl HostMemory {
             PageSize::Size4K
         };
         self.assign(memory, place, gpa, size)
+    }
+
+    /// TDG.MEM.PAGE.ACCEPT of a pending page or block: its contents become zero, and the guest
+    /// may use it. Says whether a part of it was accepted before and never given back.
+    pub(crate) fn accept<P: PhysicalMemory>(
+        &mut self,
+        memory: &P,
+        place: &Place,
+        gpa: Gpa,
+        size: PageSize,
+    ) -> Result<bool, UpdateError> {
+        let (start, slots) = extent(place, gpa, size).ok_or(UpdateError::Input)?;
+        memory.fill_zero(start, size.bytes());
+        self.rmp.set_validated(place, true);
+        for page in &mut self.pages[slots] {
+            page.generation = 0;
+        }
+        Ok(self.note_validation(place, size, true))
+    }
+
+    /// Blocks the secure EPT entry of a page, as hosts do before they change it. False if there is
+    /// none.
+    pub(crate) fn block(&mut self, place: &Place, gpa: Gpa) -> bool {
+        let entry = self.rmp.entry(place);
+        if !entry.is_assigned() {
+            return false;
+        }
+        self.rmp.set_blocked(place, true);
+        self.invalidate(gpa, entry.size(), Views::ALL, Cause::Host);
+        true
     }
 
     /// Backs a block by 2 MiB whatever the settings say. Refused if one of its pages is shared, or

@@ -5,6 +5,7 @@
 
 use sha2::{Digest as _, Sha384};
 
+use crate::tdx::measure::Mrtd;
 use crate::types::Gpa;
 
 /// A SHA-384 value.
@@ -23,6 +24,37 @@ pub enum PageType {
     Secrets = 5,
     /// Only address and type measured; checked by the AMD-SP.
     Cpuid = 6,
+}
+
+/// The measurement of a launch in the making, on either platform.
+pub enum Measurement {
+    /// The AMD-SP's.
+    Snp(LaunchDigest),
+    /// The TDX module's.
+    Td(Mrtd),
+}
+
+impl Measurement {
+    /// Takes in one page.
+    pub fn extend(&mut self, kind: PageType, gpa: Gpa, contents: &[u8; 4096]) {
+        match self {
+            Self::Snp(digest) => digest.extend(kind, gpa, contents),
+            Self::Td(mrtd) => {
+                mrtd.add(gpa);
+                if kind == PageType::Normal {
+                    mrtd.extend_page(gpa, contents);
+                }
+            }
+        }
+    }
+
+    /// The measurement of the pages so far.
+    pub fn value(&self) -> Digest {
+        match self {
+            Self::Snp(digest) => digest.value(),
+            Self::Td(mrtd) => mrtd.value(),
+        }
+    }
 }
 
 /// Bytes of the record hashed for every page.

@@ -1,8 +1,9 @@
 //! The IGVM file, read as a host that trusts nothing in it.
 //!
 //! This reader shares no code with `igvm-build`: what the one writes, the other checks. It
-//! takes what QEMU's loader takes for an SEV-SNP guest, or for an ordinary one in plain mode
-//! (QEMU `backends/igvm.c`), and refuses the rest by name. Stricter than QEMU: overlapping pages, reserved fields, shared and 2 MiB
+//! takes what QEMU's loader takes for an SEV-SNP guest, or for an ordinary one in plain mode (QEMU
+//! `backends/igvm.c`), or the same for a TDX guest (which QEMU has no loader for; `igvm.md` §7), and
+//! refuses the rest by name. Stricter than QEMU: overlapping pages, reserved fields, shared and 2 MiB
 //! pages, and initial contents of parameter areas (which QEMU ignores) are errors.
 //!
 //! Invariants of a [`File`]:
@@ -19,15 +20,17 @@ use core::ops::Range;
 
 use igvm_defs::{
     IGVM_FIXED_HEADER, IGVM_FORMAT_VERSION_1, IGVM_MAGIC_VALUE, IGVM_NATIVE_PLATFORM_VERSION,
-    IGVM_SEV_SNP_PLATFORM_VERSION, IGVM_VHS_GUEST_POLICY, IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER,
-    IGVM_VHS_PARAMETER_AREA, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_REQUIRED_MEMORY,
-    IGVM_VHS_SUPPORTED_PLATFORM, IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT,
-    IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT, IGVM_VHT_RANGE_PLATFORM, IgvmPageDataType,
-    IgvmPlatformType, IgvmVariableHeaderType as Type,
+    IGVM_SEV_SNP_PLATFORM_VERSION, IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_GUEST_POLICY,
+    IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_AREA, IGVM_VHS_PARAMETER_INSERT,
+    IGVM_VHS_REQUIRED_MEMORY, IGVM_VHS_SUPPORTED_PLATFORM, IGVM_VHS_VARIABLE_HEADER,
+    IGVM_VHS_VP_CONTEXT, IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT, IGVM_VHT_RANGE_PLATFORM,
+    IgvmPageDataType, IgvmPlatformType, IgvmVariableHeaderType as Type,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::crc32::Crc32;
+use crate::settings::PlatformKind;
+use crate::tdx;
 use crate::types::{Gpa, PAGE_SIZE, PageSize};
 
 /// Largest parameter area: far more than a memory map can need.
@@ -109,9 +112,11 @@ pub enum Directive<'a> {
 /// A checked IGVM file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct File<'a> {
+    /// The platform it was read for.
+    pub platform: PlatformKind,
     /// The launch policy, if the file has one.
     pub policy: Option<u64>,
-    /// What is to be done for the platform that was asked for, in the order of the file.
+    /// What is to be done for that platform, in the order of the file.
     pub directives: Vec<Directive<'a>>,
 }
 
@@ -137,10 +142,15 @@ pub enum FileError {
     BodyLength(u32),
     /// A platform's mask is not one bit, or a bit or a platform comes twice.
     Platform(u32),
-    /// The file is for other platforms only.
+    /// The file is not for SEV-SNP, nor for TDX unless SEV-SNP was asked for, or not as this machine
+    /// is one.
     NotForSnp,
-    /// The file has no native platform.
+    /// The native platform was asked for, and the file is not for it.
     NotForNative,
+    /// TDX was asked for, and the file is not for it.
+    NotForTdx,
+    /// A processor state, which a TDX guest does not have.
+    ContextForTdx,
     /// A reserved field of this header type is not zero.
     Reserved(u32),
     /// An address or size is not whole pages, or a range wraps.
@@ -174,6 +184,8 @@ impl core::fmt::Display for FileError {
             Self::Platform(mask) => write!(f, "platform mask {mask:#x} is wrong or used twice"),
             Self::NotForSnp => write!(f, "no SEV-SNP platform"),
             Self::NotForNative => write!(f, "no native platform"),
+            Self::NotForTdx => write!(f, "no TDX platform"),
+            Self::ContextForTdx => write!(f, "a processor state for TDX"),
             Self::Reserved(kind) => write!(f, "header type {kind:#x} has reserved bits set"),
             Self::Misaligned(value) => write!(f, "{value:#x} is not a range of whole pages"),
             Self::DataOutside(offset) => write!(f, "data at offset {offset:#x} is outside"),
@@ -185,34 +197,50 @@ impl core::fmt::Display for FileError {
     }
 }
 
-/// The platforms that a file can be read for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum For {
-    /// SEV-SNP, with a C-bit and without vTOM.
-    SevSnp,
-    /// No confidential hardware.
-    Native,
-}
-
-impl For {
-    const fn missing(self) -> FileError {
-        match self {
-            Self::SevSnp => FileError::NotForSnp,
-            Self::Native => FileError::NotForNative,
+impl PlatformKind {
+    /// The platform of a header, if this machine can be one.
+    fn of(kind: IgvmPlatformType) -> Option<Self> {
+        match kind {
+            IgvmPlatformType::SEV_SNP => Some(Self::Snp),
+            IgvmPlatformType::TDX => Some(Self::Tdx),
+            IgvmPlatformType::NATIVE => Some(Self::Native),
+            _ => None,
         }
     }
 
-    const fn kind(self) -> (IgvmPlatformType, u16) {
+    /// Whether the machine is one as this header describes it.
+    fn supports(self, header: &IGVM_VHS_SUPPORTED_PLATFORM) -> bool {
+        let (version, boundary) = (header.platform_version, header.shared_gpa_boundary);
         match self {
-            Self::SevSnp => (IgvmPlatformType::SEV_SNP, IGVM_SEV_SNP_PLATFORM_VERSION),
-            Self::Native => (IgvmPlatformType::NATIVE, IGVM_NATIVE_PLATFORM_VERSION),
+            // The machine has a C-bit, no vTOM, and one set of VTLs.
+            Self::Snp => {
+                version == IGVM_SEV_SNP_PLATFORM_VERSION && boundary == 0 && header.highest_vtl == 0
+            }
+            // Some builders leave the boundary open; VTLs are the L2 VMs that there may be.
+            Self::Tdx => {
+                version == IGVM_TDX_PLATFORM_VERSION
+                    && matches!(boundary, 0 | tdx::SHARED)
+                    && header.highest_vtl <= 2
+            }
+            Self::Native => {
+                version == IGVM_NATIVE_PLATFORM_VERSION && boundary == 0 && header.highest_vtl == 0
+            }
+        }
+    }
+
+    const fn missing(self) -> FileError {
+        match self {
+            Self::Snp => FileError::NotForSnp,
+            Self::Tdx => FileError::NotForTdx,
+            Self::Native => FileError::NotForNative,
         }
     }
 }
 
 impl<'a> File<'a> {
-    /// Reads and checks a file for one platform.
-    pub fn parse(bytes: &'a [u8], platform: For) -> Result<Self, FileError> {
+    /// Reads and checks a file for the `wanted` platform. If none is wanted: for SEV-SNP if the file
+    /// has it, else for TDX.
+    pub fn parse(bytes: &'a [u8], wanted: Option<PlatformKind>) -> Result<Self, FileError> {
         let header = fixed_header(bytes)?;
         let start = header.variable_header_offset as usize;
         let end = start + header.variable_header_size as usize;
@@ -224,8 +252,9 @@ impl<'a> File<'a> {
             section: Section::Platform,
             masks_seen: 0,
             platforms_seen: Vec::new(),
-            platform,
-            mask: 0,
+            wanted,
+            platforms: Vec::new(),
+            chosen: None,
             policy: None,
             areas: BTreeMap::new(),
             launched: Vec::new(),
@@ -317,8 +346,11 @@ struct Reader<'a> {
     section: Section,
     masks_seen: u32,
     platforms_seen: Vec<IgvmPlatformType>,
-    platform: For,
-    mask: u32,
+    wanted: Option<PlatformKind>,
+    /// The platforms of the file that this machine could be, as their headers describe them.
+    platforms: Vec<(PlatformKind, IGVM_VHS_SUPPORTED_PLATFORM)>,
+    /// The platform that the file is read for and its mask, from behind the platforms on.
+    chosen: Option<(PlatformKind, u32)>,
     policy: Option<u64>,
     areas: BTreeMap<u32, Area>,
     launched: Vec<Range<u64>>,
@@ -340,8 +372,8 @@ impl<'a> Reader<'a> {
         if section < self.section {
             return Err(FileError::Order(kind));
         }
-        if self.section == Section::Platform && section != Section::Platform && self.mask == 0 {
-            return Err(self.platform.missing());
+        if self.section == Section::Platform && section != Section::Platform {
+            self.chosen = Some(self.choose()?);
         }
         self.section = section;
         match Type(kind) {
@@ -373,23 +405,37 @@ impl<'a> Reader<'a> {
         }
         self.masks_seen |= mask;
         self.platforms_seen.push(header.platform_type);
-        let (kind, version) = self.platform.kind();
-        if header.platform_type == kind {
-            // The machine has a C-bit, no vTOM, and one set of VTLs.
-            let supported = header.platform_version == version
-                && header.shared_gpa_boundary == 0
-                && header.highest_vtl == 0;
-            if !supported {
-                return Err(self.platform.missing());
-            }
-            self.mask = mask;
+        if let Some(kind) = PlatformKind::of(header.platform_type) {
+            self.platforms.push((kind, *header));
         }
         Ok(())
     }
 
-    /// Whether a header with this mask is for the platform that was asked for.
+    /// The platform that the file is read for, and its mask.
+    fn choose(&self) -> Result<(PlatformKind, u32), FileError> {
+        let header = |wanted| self.platforms.iter().find(|(kind, _)| *kind == wanted);
+        let kind = match self.wanted {
+            Some(wanted) => wanted,
+            None if header(PlatformKind::Snp).is_none() && header(PlatformKind::Tdx).is_some() => {
+                PlatformKind::Tdx
+            }
+            None => PlatformKind::Snp,
+        };
+        match header(kind) {
+            Some((_, header)) if kind.supports(header) => Ok((kind, header.compatibility_mask)),
+            _ => Err(kind.missing()),
+        }
+    }
+
+    /// Whether the file is read for a trust domain.
+    fn is_for_td(&self) -> bool {
+        self.chosen
+            .is_some_and(|(kind, _)| kind == PlatformKind::Tdx)
+    }
+
+    /// Whether a header with this mask is for the platform that the file is read for.
     fn applies(&self, mask: u32) -> bool {
-        mask & self.mask != 0
+        self.chosen.is_some_and(|(_, chosen)| mask & chosen != 0)
     }
 
     fn policy(&mut self, header: &IGVM_VHS_GUEST_POLICY) -> Result<(), FileError> {
@@ -485,6 +531,11 @@ impl<'a> Reader<'a> {
             _ => return Err(FileError::PageFlags(header.gpa)),
         };
         if self.applies(header.compatibility_mask) {
+            // The AMD-SP fills those; a trust domain has no such pages.
+            let special = matches!(kind, PageKind::Secrets | PageKind::Cpuid);
+            if special && self.is_for_td() {
+                return Err(FileError::PageFlags(header.gpa));
+            }
             let gpa = self.launch_range(header.gpa, PAGE_SIZE)?;
             self.directives.push(Directive::Page { gpa, kind });
         }
@@ -497,6 +548,9 @@ impl<'a> Reader<'a> {
         }
         if !self.applies(header.compatibility_mask) {
             return Ok(());
+        }
+        if self.is_for_td() {
+            return Err(FileError::ContextForTdx);
         }
         let vmsa = self.data(header.file_offset)?;
         let range = page_range(header.gpa.get(), PAGE_SIZE)?;
@@ -529,9 +583,11 @@ impl<'a> Reader<'a> {
     }
 
     fn finish(mut self) -> Result<File<'a>, FileError> {
-        if self.mask == 0 {
-            return Err(self.platform.missing());
-        }
+        let platform = match self.chosen {
+            Some((platform, _)) => platform,
+            // Nothing but platforms.
+            None => self.choose()?.0,
+        };
         self.launched.sort_by_key(|range| range.start);
         for pair in self.launched.windows(2) {
             if let [first, second] = pair
@@ -541,6 +597,7 @@ impl<'a> Reader<'a> {
             }
         }
         Ok(File {
+            platform,
             policy: self.policy,
             directives: self.directives,
         })

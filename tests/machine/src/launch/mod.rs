@@ -1,5 +1,8 @@
 //! The launch: what a VMM and the AMD-SP do with an IGVM file before the guest runs.
 //!
+//! A trust domain is launched by the same steps, with the TDX module in the AMD-SP's place: pages
+//! are added in the order of the file, and there is no VMSA ([`crate::tdx`]).
+//!
 //! The VMM (here: QEMU's rules) reads the file, finds memory for every page, fills in
 //! parameters and presents page after page. The AMD-SP assigns each page immutably, writes
 //! and measures it, and hands it to the guest as validated, with VMPL0 alone allowed to touch
@@ -34,6 +37,8 @@ use crate::cpuid::Table;
 use crate::layout::{Backing, LayoutError};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
+use crate::settings::PlatformKind;
+use crate::tdx::measure::Mrtd;
 use crate::types::{Gpa, PAGE_SIZE, PageSize, Spa, VcpuId, Vmpl};
 
 mod crc32;
@@ -45,7 +50,7 @@ pub mod parameters;
 pub mod plain;
 pub mod vmsa;
 
-use digest::{Digest, LaunchDigest, PageType};
+use digest::{Digest, LaunchDigest, Measurement, PageType};
 use file::{Directive, File, FileError, PageKind, Parameter};
 
 /// Pages without RAM may lie in the ROM window of a PC.
@@ -61,8 +66,10 @@ pub struct Environment<'e> {
     pub allocate: &'e mut dyn FnMut(usize) -> Option<Spa>,
     /// Gives a random number, for the keys of the secrets page.
     pub random: &'e mut dyn FnMut() -> u64,
-    /// What CPUID says in the guest.
+    /// What CPUID says in an SNP guest.
     pub cpuid: &'e Table,
+    /// What CPUID says in a trust domain.
+    pub td_cpuid: &'e Table,
 }
 
 /// A launched image.
@@ -72,8 +79,8 @@ pub struct Launched {
     pub digest: Digest,
     /// Launched pages by type.
     pub pages: LaunchPages,
-    /// Where the VMSA of the first vCPU lies.
-    pub vmsa: Gpa,
+    /// Where the VMSA of the first vCPU lies; a trust domain has none.
+    pub vmsa: Option<Gpa>,
 }
 
 /// Why an image was not launched.
@@ -81,7 +88,7 @@ pub struct Launched {
 pub enum LaunchError {
     /// The file is not good.
     File(FileError),
-    /// The policy lacks the bit that must be one.
+    /// The policy lacks the bit that must be one, or has bits that mean nothing.
     Policy(u64),
     /// There is no RAM at this address and none can be put there.
     NoMemory(Gpa),
@@ -113,6 +120,8 @@ pub enum LaunchError {
     NotPlain(Gpa),
     /// The native context has something where it must be zero.
     Context,
+    /// The settings want the native platform, which is loaded and not launched.
+    NotConfidential,
 }
 
 impl From<FileError> for LaunchError {
@@ -125,7 +134,10 @@ impl fmt::Display for LaunchError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(error) => write!(f, "IGVM file: {error}"),
-            Self::Policy(policy) => write!(f, "policy {policy:#x}: bit 17 must be one"),
+            Self::Policy(policy) => write!(
+                f,
+                "policy {policy:#x}: bit 17 must be one for SEV-SNP, bits 63:3 zero for TDX"
+            ),
             Self::NoMemory(gpa) => write!(f, "the image wants memory at {gpa:#x}; there is none"),
             Self::OutOfMemory { pages } => {
                 write!(
@@ -153,6 +165,7 @@ impl fmt::Display for LaunchError {
             Self::Contexts(count) => write!(f, "{count} VMSAs; expected one"),
             Self::NotPlain(gpa) => write!(f, "page {gpa:#x} is for confidential guests only"),
             Self::Context => write!(f, "the native context has reserved bits set"),
+            Self::NotConfidential => write!(f, "the native platform is not launched"),
         }
     }
 }
@@ -162,7 +175,7 @@ type Page = [u8; PAGE_SIZE as usize];
 
 /// What is known while the launch goes on.
 struct InProgress {
-    digest: LaunchDigest,
+    digest: Measurement,
     pages: LaunchPages,
     areas: BTreeMap<u32, Vec<u8>>,
 }
@@ -174,8 +187,14 @@ impl<P: PhysicalMemory> Platform<P> {
         bytes: &[u8],
         environment: &mut Environment<'_>,
     ) -> Result<Launched, LaunchError> {
-        let file = File::parse(bytes, file::For::SevSnp)?;
-        if let Some(policy) = file.policy
+        let file = File::parse(bytes, self.settings.platform)?;
+        let is_td = match file.platform {
+            PlatformKind::Snp => false,
+            PlatformKind::Tdx => true,
+            PlatformKind::Native => return Err(LaunchError::NotConfidential),
+        };
+        if !is_td
+            && let Some(policy) = file.policy
             && policy & POLICY_MUST_BE_ONE == 0
         {
             return Err(LaunchError::Policy(policy));
@@ -185,30 +204,44 @@ impl<P: PhysicalMemory> Platform<P> {
             .iter()
             .filter(|d| matches!(d, Directive::Context { .. }))
             .count();
-        if contexts != 1 {
+        if contexts != usize::from(!is_td) {
             return Err(LaunchError::Contexts(contexts));
         }
         self.find_memory(&file.directives, environment)?;
         let own = self.own_range(&file.directives);
 
         let mut state = InProgress {
-            digest: LaunchDigest::before_first_page(),
+            digest: if is_td {
+                Measurement::Td(Mrtd::before_first_page())
+            } else {
+                Measurement::Snp(LaunchDigest::before_first_page())
+            },
             pages: LaunchPages::default(),
             areas: BTreeMap::new(),
         };
-        for directive in order::launch_order(&file.directives) {
+        let directives = if is_td {
+            file.directives
+        } else {
+            order::launch_order(&file.directives)
+        };
+        for directive in directives {
             self.perform(&directive, &own, &mut state, environment)?;
         }
-        self.set_vmsa(VcpuId(0), Vmpl::VMPL0, Some(vmsa::VMSA_GPA));
+        let digest = state.digest.value();
+        let vmsa = (!is_td).then_some(vmsa::VMSA_GPA);
+        match vmsa {
+            Some(_) => self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa),
+            None => self.finish_td(file.policy.unwrap_or(0), digest, environment)?,
+        }
         let launched = Launched {
-            digest: state.digest.value(),
+            digest,
             pages: state.pages,
-            vmsa: vmsa::VMSA_GPA,
+            vmsa,
         };
         self.events.push(Event::Launch(Launch {
             digest: hex(&launched.digest),
             pages: launched.pages,
-            vmsa_gpa: launched.vmsa.get(),
+            vmsa_gpa: launched.vmsa.map_or(0, Gpa::get),
         }));
         Ok(launched)
     }

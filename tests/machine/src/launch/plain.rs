@@ -13,10 +13,12 @@ use core::mem::size_of;
 use igvm_defs::IgvmNativeVpContextX64;
 use zerocopy::FromBytes;
 
-use super::file::{self, Directive, File, PageKind};
+use super::file::{Directive, File, PageKind};
 use super::{Environment, LaunchError, fill, whole_page};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
+use crate::settings::PlatformKind;
+use crate::tdx::Personality;
 use crate::types::{Gpa, PAGE_SIZE};
 
 impl<P: PhysicalMemory> Platform<P> {
@@ -27,7 +29,7 @@ impl<P: PhysicalMemory> Platform<P> {
         bytes: &[u8],
         environment: &mut Environment<'_>,
     ) -> Result<IgvmNativeVpContextX64, LaunchError> {
-        let file = File::parse(bytes, file::For::Native)?;
+        let file = File::parse(bytes, Some(PlatformKind::Native))?;
         let (contexts, directives): (Vec<_>, Vec<_>) = file
             .directives
             .iter()
@@ -85,6 +87,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 Directive::Context { .. } => {}
             }
         }
+        self.personality = Personality::Plain;
         self.log(format!(
             "plain mode: {loaded} pages of the native platform loaded, no SEV-SNP"
         ));

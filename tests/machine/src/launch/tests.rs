@@ -183,6 +183,7 @@ fn run(settings: &str, bytes: &[u8]) -> (Platform<Sparse>, Result<Launched, Laun
         },
         random: &mut || 0x5555_5555_5555_5555,
         cpuid: &table,
+        td_cpuid: &table,
     };
     let result = platform.launch(bytes, &mut environment);
     (platform, result)
@@ -274,6 +275,86 @@ fn the_digest_is_that_of_the_pages_in_order() {
     assert_eq!(launched.unwrap().digest, digest.value());
 }
 
+/// A small image for a trust domain, with a parameter area.
+fn td_headers() -> Headers {
+    vec![
+        platform(1, 3),
+        policy(2),
+        area(1, 0x1000),
+        usage(0x307, 1, 8),
+        insert(1, REGION + 0x8000),
+        page_data(REGION, FIRST_DATA, 0, 0),
+        page_data(REGION + 0x1000, 0, 2, 0),
+        page_data(FIRMWARE, 0, 0, 0),
+    ]
+}
+
+/// `tdx.md` §11: added in the order of the file, measured pages extended; recomputed with
+/// `protocols::measure`.
+#[test]
+fn a_trust_domain_is_launched() {
+    use crate::settings::PlatformKind;
+    let (mut platform, launched) = run("", &file(&td_headers()));
+    let launched = launched.unwrap();
+    assert_eq!(platform.kind(), PlatformKind::Tdx);
+    assert_eq!(launched.vmsa, None);
+    assert_eq!((launched.pages.normal, launched.pages.unmeasured), (2, 2));
+    let mut mrtd = protocols::measure::Mrtd::new();
+    mrtd.add_page(REGION + 0x8000, None);
+    mrtd.add_page(REGION, Some(&read(&platform, REGION)));
+    mrtd.add_page(REGION + 0x1000, None);
+    mrtd.add_page(FIRMWARE, Some(&read(&platform, FIRMWARE)));
+    assert_eq!(launched.digest, mrtd.value());
+    assert_eq!(read(&platform, REGION), [0xAB; 4096]);
+    for gpa in [REGION, REGION + 0x8000, FIRMWARE] {
+        let place = platform.layout().place(Gpa::new(gpa)).unwrap();
+        let entry = platform.host.rmp().entry(&place);
+        assert!(entry.is_validated() && !entry.is_immutable() && !entry.has_lower_permissions());
+    }
+    assert!(platform.enter(VcpuId(1), Vmpl::VMPL0).is_ok());
+}
+
+/// `igvm.md` §1, §4: which platform is taken, and what a trust domain's file may not have.
+#[test]
+fn the_platform_is_the_images_or_the_settings() {
+    use crate::settings::PlatformKind;
+    let mut both = headers();
+    both.insert(1, platform(2, 3));
+    let kind = |settings, headers: &Headers| {
+        let (platform, launched) = run(settings, &file(headers));
+        launched.map(|_| platform.kind())
+    };
+    assert_eq!(kind("", &both), Ok(PlatformKind::Snp));
+    assert_eq!(kind("platform=snp", &both), Ok(PlatformKind::Snp));
+    // Nothing of this file has the second platform's bit.
+    assert_eq!(kind("platform=tdx", &both), Ok(PlatformKind::Tdx));
+    let error = |settings, headers: &Headers| kind(settings, headers).unwrap_err();
+    let file_error = LaunchError::File;
+    assert_eq!(
+        error("platform=tdx", &headers()),
+        file_error(FileError::NotForTdx)
+    );
+    assert_eq!(
+        error("platform=snp", &td_headers()),
+        file_error(FileError::NotForSnp)
+    );
+    let with = |extra| {
+        let mut headers = td_headers();
+        headers.push(extra);
+        error("", &headers)
+    };
+    let secrets = page_data(REGION + 0x2000, 0, 0, 1);
+    assert_eq!(
+        with(secrets),
+        file_error(FileError::PageFlags(REGION + 0x2000))
+    );
+    let state = context(REGION + 0x3000, FIRST_DATA);
+    assert_eq!(with(state), file_error(FileError::ContextForTdx));
+    let mut odd = td_headers();
+    odd[1] = policy(0x3_0000);
+    assert_eq!(error("", &odd), LaunchError::Policy(0x3_0000));
+}
+
 #[test]
 fn lies_do_not_change_the_digest() {
     let honest = run("", &file(&headers())).1.unwrap();
@@ -291,7 +372,7 @@ fn hostile_files_are_refused_by_name() {
         (|h| h[0] = platform(3, 2), FileError::Platform(3)),
         (|h| h.insert(1, platform(1, 0)), FileError::Platform(1)),
         (|h| h.insert(1, platform(2, 2)), FileError::Platform(2)),
-        (|h| h[0] = platform(1, 3), FileError::NotForSnp),
+        (|h| h[0] = platform(1, 1), FileError::NotForSnp),
         (|h| h[1].1[12] = 1, FileError::Reserved(0x101)),
         (|h| h.insert(2, policy(0x3_0000)), FileError::PolicyTwice),
         (|h| h.swap(1, 2), FileError::Order(0x101)),
@@ -367,10 +448,7 @@ fn hostile_files_are_refused_by_name() {
     for (spoil, expected) in rows {
         let mut headers = headers();
         spoil(&mut headers);
-        assert_eq!(
-            File::parse(&file(&headers), file::For::SevSnp),
-            Err(*expected)
-        );
+        assert_eq!(File::parse(&file(&headers), None), Err(*expected));
     }
 }
 
@@ -414,11 +492,11 @@ fn launches_that_no_host_could_do_are_refused() {
 #[test]
 fn fixed_headers_are_checked() {
     let good = file(&headers());
-    assert!(File::parse(&good, file::For::SevSnp).is_ok());
+    assert!(File::parse(&good, None).is_ok());
     let spoilt = |at: usize, value: u32| {
         let mut bytes = good.clone();
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        File::parse(&bytes, file::For::SevSnp).unwrap_err()
+        File::parse(&bytes, None).unwrap_err()
     };
     for (at, value) in [
         (0, 0),
@@ -445,13 +523,13 @@ fn fixed_headers_are_checked() {
 fn every_truncation_is_refused() {
     let good = file(&headers());
     for length in (0..good.len()).step_by(7) {
-        assert!(File::parse(&good[..length], file::For::SevSnp).is_err());
+        assert!(File::parse(&good[..length], None).is_err());
         // Also when header and checksum are made to agree with the shorter file.
         let mut cut = good[..length].to_vec();
         if length > 1200 {
             cut[16..20].copy_from_slice(&(length as u32).to_le_bytes());
             seal(&mut cut);
-            assert!(File::parse(&cut, file::For::SevSnp).is_err(), "{length}");
+            assert!(File::parse(&cut, None).is_err(), "{length}");
         }
     }
 }
@@ -459,7 +537,7 @@ fn every_truncation_is_refused() {
 proptest! {
     #[test]
     fn noise_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        prop_assert!(File::parse(&bytes, file::For::SevSnp).is_err());
+        prop_assert!(File::parse(&bytes, None).is_err());
     }
 
     /// Damaged headers with a right checksum: refused or launched, never a panic, and never a
@@ -475,7 +553,7 @@ proptest! {
         seal(&mut bytes);
         if let (platform, Ok(launched)) = run("", &bytes) {
             prop_assert_eq!(launched.pages.vmsa, 1);
-            prop_assert!(platform.spa_of(launched.vmsa).is_some());
+            prop_assert!(launched.vmsa.is_some_and(|gpa| platform.spa_of(gpa).is_some()));
         }
     }
 }

@@ -33,3 +33,15 @@ pub fn enable_x2apic() {
     cpu::wrmsr(msr::APIC_BASE, base | ENABLE);
     cpu::wrmsr(msr::APIC_BASE, base | cpu::APIC_ENABLED);
 }
+
+/// Whether an interrupt waits in the APIC of this CPU that its processor priority lets through.
+pub fn is_interrupted() -> bool {
+    /// Processor priority, and the requested vectors in eight registers.
+    const PPR: u32 = 0x80A;
+    const IRR: u32 = 0x820;
+    let highest = (0..8_u32).rev().find_map(|index| {
+        let word = cpu::rdmsr(IRR + index) as u32;
+        word.checked_ilog2().map(|bit| index * 32 + bit)
+    });
+    highest.is_some_and(|vector| vector >> 4 > cpu::rdmsr(PPR) as u32 >> 4)
+}

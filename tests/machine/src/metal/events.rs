@@ -59,18 +59,55 @@ impl Vcpu {
         Flow::Resume
     }
 
+    /// The same, unless the guest is not to get one now: then it gets it later.
+    pub fn nmi_unless_held(&mut self) -> Flow {
+        if self.lock().platform.holds_nmi(self.id) {
+            self.held_nmi = true;
+            return Flow::Resume;
+        }
+        self.nmi()
+    }
+
+    /// Injects the NMI that was held off, if there is one and it is not to be held off any more.
+    pub fn release_held_nmi(&mut self) {
+        if self.held_nmi && !self.lock().platform.holds_nmi(self.id) {
+            self.held_nmi = false;
+            self.inject(Event::NMI);
+        }
+    }
+
+    /// Delivers #VE. TCG delivers an exception without error code itself. An NMI that it displaces
+    /// waits until the handler has asked what the #VE was about.
+    pub fn ve(&mut self) -> Flow {
+        match self.displaced() {
+            Err(worse) => return worse,
+            Ok(Some(event)) if event.kind == EventKind::Nmi => self.held_nmi = true,
+            Ok(Some(event)) => self.deliver_later(event),
+            Ok(None) => {}
+        }
+        self.inject(Event::exception(protocols::tdx::ve::VECTOR, None));
+        Flow::Resume
+    }
+
+    /// The event that the exit interrupted and that has to follow the exception that is due now;
+    /// `Err` if both together are something else.
+    fn displaced(&mut self) -> Result<Option<Event>, Flow> {
+        match Event::decode(self.vmcb().control.event_inj).map(Event::after_vc) {
+            None | Some(Interrupted::Repeats) => Ok(None),
+            Some(Interrupted::Pending(event)) => Ok(Some(event)),
+            Some(Interrupted::DoubleFault) => Err(self.double_fault()),
+            Some(Interrupted::Shutdown) => Err(Flow::End(End::Shutdown {
+                vmpl: self.vmpl,
+                rip: self.rip(),
+            })),
+        }
+    }
+
     /// Delivers #VC with an exit code as its error code, in software.
     pub fn vc(&mut self, code: ExitCode) -> Flow {
-        let due = match Event::decode(self.vmcb().control.event_inj).map(Event::after_vc) {
-            None | Some(Interrupted::Repeats) => None,
-            Some(Interrupted::Pending(event)) => Some(event),
-            Some(Interrupted::DoubleFault) => return self.double_fault(),
-            Some(Interrupted::Shutdown) => {
-                return Flow::End(End::Shutdown {
-                    vmpl: self.vmpl,
-                    rip: self.rip(),
-                });
-            }
+        let due = match self.displaced() {
+            Ok(due) => due,
+            Err(worse) => return worse,
         };
         // TR is not among what VMRUN switches: fetch it, and keep it when it is loaded again.
         self.save_hidden_state();
@@ -124,7 +161,8 @@ impl Vcpu {
         }
     }
 
-    fn double_fault(&mut self) -> Flow {
+    /// Injects #DF.
+    pub fn double_fault(&mut self) -> Flow {
         self.inject(Event::exception(vector::DF, Some(0)));
         Flow::Resume
     }
@@ -186,7 +224,7 @@ impl Vcpu {
         let machine = shared::lock(self.rip());
         let (bytes, len) = fetch::<MAX_LENGTH>(&machine, self);
         let save = self.save();
-        let registers = general_registers(&self.registers, save.rax, save.rsp);
+        let registers = self.general_registers();
         let base = |index: usize| save.segments[index].base;
         let flat = |index: usize| if self.is_64_bit() { 0 } else { base(index) };
         let cpu = locate::Cpu {
@@ -211,6 +249,31 @@ impl Vcpu {
             .unwrap_or(0)
     }
 
+    /// RAX to R15 in the order of their numbers.
+    pub fn general_registers(&self) -> [u64; 16] {
+        let (r, save) = (&self.registers, self.save());
+        let [r8, r9, r10, r11, r12, r13, r14, r15] = r.r8_15;
+        [
+            save.rax, r.rcx, r.rdx, r.rbx, save.rsp, r.rbp, r.rsi, r.rdi, r8, r9, r10, r11, r12,
+            r13, r14, r15,
+        ]
+    }
+
+    /// Sets them, but for RSP.
+    pub fn set_general_registers(&mut self, values: &[u64; 16]) {
+        let [rax, rcx, rdx, rbx, _, rbp, rsi, rdi, ref r8_15 @ ..] = *values;
+        self.save_mut().rax = rax;
+        self.registers = Registers {
+            rbx,
+            rcx,
+            rdx,
+            rsi,
+            rdi,
+            rbp,
+            r8_15: *r8_15,
+        };
+    }
+
     /// How code is decoded: real mode and segments without D are 16 bits wide.
     fn code_size(&self) -> CodeSize {
         const DEFAULT_32: u16 = 1 << 10;
@@ -223,12 +286,4 @@ impl Vcpu {
             CodeSize::Bits16
         }
     }
-}
-
-/// RAX to R15 in the order of their numbers.
-fn general_registers(r: &Registers, rax: u64, rsp: u64) -> [u64; 16] {
-    let [r8, r9, r10, r11, r12, r13, r14, r15] = r.r8_15;
-    [
-        rax, r.rcx, r.rdx, r.rbx, rsp, r.rbp, r.rsi, r.rdi, r8, r9, r10, r11, r12, r13, r14, r15,
-    ]
 }

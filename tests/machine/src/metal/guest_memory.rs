@@ -8,6 +8,7 @@ use machine::Platform;
 use machine::guest::GuestMemory;
 use machine::guest::walk::{Access, pages};
 use machine::memory::PhysicalMemory;
+use machine::settings::PlatformKind;
 use machine::types::{Alias, Gpa, Vmpl};
 
 use super::memory::DirectMap;
@@ -37,7 +38,7 @@ impl GuestMemory for View<'_> {
     }
 
     fn write(&mut self, gpa: Gpa, data: &[u8]) -> bool {
-        if self.platform.settings().plain {
+        if self.platform.kind() == PlatformKind::Native {
             // All memory is the guest's, and has one alias.
             let at = self.platform.spa_of(gpa);
             if let Some(spa) = at {

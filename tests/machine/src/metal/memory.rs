@@ -238,6 +238,13 @@ impl PhysicalMemory for DirectMap {
         }
     }
 
+    fn fill_zero(&self, spa: Spa, bytes: u64) {
+        if let Some(to) = Self::backed(spa, bytes) {
+            // SAFETY: as in `write`.
+            unsafe { to.write_bytes(0, bytes as usize) };
+        }
+    }
+
     fn fill_scramble(&self, spa: Spa, bytes: u64, generation: u32) {
         let Some(to) = Self::backed(spa, bytes) else {
             return;

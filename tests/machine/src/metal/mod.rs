@@ -16,6 +16,7 @@ mod finish;
 mod fwcfg;
 mod guest_memory;
 mod heap;
+mod l2;
 mod memory;
 mod npt;
 mod permissions;
@@ -28,6 +29,7 @@ mod svm;
 mod vcpu;
 mod world;
 
+use machine::settings::PlatformKind;
 use machine::types::{VcpuId, Vmpl};
 
 use permissions::Permissions;
@@ -48,6 +50,10 @@ pub extern "C" fn start(image: u64, low_end: u64) -> ! {
         plain::run(&mut first, &start, layout);
     }
     smp::start_others(permissions);
+    if first.kind == PlatformKind::Tdx {
+        // No processor of a trust domain waits for another.
+        smp::release_others();
+    }
     first.run(Vmpl::VMPL0)
 }
 

@@ -5,6 +5,8 @@
 
 #![expect(unsafe_code, reason = "bitmaps the CPU reads")]
 
+use machine::tdx::ve::{MsrClass, msr_class};
+
 use super::cpu::msr;
 use super::memory::OwnPages;
 use super::ports;
@@ -38,6 +40,7 @@ const ANSWERED: [u32; 3] = [msr::EFER, msr::GHCB, msr::SEV_STATUS];
 pub struct Permissions {
     ports: [u64; 2],
     msrs: [u64; 2],
+    td_msrs: u64,
 }
 
 impl Permissions {
@@ -62,9 +65,15 @@ impl Permissions {
         for number in SWITCHED {
             strict_msrs.allow_msr(number);
         }
+        let td_msrs = Bitmap::new(MSRPM_PAGES, true);
+        for number in Bitmap::all_msrs().filter(|&number| number != msr::EFER) {
+            let caught = |write| msr_class(number, write) != MsrClass::Native;
+            td_msrs.intercept_msr(number, caught(false), caught(true));
+        }
         Permissions {
             ports: [direct_ports.physical(), strict_ports.physical()],
             msrs: [direct_msrs.physical(), strict_msrs.physical()],
+            td_msrs: td_msrs.physical(),
         }
     }
 
@@ -73,9 +82,38 @@ impl Permissions {
         self.ports[usize::from(strict)]
     }
 
+    /// The MSR map of a trust domain's L1.
+    pub fn td_msrs(&self) -> u64 {
+        self.td_msrs
+    }
+
     /// The MSR map of a level.
     pub fn msrs(&self, strict: bool) -> u64 {
         self.msrs[usize::from(strict)]
+    }
+}
+
+/// The MSR map of one CPU's L2 VM.
+pub struct L2Msrs(Bitmap);
+
+impl L2Msrs {
+    /// A map that catches all.
+    pub fn new() -> Self {
+        Self(Bitmap::new(MSRPM_PAGES, true))
+    }
+
+    /// Lets the VM use what `catches` (by number, and whether it is written) does not want and the
+    /// processor switches. The CPU must not be in the guest.
+    pub fn set(&mut self, catches: impl Fn(u32, bool) -> bool) {
+        for number in SWITCHED {
+            self.0
+                .intercept_msr(number, catches(number, false), catches(number, true));
+        }
+    }
+
+    /// Its physical address.
+    pub fn physical(&self) -> u64 {
+        self.0.physical()
     }
 }
 
@@ -99,7 +137,7 @@ impl Bitmap {
     }
 
     fn set(&self, bit: usize, value: bool) {
-        // SAFETY: callers pass bits inside the map's pages; no CPU runs on it yet.
+        // SAFETY: callers pass bits inside the map's pages; no CPU is in a guest with it.
         unsafe {
             let byte = self.0.pointer::<u8>().add(bit / 8);
             let mask = 1 << (bit % 8);
@@ -109,6 +147,12 @@ impl Bitmap {
 
     fn intercept(&self, bit: usize) {
         self.set(bit, true);
+    }
+
+    /// All that the map can name.
+    fn all_msrs() -> impl Iterator<Item = u32> {
+        let ranges = [0, 0xC000_0000, 0xC001_0000];
+        ranges.into_iter().flat_map(|first| first..first + 0x2000)
     }
 
     /// First of an MSR's two bits (read, write), if one of the map's three ranges has it

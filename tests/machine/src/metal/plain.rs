@@ -51,8 +51,11 @@ pub fn run(vcpu: &mut Vcpu, start: &IgvmNativeVpContextX64, layout: &Layout) -> 
         match flow {
             Flow::Resume => {}
             Flow::End(end) => finish::end(end, vcpu.rip()),
-            Flow::Run(..) | Flow::Hold(_) => {
-                let why = format!("a plain guest at {:#x} asked for a level", vcpu.rip());
+            Flow::Run(..) | Flow::Hold(_) | Flow::Idle(_) => {
+                let why = format!(
+                    "a plain guest at {:#x} asked for a level or to wait",
+                    vcpu.rip()
+                );
                 finish::end(End::Refused(why), vcpu.rip());
             }
         }

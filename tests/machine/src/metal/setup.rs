@@ -10,7 +10,7 @@ use machine::Platform;
 use machine::cpuid::{Leaf, Table};
 use machine::launch::Environment;
 use machine::platform::End;
-use machine::settings::Settings;
+use machine::settings::{PlatformKind, Settings};
 use machine::types::Gpa;
 use protocols::report::{Event, FORMAT_VERSION, Machine as MachineEvent};
 
@@ -55,20 +55,17 @@ pub fn launch(layout: &Layout) -> Option<IgvmNativeVpContextX64> {
         tsc_hz: clock::tsc_hz(),
         settings: settings.echo(),
     }));
-    let (low_end, plain) = (settings.low_end, settings.plain);
+    let low_end = settings.low_end;
+    let plain = settings.platform == Some(PlatformKind::Native);
     let platform = Platform::new(DirectMap, settings, u32::from(vcpus), cpu::tsc);
-    let native = |leaf, subleaf| {
-        let [eax, ebx, ecx, edx] = cpu::cpuid(leaf, subleaf);
-        Leaf { eax, ebx, ecx, edx }
-    };
     shared::init(Machine {
         platform,
         tables: Tables::new(layout.tables),
         ports: Ports::new(layout, low_end),
         cpuid: if plain {
-            Table::build_plain(&native, u32::from(vcpus))
+            Table::build_plain(&native_cpuid, u32::from(vcpus))
         } else {
-            Table::build(&native, u32::from(vcpus))
+            Table::build(&native_cpuid, u32::from(vcpus))
         },
     });
     if let Some(error) = bad {
@@ -90,6 +87,8 @@ fn fill(
     plain: bool,
 ) -> Result<Option<IgvmNativeVpContextX64>, alloc::string::String> {
     let mut machine = shared::lock(0);
+    let vcpus = machine.platform.vcpu_count();
+    let td_cpuid = Table::build_td(&native_cpuid, vcpus, clock::tsc_hz());
     let Machine {
         platform, cpuid, ..
     } = &mut *machine;
@@ -108,6 +107,7 @@ fn fill(
         allocate: &mut memory::allocate_window,
         random: &mut cpu::random,
         cpuid,
+        td_cpuid: &td_cpuid,
     };
     if plain {
         let start = platform.load_plain(&image, &mut environment);
@@ -116,5 +116,14 @@ fn fill(
     platform
         .launch(&image, &mut environment)
         .map_err(|error| error.to_string())?;
+    if platform.kind() == PlatformKind::Tdx {
+        *cpuid = td_cpuid;
+    }
     Ok(None)
+}
+
+/// CPUID of the processor below.
+fn native_cpuid(leaf: u32, subleaf: u32) -> Leaf {
+    let [eax, ebx, ecx, edx] = cpu::cpuid(leaf, subleaf);
+    Leaf { eax, ebx, ecx, edx }
 }

@@ -9,6 +9,7 @@ use core::ops::{Deref, DerefMut};
 use machine::access::{Mapping, Region};
 use machine::cpuid::Table;
 use machine::platform::{Cause, Invalidation};
+use machine::settings::PlatformKind;
 use machine::types::{Alias, Gpa, Kind, PageSize, Spa, VcpuId, Vmpl};
 use machine::{Platform, Verdict};
 use protocols::report::Event;
@@ -85,13 +86,13 @@ fn this_cpu() -> VcpuId {
     VcpuId(cpu::rdmsr(cpu::msr::X2APIC_ID) as u32)
 }
 
-/// Splits a nested address as the view of `mode` means it.
-pub fn split(address: u64, mode: Mode) -> (Gpa, Alias) {
+/// Splits a nested address as the view of `mode` means it. What cannot express an SNP guest's C-bit
+/// is private; what cannot express a shared bit is private as well, because it has none.
+pub fn split(platform: &Platform<DirectMap>, address: u64, mode: Mode) -> (Gpa, Alias) {
     let gpa = Gpa::new(address & !C_BIT & !0xFFF);
-    let alias = if mode == Mode::Flat || address & C_BIT != 0 {
-        Alias::Private
-    } else {
-        Alias::Shared
+    let alias = match (platform.kind(), mode) {
+        (PlatformKind::Snp, Mode::Flat) => Alias::Private,
+        _ => platform.alias_of_bit(address & C_BIT != 0),
     };
     (gpa, alias)
 }
@@ -120,7 +121,7 @@ impl Machine {
         for range in stale {
             let platform = &self.platform;
             let changed = self.tables.forget(range, |vmpl, mode, address| {
-                let (gpa, alias) = split(address, mode);
+                let (gpa, alias) = split(platform, address, mode);
                 platform.peek(vmpl, alias, gpa)
             });
             match range.cause {
@@ -176,7 +177,7 @@ impl Machine {
     /// `seen_as` is the alias the platform granted, which for fetches and table walks is not
     /// that of the address.
     pub fn map(&mut self, vmpl: Vmpl, mode: Mode, address: u64, mapping: Mapping, seen_as: Alias) {
-        let (gpa, alias) = split(address, mode);
+        let (gpa, alias) = split(&self.platform, address, mode);
         if alias == seen_as
             && let Region::Uniform(block) = self.platform.peek_region(vmpl, alias, gpa)
         {
@@ -191,7 +192,7 @@ impl Machine {
                 .step_by(4096)
                 .map(|offset| block + offset)
             {
-                let (gpa, alias) = split(page, mode);
+                let (gpa, alias) = split(&self.platform, page, mode);
                 table.set(page, self.platform.peek(vmpl, alias, gpa));
             }
         }
@@ -203,7 +204,8 @@ impl Machine {
     /// After an instruction that gives rights to a page: lets the tables that exist show it, so
     /// that its first use does not fault.
     pub fn show(&mut self, vmpl: Vmpl, gpa: Gpa) {
-        let address = gpa.get() | C_BIT;
+        let private_is_set = self.platform.alias_of_bit(true) == Alias::Private;
+        let address = gpa.get() | if private_is_set { C_BIT } else { 0 };
         if let Slot::Table(table) = self.tables.slot(vmpl, Mode::Long, address)
             && let Some(mapping) = self.platform.peek(vmpl, Alias::Private, gpa)
         {
@@ -211,13 +213,20 @@ impl Machine {
         }
     }
 
-    /// The verdict on an access of a CPU whose C-bit cannot be expressed: private memory, or a
-    /// device where there is none.
-    pub fn access_flat(&mut self, vmpl: Vmpl, gpa: Gpa, kind: Kind) -> Verdict {
-        if self.platform.spa_of(gpa).is_some() {
-            self.platform.access(vmpl, Alias::Private, gpa, kind)
-        } else {
-            Verdict::Mmio(Spa::new(gpa.get()))
+    /// The verdict on an access. Where an SNP guest cannot express its C-bit there is private
+    /// memory, or a device where there is none.
+    pub fn access(
+        &mut self,
+        vmpl: Vmpl,
+        mode: Mode,
+        alias: Alias,
+        gpa: Gpa,
+        kind: Kind,
+    ) -> Verdict {
+        let cannot_say = self.platform.kind() == PlatformKind::Snp && mode == Mode::Flat;
+        if cannot_say && self.platform.spa_of(gpa).is_none() {
+            return Verdict::Mmio(Spa::new(gpa.get()));
         }
+        self.platform.access(vmpl, alias, gpa, kind)
     }
 }

@@ -157,9 +157,13 @@ fn send_ipi(to: u32, command: u64, vector: u8) {
     );
 }
 
+/// Gets the attention of a CPU. One that has an NMI of the machine before it gets no second: that
+/// might arrive when the first has been answered, and be taken for the guest's own. It has yet to
+/// exit for the first, and what this one is about was said before.
 fn kick(id: usize) {
-    slots()[id].kicked.store(true, Ordering::SeqCst);
-    send_ipi(id as u32, DELIVERY_NMI, 0);
+    if !slots()[id].kicked.swap(true, Ordering::SeqCst) {
+        send_ipi(id as u32, DELIVERY_NMI, 0);
+    }
 }
 
 /// Called with the machine's lock held, right before a CPU enters its guest.
@@ -218,7 +222,8 @@ pub fn shoot_down(id: VcpuId, concerned: impl Fn(VcpuId, usize) -> bool) {
     }
 }
 
-/// Whether an NMI exit of this CPU was for the machine; the question is asked once per NMI.
+/// Whether an NMI exit of this CPU was for the machine; the question is asked once per NMI, before
+/// requests are looked for.
 pub fn was_kicked(id: VcpuId) -> bool {
     slot(id).kicked.swap(false, Ordering::SeqCst)
 }
@@ -283,6 +288,13 @@ pub fn start_or_stop(from: VcpuId, action: ApAction) {
         ApKind::Stop => Request::Stop(action.vmpl),
     };
     ask(from, action.target, request);
+}
+
+/// Lets every CPU but the first run its first level.
+pub fn release_others() {
+    for id in 1..slots().len() as u32 {
+        ask(VcpuId(0), VcpuId(id), Request::Start(Vmpl::VMPL0));
+    }
 }
 
 /// Calls `act` for each vCPU an x2APIC interrupt command addresses.

@@ -164,12 +164,18 @@ const _: () = {
 
 /// Intercept bits.
 pub mod intercept {
+    /// misc1: external interrupts, for a CPU that waits for one.
+    pub const INTR: u32 = 1 << 0;
     /// misc1: NMI, which is how another CPU gets this one out of the guest.
     pub const NMI: u32 = 1 << 1;
+    /// misc1: a virtual interrupt can be taken.
+    pub const VINTR: u32 = 1 << 4;
     /// misc1: INIT.
     pub const INIT: u32 = 1 << 3;
     /// misc1: CPUID.
     pub const CPUID: u32 = 1 << 18;
+    /// misc1: IRET.
+    pub const IRET: u32 = 1 << 20;
     /// misc1: INVD.
     pub const INVD: u32 = 1 << 22;
     /// misc1: HLT.
@@ -202,6 +208,14 @@ pub mod intercept {
     /// exceptions: #DB and #AC, which KVM intercepts in guests whose debug registers it cannot
     /// switch.
     pub const EXCEPTION_DB_AC: u32 = 1 << 1 | 1 << 17;
+    /// control registers: reads of CR0, and under TCG of all others.
+    pub const CR_READ: u32 = 1 << 0;
+    /// control registers: writes of CR0.
+    pub const CR0_WRITE: u32 = 1 << 16;
+    /// control registers: writes of CR4.
+    pub const CR4_WRITE: u32 = 1 << 20;
+    /// debug registers: all accesses.
+    pub const DR_ALL: u32 = 0x00FF_00FF;
     /// debug registers: reads (15:0) and writes (31:16) of DR7.
     pub const DR7: u32 = 1 << 7 | 1 << 23;
 }
@@ -211,6 +225,10 @@ pub mod virq {
     const IRQ: u64 = 1 << 8;
     const IGNORE_TPR: u64 = 1 << 20;
     const VECTOR_SHIFT: u32 = 32;
+    /// RFLAGS.IF of the guest and its CR8 are its own; physical interrupts exit.
+    pub const MASKING: u64 = 1 << 24;
+    /// The task priority class that CR8 is.
+    pub const TPR: u64 = 0xF;
 
     /// A virtual interrupt that is taken as soon as interrupts are on.
     pub const fn pending(vector: u8) -> u64 {
@@ -271,6 +289,19 @@ pub fn take_nmi() {
     // SAFETY: opens GIF for one instruction with IF clear, so only an NMI comes, and its handler
     // does nothing.
     unsafe { asm!("stgi", "nop", "clgi") };
+}
+
+/// Lets physical interrupts end a guest that has [`virq::MASKING`], or no more. GIF is 0, so none
+/// comes here.
+pub fn host_interrupts(on: bool) {
+    // SAFETY: RFLAGS.IF means nothing while GIF is 0; the instruction behind STI takes its shadow.
+    unsafe {
+        if on {
+            asm!("sti", "nop", options(nomem, nostack));
+        } else {
+            asm!("cli", options(nomem, nostack));
+        }
+    }
 }
 
 /// Ticks of the time stamp counter that [`vmrun`] itself takes where each instruction is a tick:
@@ -362,6 +393,35 @@ pub struct FxState(pub [u8; 512]);
 pub fn fxsave(state: &mut FxState) {
     // SAFETY: 512 aligned bytes; CR4.OSFXSR is set and CR0.TS clear in the machine.
     unsafe { asm!("fxsave64 [{}]", in(reg) state, options(nostack)) };
+}
+
+/// Loads the SSE registers and MXCSR of an image. The caller has masked MXCSR to its defined bits.
+pub fn load_sse(state: &FxState) {
+    // SAFETY: the image is 512 aligned bytes (APM volume 2, figure 11-7: MXCSR at 24, XMM0 at
+    // 160); the registers are the guest's, the machine uses none.
+    unsafe {
+        asm!(
+            "ldmxcsr [{fx} + 24]",
+            "movaps xmm0, [{fx} + 160]",
+            "movaps xmm1, [{fx} + 176]",
+            "movaps xmm2, [{fx} + 192]",
+            "movaps xmm3, [{fx} + 208]",
+            "movaps xmm4, [{fx} + 224]",
+            "movaps xmm5, [{fx} + 240]",
+            "movaps xmm6, [{fx} + 256]",
+            "movaps xmm7, [{fx} + 272]",
+            "movaps xmm8, [{fx} + 288]",
+            "movaps xmm9, [{fx} + 304]",
+            "movaps xmm10, [{fx} + 320]",
+            "movaps xmm11, [{fx} + 336]",
+            "movaps xmm12, [{fx} + 352]",
+            "movaps xmm13, [{fx} + 368]",
+            "movaps xmm14, [{fx} + 384]",
+            "movaps xmm15, [{fx} + 400]",
+            fx = in(reg) state,
+            options(nostack, readonly)
+        );
+    }
 }
 
 /// Loads x87/SSE registers. The caller has masked MXCSR to its defined bits.

@@ -19,19 +19,21 @@ use core::cmp::Ordering;
 use machine::describe;
 use machine::guest::walk::Paging;
 use machine::platform::End;
-use machine::settings::{Hostile, Reflection, Trace};
+use machine::settings::{Hostile, PlatformKind, Reflection, Trace};
 use machine::types::{Spa, VcpuId, Vmpl};
+use machine::vcpu::EnterError;
 use protocols::exit_code::ExitCode;
 use protocols::report::Event;
 use protocols::vmsa::{Efer, Segment, SegmentAttributes, Vmsa};
 
 use super::console;
+use super::l2;
 use super::memory::OwnPages;
 use super::npt::Mode;
 use super::permissions::Permissions;
 use super::smp::{Park, Request};
 use super::svm::{self, Registers, Save, Vmcb, intercept, seg, virq};
-use super::world::{self, Reason};
+use super::world::{self, Reason, X87};
 use super::{cpu, exit, finish, shared, smp};
 
 /// What an exit asks the run loop to do.
@@ -42,6 +44,8 @@ pub enum Flow {
     Run(Vmpl, Reason),
     /// Leave the world and wait until this CPU is told to go on.
     Hold(Reason),
+    /// Leave the world and wait until an interrupt comes.
+    Idle(Reason),
     /// The run is over.
     End(End),
 }
@@ -61,10 +65,14 @@ pub struct Vcpu {
     pub id: VcpuId,
     /// The level that runs, or ran last.
     pub vmpl: Vmpl,
+    /// What the platform is.
+    pub kind: PlatformKind,
     /// Whether that level gets #VC for what KVM has reflected.
     pub strict: bool,
     /// General registers.
     pub registers: Registers,
+    /// What the CPU holds of x87 between two levels.
+    x87: X87,
     /// Where the running VMSA is.
     vmsa: Spa,
     vmcb: OwnPages,
@@ -83,6 +91,8 @@ pub struct Vcpu {
     halted: bool,
     /// An NMI of the guest woke it.
     nmi_due: bool,
+    /// An NMI waits until the information of a #VE has been asked for.
+    pub held_nmi: bool,
     /// `hostile=early-return`.
     hostile: bool,
     /// Times a lower level was resumed, counted for a hostile host only.
@@ -91,6 +101,8 @@ pub struct Vcpu {
     icount: bool,
     /// Instructions of the running level that are not in the counters yet.
     executed: u64,
+    /// What an L2 VM of a trust domain needs besides.
+    pub l2: l2::Cpu,
 }
 
 impl Vcpu {
@@ -103,8 +115,10 @@ impl Vcpu {
         Vcpu {
             id,
             vmpl: Vmpl::VMPL0,
+            kind: guard.platform.kind(),
             strict: true,
             registers: Registers::default(),
+            x87: X87::held(),
             vmsa: Spa::new(0),
             vmcb: OwnPages::new(1),
             park: Park::new(),
@@ -116,10 +130,12 @@ impl Vcpu {
             interrupts: [0; Vmpl::COUNT],
             halted: false,
             nmi_due: false,
+            held_nmi: false,
             hostile: settings.is_hostile(Hostile::EarlyReturn),
             resumes: 0,
             icount: settings.icount,
             executed: 0,
+            l2: l2::Cpu::new(),
         }
     }
 
@@ -167,10 +183,25 @@ impl Vcpu {
         }
     }
 
+    /// Whether an L2 VM of a trust domain runs.
+    pub fn is_l2(&self) -> bool {
+        self.kind == PlatformKind::Tdx && self.vmpl != Vmpl::VMPL0
+    }
+
     /// Whether the guest runs 64-bit code.
     pub fn is_64_bit(&self) -> bool {
         let save = self.save();
         save.efer & EFER_LMA != 0 && save.segments[seg::CS].attributes.is_long()
+    }
+
+    /// The map that catches all ports.
+    pub fn all_ports(&self) -> u64 {
+        self.permissions.ports(true)
+    }
+
+    /// An NMI of the guest goes to L1 when that is entered.
+    pub fn nmi_for_l1(&mut self) {
+        self.nmi_due = true;
     }
 
     /// The view that fits the guest's paging mode.
@@ -221,7 +252,11 @@ impl Vcpu {
     pub fn run(&mut self, first: Vmpl) -> ! {
         let mut next = first;
         loop {
-            self.enter_world(next);
+            if !self.enter_world(next) {
+                self.halted = false;
+                next = self.wait_for_start();
+                continue;
+            }
             let flow = loop {
                 if let Some(flow) = self.serve_request() {
                     break flow;
@@ -246,6 +281,11 @@ impl Vcpu {
                     self.halted = why.code == ExitCode::HLT.0;
                     self.wait_for_start()
                 }
+                Flow::Idle(why) => {
+                    self.leave_world(&why);
+                    self.halted = true;
+                    self.wait(true)
+                }
                 Flow::End(end) => finish::end(end, self.rip()),
             };
         }
@@ -259,6 +299,10 @@ impl Vcpu {
             return None;
         }
         self.resumes += 1;
+        if self.is_l2() {
+            let due = self.resumes.is_multiple_of(EARLY_RETURN_EVERY);
+            return due.then(|| self.host_resumes_l1());
+        }
         let intr = Reason {
             code: ExitCode::INTR.0,
             info_1: 0,
@@ -314,8 +358,18 @@ impl Vcpu {
     ///
     /// A level that halted with interrupts off goes on when an NMI arrives.
     pub fn wait_for_start(&mut self) -> Vmpl {
-        smp::set_asleep(self.id, true);
+        self.wait(false)
+    }
+
+    /// Waits, parked; with `interruptible` an interrupt makes the level go on that halted. It stays
+    /// pending, and the level gets it.
+    fn wait(&mut self, interruptible: bool) -> Vmpl {
+        smp::set_asleep(self.id, !interruptible);
         self.init_park();
+        if interruptible {
+            self.save_mut().rflags |= RFLAGS_IF;
+            self.vmcb_mut().control.intercept_misc1 |= intercept::INTR;
+        }
         let next = loop {
             if let Some(vmpl) = self.started() {
                 break vmpl;
@@ -324,6 +378,9 @@ impl Vcpu {
             // SAFETY: (1) the parked guest's nested tables map one page of its own code; (2) and
             // (3) as in `step`.
             unsafe { svm::vmrun(at, &mut self.registers) };
+            if self.vmcb().control.exit_code == ExitCode::INTR.0 {
+                break self.vmpl;
+            }
             svm::take_nmi();
             if !smp::was_kicked(self.id) && self.halted {
                 self.nmi_due = true;
@@ -383,7 +440,9 @@ impl Vcpu {
         save.rsp = 0;
     }
 
-    fn enter_world(&mut self, vmpl: Vmpl) {
+    /// Enters a level; false if another CPU has had the host forget its VMSA since that was asked
+    /// for. As under KVM the vCPU is then stopped, and waits for its next start.
+    fn enter_world(&mut self, vmpl: Vmpl) -> bool {
         let entered = {
             let mut machine = shared::lock(0);
             machine.update_stale();
@@ -391,6 +450,10 @@ impl Vcpu {
         };
         let spa = match entered {
             Ok(spa) => spa,
+            Err(EnterError::NoVmsa) if vmpl != Vmpl::VMPL0 => {
+                self.answer_start_of(vmpl);
+                return false;
+            }
             Err(error) => {
                 let why = format!("vCPU {} cannot run {vmpl}: {error:?}", self.id.0);
                 finish::end(End::Refused(why), self.rip())
@@ -404,20 +467,32 @@ impl Vcpu {
         }
         self.vmsa = spa;
         self.strict = vmpl == Vmpl::VMPL0 || self.reflection != Reflection::Direct;
-        // A request to start this level, or to replace its VMSA, has now been carried out.
+        self.answer_start_of(vmpl);
+        self.init_control();
+        if self.is_l2() {
+            self.init_l2_control();
+        }
+        let at = self.vmcb.physical();
+        let mut registers = Registers::default();
+        let x87 = self.x87;
+        world::enter(&vmsa, self.vmcb_mut(), at, &mut registers, &x87);
+        self.registers = registers;
+        self.halted = false;
+        if self.is_l2() {
+            self.begin_l2();
+        }
+        if core::mem::take(&mut self.nmi_due) {
+            self.nmi_unless_held();
+        }
+        self.trace_entry(left, left_rax);
+        true
+    }
+
+    /// A request to start this level, or to replace its VMSA, has now been carried out.
+    fn answer_start_of(&self, vmpl: Vmpl) {
         if smp::request(self.id) == Some(Request::Start(vmpl)) {
             smp::answer(self.id);
         }
-        self.init_control();
-        let at = self.vmcb.physical();
-        let mut registers = Registers::default();
-        world::enter(&vmsa, self.vmcb_mut(), at, &mut registers);
-        self.registers = registers;
-        self.halted = false;
-        if core::mem::take(&mut self.nmi_due) {
-            self.nmi();
-        }
-        self.trace_entry(left, left_rax);
     }
 
     /// The trace's line for a world switch: `left` ran here before, with this in RAX. Between the
@@ -439,7 +514,7 @@ impl Vcpu {
 
     fn leave_world(&mut self, why: &Reason) {
         self.interrupts[self.vmpl.index()] = virq::kept(self.vmcb().control.int_ctl);
-        world::leave(
+        self.x87 = world::leave(
             self.vmsa,
             self.vmcb(),
             self.vmcb.physical(),
@@ -454,7 +529,12 @@ impl Vcpu {
     pub fn init_control(&mut self) {
         let strict = self.strict;
         let iopm = self.permissions.ports(strict);
-        let msrpm = self.permissions.msrs(strict);
+        let is_td = self.kind == PlatformKind::Tdx;
+        let msrpm = if is_td {
+            self.permissions.td_msrs()
+        } else {
+            self.permissions.msrs(strict)
+        };
         let interrupt = self.interrupts[self.vmpl.index()];
         let all = self.reflection == Reflection::All;
         let control = &mut self.vmcb_mut().control;
@@ -468,14 +548,18 @@ impl Vcpu {
             | intercept::MSR
             | intercept::SHUTDOWN;
         control.intercept_misc2 = intercept::SVM | intercept::XSETBV;
+        control.intercept_cr = 0;
         control.intercept_dr = 0;
         if strict {
-            control.intercept_dr = intercept::DR7;
-            control.intercept_exceptions |= intercept::EXCEPTION_DB_AC;
-            control.intercept_misc1 |= intercept::INVD | intercept::RDPMC;
+            control.intercept_misc1 |= intercept::INVD;
             control.intercept_misc2 |= intercept::WBINVD | intercept::MONITOR_MWAIT;
         }
-        if all {
+        if strict && !is_td {
+            control.intercept_dr = intercept::DR7;
+            control.intercept_exceptions |= intercept::EXCEPTION_DB_AC;
+            control.intercept_misc1 |= intercept::RDPMC;
+        }
+        if all && !is_td {
             control.intercept_misc1 |= intercept::RDTSC;
             control.intercept_misc2 |= intercept::RDTSCP;
         }
@@ -490,6 +574,11 @@ impl Vcpu {
 
     /// One VMRUN and what its exit asks for.
     fn step(&mut self) -> Flow {
+        if self.is_l2()
+            && let Some(flow) = self.prepare_l2()
+        {
+            return flow;
+        }
         let mode = self.mode();
         let root = {
             let mut machine = shared::lock(self.rip());
@@ -503,14 +592,17 @@ impl Vcpu {
         self.vmcb_mut().control.n_cr3 = root;
         self.injected = self.vmcb().control.event_inj;
         cpu::match_cr4(self.save().cr4);
+        let hidden = self.hide_long_mode();
         let at = self.vmcb.physical();
+        svm::host_interrupts(self.is_l2());
         // SAFETY: (1) the nested tables hold only what the platform granted, never the reserved
         // range; (2) `init_control` intercepts the SVM instructions; (3) `new` enabled SVM.
         let ticks = unsafe { svm::vmrun(at, &mut self.registers) };
+        svm::host_interrupts(false);
         smp::left_guest(self.id);
-        // Seen a few times on overloaded computers: the exit stores the state that the host is to
-        // go on with, not the guest's, which is lost. No guest has these tables: no memory of
-        // theirs is the guest's.
+        // QEMU may leave nested paging on (docs/machine.md): the first instruction after VMRUN
+        // then faults in the guest's nested tables, and this second exit stores the machine's own
+        // state over the guest's, which is lost. No guest has the machine's page tables.
         if self.save().cr3 & !0xFFF == cpu::cr3() {
             return Flow::End(End::EmulatorFault(self.id.0));
         }
@@ -518,6 +610,10 @@ impl Vcpu {
             // The instruction that exits was not executed; one that the machine carries out is
             // counted when that is done.
             self.executed += ticks.saturating_sub(svm::VMRUN_TICKS);
+        }
+        if hidden {
+            self.save_mut().efer |= Efer::LME.0;
+            self.vmcb_mut().control.intercept_cr = self.l2.intercept_cr(self.vmpl);
         }
         self.keep_interrupted_event();
         exit::handle(self)
@@ -540,6 +636,22 @@ impl Vcpu {
         // SAFETY: (1) and (2) are the caller's promise; (3) `new` enabled SVM.
         unsafe { svm::vmrun(at, &mut self.registers) };
         self.keep_interrupted_event();
+    }
+
+    /// Takes LME out of EFER while the guest has neither paging nor PAE; says whether it did. TCG's
+    /// #VMEXIT puts CR0 back before EFER and CR4: with the guest's LME and without its PAE it takes
+    /// the host's paging for an error, and leaves the host without. The guest sees nothing of it: EFER
+    /// is intercepted always, CR4 as long as LME is hidden.
+    fn hide_long_mode(&mut self) -> bool {
+        const CR4_PAE: u64 = 1 << 5;
+        let save = self.save_mut();
+        let hide =
+            save.efer & Efer::LME.0 != 0 && save.cr0 & CR0_PG == 0 && save.cr4 & CR4_PAE == 0;
+        if hide {
+            save.efer &= !Efer::LME.0;
+            self.vmcb_mut().control.intercept_cr |= intercept::CR4_WRITE;
+        }
+        hide
     }
 
     /// Stores what VMRUN does not switch (TR among it) in the VMCB, to be read there.

@@ -33,8 +33,32 @@ fn write(spa: Spa, vmsa: &Vmsa) {
     DirectMap.write(spa, vmsa.as_bytes());
 }
 
+/// What the CPU holds of the x87 registers, as the last FXSAVE found it.
+///
+/// They are loaded only if that changes them. FXRSTOR on one CPU may cost another CPU of QEMU its
+/// state (`docs/machine.md`), and most levels never use x87.
+#[derive(Clone, Copy)]
+pub struct X87(X87Image);
+
+impl X87 {
+    /// What this CPU holds now.
+    pub fn held() -> Self {
+        let mut fx = FxState([0; 512]);
+        svm::fxsave(&mut fx);
+        Self(x87_of(&fx))
+    }
+}
+
+/// The parts of an FXSAVE image that are x87's: all before MXCSR, and the registers.
+type X87Image = ([u8; 24], [u8; 128]);
+
+fn x87_of(fx: &FxState) -> X87Image {
+    let head = core::array::from_fn(|i| fx.0[i]);
+    (head, core::array::from_fn(|i| fx.0[32 + i]))
+}
+
 /// Takes the state of `vmsa` into the CPU. The VMCB's control area is the caller's.
-pub fn enter(vmsa: &Vmsa, vmcb: &mut Vmcb, vmcb_at: u64, registers: &mut Registers) {
+pub fn enter(vmsa: &Vmsa, vmcb: &mut Vmcb, vmcb_at: u64, registers: &mut Registers, held: &X87) {
     let save = &mut vmcb.save;
     save.segments[seg::ES] = vmsa.es;
     save.segments[seg::CS] = vmsa.cs;
@@ -81,13 +105,19 @@ pub fn enter(vmsa: &Vmsa, vmcb: &mut Vmcb, vmcb_at: u64, registers: &mut Registe
         ],
     };
     svm::vmload(vmcb_at);
-    svm::fxrstor(&fx_of(vmsa));
+    let fx = fx_of(vmsa);
+    if held.0 == x87_of(&fx) {
+        svm::load_sse(&fx);
+    } else {
+        svm::fxrstor(&fx);
+    }
     cpu::wrmsr(msr::PAT, vmsa.g_pat);
     cpu::wrmsr(msr::TSC_AUX, u64::from(vmsa.tsc_aux));
 }
 
-/// Puts the state of the CPU into the VMSA page at `spa`, with the reason for leaving.
-pub fn leave(spa: Spa, vmcb: &Vmcb, vmcb_at: u64, registers: &Registers, why: &Reason) {
+/// Puts the state of the CPU into the VMSA page at `spa`, with the reason for leaving. Returns what
+/// the CPU holds still.
+pub fn leave(spa: Spa, vmcb: &Vmcb, vmcb_at: u64, registers: &Registers, why: &Reason) -> X87 {
     svm::vmsave(vmcb_at);
     let mut vmsa = read(spa);
     let save = &vmcb.save;
@@ -134,12 +164,13 @@ pub fn leave(spa: Spa, vmcb: &Vmcb, vmcb_at: u64, registers: &Registers, why: &R
     [
         vmsa.r8, vmsa.r9, vmsa.r10, vmsa.r11, vmsa.r12, vmsa.r13, vmsa.r14, vmsa.r15,
     ] = registers.r8_15;
-    fx_into(&mut vmsa);
+    let held = fx_into(&mut vmsa);
     vmsa.guest_exit_code = why.code;
     vmsa.guest_exit_info_1 = why.info_1;
     vmsa.guest_exit_info_2 = why.info_2;
     vmsa.guest_exit_int_info = 0;
     write(spa, &vmsa);
+    held
 }
 
 /// Notes in the VMSA page at `spa` that CPU `id` runs it. On hardware VMRUN drops all of the
@@ -185,7 +216,7 @@ fn fx_of(vmsa: &Vmsa) -> FxState {
     fx
 }
 
-fn fx_into(vmsa: &mut Vmsa) {
+fn fx_into(vmsa: &mut Vmsa) -> X87 {
     let mut fx = FxState([0; 512]);
     svm::fxsave(&mut fx);
     let image = &fx.0;
@@ -205,6 +236,7 @@ fn fx_into(vmsa: &mut Vmsa) {
         register.copy_from_slice(&slot[..10]);
     }
     vmsa.xmm.as_mut_bytes().copy_from_slice(&image[160..416]);
+    X87(x87_of(&fx))
 }
 
 /// The tag byte of FXSAVE. A VMSA is written by software with either form: the abridged byte

@@ -48,7 +48,7 @@ pub const CASES: &[Case] = &[
     ),
     case(
         "xmm_registers_survive_an_accept",
-        "decision 020",
+        "decision 021",
         xmm_registers_survive,
     ),
     case(

@@ -273,6 +273,9 @@ impl Team {
         *DESKS[number - 1].job.lock() = Some(job);
         let started = self.launch(number)?;
         expect("started again", started, true)?;
+        // Until it runs, only the guest knows that the host was told to run it: who deletes it
+        // now leaves the host without a VMSA, which ends the VM.
+        wait_until(|| DESKS[number - 1].job.lock().is_none());
         LOST[number - 1].store(false, Ordering::SeqCst);
         Ok(())
     }

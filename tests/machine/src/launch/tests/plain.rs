@@ -1,7 +1,7 @@
 //! Loading the native platform of a file that is for both.
 
 use super::*;
-use crate::launch::file::For;
+use crate::settings::PlatformKind;
 
 /// A native context's RIP and RFLAGS, by their offsets.
 const RIP: usize = 0x80;
@@ -41,6 +41,45 @@ fn both() -> Headers {
     ]
 }
 
+/// The file with a trust domain's platform besides, whose page at REGION holds zeros.
+fn all_three() -> Headers {
+    let mut headers = both();
+    headers.insert(2, platform(4, 3));
+    headers.push(of(4, page_data(REGION, 0, 0, 0)));
+    headers
+}
+
+#[test]
+fn each_platform_of_a_file_is_read_by_itself() {
+    use PlatformKind::{Native, Snp, Tdx};
+    let bytes = native_file(&all_three());
+    let read = |wanted| File::parse(&bytes, wanted);
+    for kind in [Snp, Tdx, Native] {
+        assert_eq!(read(Some(kind)).unwrap().platform, kind);
+    }
+    assert_eq!(read(None).unwrap().platform, Snp);
+    let pages = |wanted| {
+        let file = read(Some(wanted)).unwrap();
+        let page = |directive: &&Directive<'_>| matches!(directive, Directive::Page { .. });
+        file.directives.iter().filter(page).count()
+    };
+    assert_eq!((pages(Snp), pages(Tdx), pages(Native)), (6, 1, 6));
+    // A platform that this machine is none of matters only to those who want it.
+    let mut vtom = all_three();
+    vtom[0].1[8..16].copy_from_slice(&(1u64 << 46).to_le_bytes());
+    let bytes = native_file(&vtom);
+    assert!(File::parse(&bytes, Some(Tdx)).is_ok());
+    for wanted in [None, Some(Snp)] {
+        assert_eq!(File::parse(&bytes, wanted), Err(FileError::NotForSnp));
+    }
+}
+
+#[test]
+fn the_native_platform_is_not_launched() {
+    let (_, launched) = run("platform=native", &native_file(&both()));
+    assert_eq!(launched, Err(LaunchError::NotConfidential));
+}
+
 /// The file with a native context where the other tests have a VMSA.
 fn native_file(headers: &Headers) -> Vec<u8> {
     let mut bytes = file(headers);
@@ -54,10 +93,12 @@ fn native_file(headers: &Headers) -> Vec<u8> {
 fn load(bytes: &[u8]) -> (Platform<Sparse>, Result<u64, LaunchError>) {
     let mut platform = Platform::new(Sparse::default(), Settings::default(), 2, || 0);
     platform.add_ram(Gpa::new(0), 0x1000_0000).unwrap();
+    let table = Table::build(&|_, _| Leaf::default(), 2);
     let mut environment = Environment {
         allocate: &mut |_| Some(Spa::new(0x1000_0000)),
         random: &mut || panic!("nothing is secret"),
-        cpuid: &Table::build(&|_, _| Leaf::default(), 2),
+        cpuid: &table,
+        td_cpuid: &table,
     };
     let start = platform.load_plain(bytes, &mut environment);
     (platform, start.map(|context| context.rip))
@@ -76,6 +117,7 @@ fn pages_are_copied_and_parameters_filled() {
         0x1_0000u64.to_le_bytes()
     );
     assert_eq!(read(&platform, REGION + 0x8000)[8..12], 2u32.to_le_bytes());
+    assert_eq!(platform.kind(), PlatformKind::Native);
     // Nothing is the guest's as SEV-SNP means it, and no launch is told.
     let place = platform.layout().place(Gpa::new(REGION)).unwrap();
     assert!(!platform.host.rmp().entry(&place).is_assigned());
@@ -133,6 +175,6 @@ fn a_file_needs_the_platform() {
     let mut only_native = both();
     only_native.remove(0);
     let bytes = native_file(&only_native);
-    assert!(File::parse(&bytes, For::Native).is_ok());
-    assert_eq!(File::parse(&bytes, For::SevSnp), Err(FileError::NotForSnp));
+    assert!(File::parse(&bytes, Some(PlatformKind::Native)).is_ok());
+    assert_eq!(File::parse(&bytes, None), Err(FileError::NotForSnp));
 }

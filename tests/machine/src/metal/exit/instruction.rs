@@ -127,17 +127,22 @@ pub fn vmmcall(vcpu: &mut Vcpu) -> Flow {
         // GHCB by paging.
         return vmgexit::exit(vcpu, found.length);
     }
-    let (rax, rcx, rdx) = (vcpu.save().rax, vcpu.registers.rcx, vcpu.registers.rdx);
-    let answer = shared::lock(vcpu.rip()).platform.ask_oracle(rax, rcx, rdx);
-    match answer {
-        Some(answer) => {
-            vcpu.save_mut().rax = answer.rax;
-            if let Some(rdx) = answer.rdx {
-                vcpu.registers.rdx = rdx;
-            }
-            vcpu.skip(found.length)
-        }
+    match ask_oracle(vcpu, found.length) {
+        Some(flow) => flow,
         None if vcpu.strict => vcpu.vc(ExitCode::VMMCALL),
         None => vcpu.undefined_opcode(),
     }
+}
+
+/// A question of a test guest, by plain VMMCALL of `length` bytes; `None` if it is none.
+pub fn ask_oracle(vcpu: &mut Vcpu, length: u64) -> Option<Flow> {
+    let (rax, rcx, rdx) = (vcpu.save().rax, vcpu.registers.rcx, vcpu.registers.rdx);
+    let answer = shared::lock(vcpu.rip()).platform.ask_oracle(rax, rcx, rdx);
+    answer.map(|answer| {
+        vcpu.save_mut().rax = answer.rax;
+        if let Some(rdx) = answer.rdx {
+            vcpu.registers.rdx = rdx;
+        }
+        vcpu.skip(length)
+    })
 }

@@ -5,6 +5,7 @@
 
 use machine::guest::walk::Access;
 use machine::guest::{GuestMemory, walk};
+use machine::settings::PlatformKind;
 use machine::types::Alias;
 use protocols::exit_code::ExitCode;
 
@@ -17,22 +18,22 @@ use machine::memory::PhysicalMemory;
 
 /// EXITINFO1 of an IOIO exit (APM 15.10.2).
 #[derive(Clone, Copy)]
-struct Info(u64);
+pub(super) struct Info(pub u64);
 
 impl Info {
-    fn is_input(self) -> bool {
+    pub fn is_input(self) -> bool {
         self.0 & 1 != 0
     }
-    fn is_string(self) -> bool {
+    pub fn is_string(self) -> bool {
         self.0 & 1 << 2 != 0
     }
-    fn is_repeated(self) -> bool {
+    pub fn is_repeated(self) -> bool {
         self.0 & 1 << 3 != 0
     }
-    fn bytes(self) -> u8 {
+    pub fn bytes(self) -> u8 {
         (self.0 >> 4 & 7) as u8
     }
-    fn port(self) -> u16 {
+    pub fn port(self) -> u16 {
         (self.0 >> 16) as u16
     }
 }
@@ -167,7 +168,7 @@ fn element(vcpu: &Vcpu, info: Info, address: u64) -> Element {
 fn write(machine: &mut Machine, vcpu: &Vcpu, to: walk::Translation, data: &[u8]) {
     match to.alias {
         // In plain mode there are no aliases, and the C-bit is never set.
-        _ if machine.platform.settings().plain => {
+        _ if machine.platform.kind() == PlatformKind::Native => {
             View::new(&machine.platform, vcpu.vmpl).write(to.gpa, data);
         }
         Alias::Private => {

@@ -6,18 +6,21 @@
 
 mod instruction;
 mod io;
+mod l2;
 pub mod msr;
 mod nested;
+mod td;
 mod vmgexit;
 
 use alloc::format;
 use core::fmt;
 
 use machine::access::Denial;
-use machine::cpuid::Context;
+use machine::cpuid::{Context, Leaf};
 use machine::guest::decode::{self, MAX_LENGTH, Opcode};
 use machine::guest::event::{Event, vector};
 use machine::platform::End;
+use machine::settings::PlatformKind;
 use machine::types::Vmpl;
 use protocols::exit_code::ExitCode;
 
@@ -27,6 +30,9 @@ use super::vcpu::{Flow, RFLAGS_IF, Vcpu};
 use super::world::Reason;
 use super::{shared, smp};
 
+/// A MOV to CR4 (APM-B, Appendix C).
+const EXIT_WRITE_CR4: ExitCode = ExitCode(0x14);
+
 /// Handles the exit that VMRUN returned with.
 pub fn handle(vcpu: &mut Vcpu) -> Flow {
     let code = vcpu.vmcb().control.exit_code;
@@ -35,8 +41,16 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
     let control = &vcpu.vmcb().control;
     let (info_1, info_2) = (control.exit_info1, control.exit_info2);
     vcpu.trace(format_args!("exit {code:#x} {info_1:#x} {info_2:#x}"));
+    if vcpu.is_l2() {
+        return l2::exit(vcpu, ExitCode(code));
+    }
     if code & 0xFFFF_FFFF == EXIT_INVALID_LOW {
         return invalid(vcpu);
+    }
+    if vcpu.kind == PlatformKind::Tdx
+        && let Some(flow) = td::exit(vcpu, ExitCode(code))
+    {
+        return flow;
     }
     match ExitCode(code) {
         ExitCode::NPF => nested::fault(vcpu),
@@ -67,12 +81,13 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
         // No XSAVE is advertised, so CR4.OSXSAVE is clear; the SVM instructions do not exist
         // in a guest whose CPUID hides SVM.
         ExitCode::XSETBV | ExitCode(0x7A | 0x80 | 0x82..=0x86) => vcpu.undefined_opcode(),
+        EXIT_WRITE_CR4 => write_cr4(vcpu),
         ExitCode::NMI => {
             svm::take_nmi();
             if smp::was_kicked(vcpu.id) {
                 Flow::Resume
             } else {
-                vcpu.nmi()
+                vcpu.nmi_unless_held()
             }
         }
         ExitCode::SHUTDOWN => {
@@ -127,6 +142,20 @@ fn invalid(vcpu: &mut Vcpu) -> Flow {
     )))
 }
 
+/// A MOV to CR4 by a guest whose long mode is hidden (see [`Vcpu`]). Reserved bits end the run at the
+/// next entry.
+fn write_cr4(vcpu: &mut Vcpu) -> Flow {
+    let (bytes, _) = fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu);
+    // Outside 64-bit mode there is no REX prefix, so the register is one of the first eight.
+    let Some(at) = bytes.iter().position(|&byte| byte == 0x0F) else {
+        return vcpu.undefined_opcode();
+    };
+    let modrm = bytes.get(at + 2).copied().unwrap_or(0);
+    let value = vcpu.general_registers()[usize::from(modrm & 7)];
+    vcpu.save_mut().cr4 = value & 0xFFFF_FFFF;
+    vcpu.skip(at as u64 + 3)
+}
+
 /// An access that no host can make succeed ends the run.
 fn refused(vcpu: &Vcpu, what: fmt::Arguments<'_>, denial: Denial) -> Flow {
     Flow::End(End::Refused(format!(
@@ -146,6 +175,11 @@ fn cpuid(vcpu: &mut Vcpu) -> Flow {
     let result = shared::lock(vcpu.rip())
         .cpuid
         .lookup(leaf, subleaf, &context);
+    set_cpuid(vcpu, result, length)
+}
+
+/// Completes CPUID.
+fn set_cpuid(vcpu: &mut Vcpu, result: Leaf, length: u64) -> Flow {
     vcpu.save_mut().rax = u64::from(result.eax);
     vcpu.registers.rbx = u64::from(result.ebx);
     vcpu.registers.rcx = u64::from(result.ecx);
@@ -171,6 +205,11 @@ fn halt(vcpu: &mut Vcpu) -> Flow {
         return Flow::Resume;
     }
     vcpu.skip(1);
+    halt_for_good(vcpu)
+}
+
+/// Only INIT or an NMI can wake this CPU.
+fn halt_for_good(vcpu: &Vcpu) -> Flow {
     if smp::is_alone_awake(vcpu.id) {
         let save = vcpu.save();
         return Flow::End(End::Halted {

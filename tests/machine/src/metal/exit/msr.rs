@@ -54,7 +54,7 @@ pub fn access(vcpu: &mut Vcpu) -> Flow {
     vcpu.skip(length)
 }
 
-fn set_result(vcpu: &mut Vcpu, value: u64) {
+pub(super) fn set_result(vcpu: &mut Vcpu, value: u64) {
     vcpu.save_mut().rax = value & 0xFFFF_FFFF;
     vcpu.registers.rdx = value >> 32;
 }
@@ -84,7 +84,7 @@ pub fn write_for_guest(vcpu: &mut Vcpu, number: u32, value: u64) -> bool {
 
 /// EFER as the guest writes it: SVME stays, LMA follows LME and paging. Changing LME while
 /// paging is #GP (APM 14.6.1).
-fn write_efer(vcpu: &mut Vcpu, value: u64) -> bool {
+pub(super) fn write_efer(vcpu: &mut Vcpu, value: u64) -> bool {
     const KNOWN: u64 = Efer::SCE.0 | Efer::LME.0 | Efer::LMA.0 | Efer::NXE.0 | Efer::SVME.0
         | 1 << 13  // LMSLE
         | 1 << 14  // FFXSR

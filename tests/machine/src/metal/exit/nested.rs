@@ -2,7 +2,8 @@
 //! of the run.
 
 use machine::Verdict;
-use machine::access::Mapping;
+use machine::access::{Denial, Mapping};
+use machine::settings::PlatformKind;
 use machine::types::{Alias, Gpa, Kind, Spa};
 use protocols::exit_code::ExitCode;
 use protocols::snp::NestedFault;
@@ -10,6 +11,8 @@ use protocols::snp::NestedFault;
 use crate::metal::npt::Mode;
 use crate::metal::shared;
 use crate::metal::vcpu::{Flow, Vcpu};
+
+use super::td;
 
 /// A nested page fault.
 pub fn fault(vcpu: &mut Vcpu) -> Flow {
@@ -28,19 +31,20 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
     // The mode may have changed since the entry: the same address then belongs to the other
     // view, which the next entry takes.
     let mode = vcpu.mode();
-    let (gpa, alias) = shared::split(address, mode);
     let mut machine = vcpu.lock();
-    let verdict = match mode {
-        Mode::Flat => machine.access_flat(vcpu.vmpl, gpa, kind),
-        Mode::Long => machine.platform.access(vcpu.vmpl, alias, gpa, kind),
-    };
+    let (gpa, alias) = shared::split(&machine.platform, address, mode);
     machine.platform.counters().vmpl(vcpu.vmpl).npf += 1;
+    if vcpu.is_l2() && alias == Alias::Shared && !vcpu.l2.may_share() {
+        drop(machine);
+        return super::l2::no_shared_memory(vcpu, gpa, kind);
+    }
+    let verdict = machine.access(vcpu.vmpl, mode, alias, gpa, kind);
     match verdict {
         Verdict::Map(mapping) => {
             let seen_as = if mode == Mode::Flat {
                 alias
             } else {
-                kind.effective_alias(alias)
+                machine.platform.effective_alias(kind, alias)
             };
             // Stale leaves go first, so that none of them survives next to the new one.
             machine.settle(vcpu.rip());
@@ -49,9 +53,16 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
         }
         // Hardware reflects nested faults with the reserved bit, which is how hosts mark devices
         // (APM 15.35.4). A ROM is mapped, as on KVM.
-        Verdict::Mmio(_) if vcpu.strict && machine.platform.spa_of(gpa).is_none() => {
+        Verdict::Mmio(_)
+            if (vcpu.strict || vcpu.is_l2()) && machine.platform.spa_of(gpa).is_none() =>
+        {
             drop(machine);
-            vcpu.vc(ExitCode::NPF)
+            let exact = Gpa::new(gpa.get() | vcpu.vmcb().control.exit_info2 & 0xFFF);
+            match vcpu.kind {
+                PlatformKind::Tdx if vcpu.is_l2() => super::l2::device(vcpu, exact, kind),
+                PlatformKind::Tdx => td::device(vcpu, exact, kind),
+                PlatformKind::Snp | PlatformKind::Native => vcpu.vc(ExitCode::NPF),
+            }
         }
         Verdict::Mmio(spa) => {
             machine.settle(vcpu.rip());
@@ -61,7 +72,16 @@ pub fn fault(vcpu: &mut Vcpu) -> Flow {
         Verdict::NotValidated => {
             drop(machine);
             let exact = Gpa::new(gpa.get() | vcpu.vmcb().control.exit_info2 & 0xFFF);
-            not_validated(vcpu, exact, kind)
+            match vcpu.kind {
+                PlatformKind::Tdx if vcpu.is_l2() => super::l2::pending(vcpu, exact, kind),
+                PlatformKind::Tdx => td::pending(vcpu, exact, kind),
+                PlatformKind::Snp | PlatformKind::Native => not_validated(vcpu, exact, kind),
+            }
+        }
+        Verdict::Denied(Denial::Permissions(_)) if vcpu.is_l2() => {
+            drop(machine);
+            let exact = Gpa::new(gpa.get() | vcpu.vmcb().control.exit_info2 & 0xFFF);
+            super::l2::not_given(vcpu, exact, kind)
         }
         Verdict::Denied(denial) => {
             drop(machine);

@@ -1,11 +1,13 @@
 //! VMGEXIT: the platform answers; this is the CPU it needs for that.
 
+use machine::Platform;
 use machine::ghcb::{ApAction, Cpu, Reply};
 use machine::platform::End;
 use machine::settings::Trace;
-use machine::types::Gpa;
+use machine::types::{Gpa, VcpuId};
 use protocols::exit_code::ExitCode;
 
+use crate::metal::memory::DirectMap;
 use crate::metal::vcpu::{Flow, Vcpu};
 use crate::metal::world::Reason;
 use crate::metal::{apic, cpu, memory, shared, smp};
@@ -14,25 +16,15 @@ use crate::metal::{apic, cpu, memory, shared, smp};
 pub fn exit(vcpu: &mut Vcpu, length: u64) -> Flow {
     // The instruction is complete before the host sees the exit (APM 15.35.6).
     vcpu.skip(length);
-    let mut machine = shared::lock(vcpu.rip());
-    let shared::Machine {
-        platform,
-        ports,
-        cpuid,
-        ..
-    } = &mut *machine;
     let traced = vcpu.trace >= Trace::Switches;
-    let request = traced.then(|| platform.describe_vmgexit(vcpu.id, vcpu.vmpl));
-    let mut host = Host {
-        vcpu,
-        ports,
-        cpuid,
-        ended: None,
-        icr: None,
-    };
-    let reply = platform.vmgexit(host.vcpu.id, host.vcpu.vmpl, &mut host);
-    let (ended, icr) = (host.ended.take(), host.icr.take());
-    drop(machine);
+    let (id, vmpl) = (vcpu.id, vcpu.vmpl);
+    let Served {
+        result: (request, reply),
+        after,
+    } = serve(vcpu, |platform, host| {
+        let request = traced.then(|| platform.describe_vmgexit(id, vmpl));
+        (request, platform.vmgexit(id, vmpl, host))
+    });
     if let Some(request) = request {
         let level = match request.is_request {
             true => Trace::Switches,
@@ -40,11 +32,8 @@ pub fn exit(vcpu: &mut Vcpu, length: u64) -> Flow {
         };
         vcpu.trace_at(level, format_args!("VMGEXIT {}: {reply:?}", request.text));
     }
-    if let Some(end) = ended {
-        return Flow::End(end);
-    }
-    if let Some(value) = icr {
-        apic::write_icr(vcpu.id, value);
+    if let Some(end) = after.carry_out(id) {
+        return end;
     }
     let why = Reason {
         code: ExitCode::VMGEXIT.0,
@@ -70,15 +59,69 @@ fn start_or_stop(vcpu: &Vcpu, action: ApAction) -> Flow {
     Flow::Resume
 }
 
+/// What [`serve`] gives back.
+pub struct Served<R> {
+    /// What the platform said.
+    pub result: R,
+    /// What is to be done with the machine's lock free again.
+    pub after: After,
+}
+
+/// What a host did to devices that cannot be done with the machine's lock held.
+pub struct After {
+    /// Set when a port write ends the run.
+    ended: Option<End>,
+    /// An interrupt command.
+    icr: Option<u64>,
+}
+
+impl After {
+    /// Does it; the end of the run, if it is that.
+    pub fn carry_out(self, id: VcpuId) -> Option<Flow> {
+        if let Some(end) = self.ended {
+            return Some(Flow::End(end));
+        }
+        if let Some(value) = self.icr {
+            apic::write_icr(id, value);
+        }
+        None
+    }
+}
+
+/// Lets the platform answer a request of `vcpu`, as a host on this CPU.
+pub fn serve<R>(
+    vcpu: &mut Vcpu,
+    ask: impl FnOnce(&mut Platform<DirectMap>, &mut dyn Cpu) -> R,
+) -> Served<R> {
+    let mut machine = shared::lock(vcpu.rip());
+    let shared::Machine {
+        platform,
+        ports,
+        cpuid,
+        ..
+    } = &mut *machine;
+    let mut host = Host {
+        vcpu,
+        ports,
+        cpuid,
+        after: After {
+            ended: None,
+            icr: None,
+        },
+    };
+    let result = ask(platform, &mut host);
+    Served {
+        result,
+        after: host.after,
+    }
+}
+
 /// The host's use of the CPU that exited.
 struct Host<'a> {
     vcpu: &'a mut Vcpu,
     ports: &'a mut crate::metal::ports::Ports,
     cpuid: &'a machine::cpuid::Table,
-    /// Set when a port write ends the run.
-    ended: Option<End>,
-    /// An interrupt command, carried out when the lock is free again.
-    icr: Option<u64>,
+    after: After,
 }
 
 impl Cpu for Host<'_> {
@@ -97,7 +140,8 @@ impl Cpu for Host<'_> {
     }
 
     fn io_out(&mut self, port: u16, bytes: u8, value: u32) {
-        self.ended = self.ports.output(port, bytes, value).or(self.ended.take());
+        let ended = self.ports.output(port, bytes, value);
+        self.after.ended = ended.or(self.after.ended.take());
     }
 
     fn rdmsr(&mut self, msr: u32) -> Option<u64> {
@@ -109,7 +153,7 @@ impl Cpu for Host<'_> {
 
     fn wrmsr(&mut self, msr: u32, value: u64) -> bool {
         match msr {
-            cpu::msr::X2APIC_ICR => self.icr = Some(value),
+            cpu::msr::X2APIC_ICR => self.after.icr = Some(value),
             _ if cpu::is_forbidden_write(msr, value) => return false,
             _ => cpu::wrmsr(msr, value),
         }
@@ -147,5 +191,9 @@ impl Cpu for Host<'_> {
 
     fn wbinvd(&mut self) {
         // Nothing is cached in TCG.
+    }
+
+    fn is_interrupted(&mut self) -> bool {
+        apic::is_interrupted()
     }
 }

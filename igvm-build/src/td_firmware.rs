@@ -1,0 +1,111 @@
+//! The firmware of a trust domain's guest: what a TDVF image says about itself, checked for use behind
+//! the paravisor.
+//!
+//! Invariants of a [`TdFirmware`]:
+//!
+//! 1. the image is whole pages and ends at 4 GiB;
+//! 2. sections with bytes are at the place of their bytes: the image is loaded as it is;
+//! 3. sections without bytes are whole pages below the image, none in the paravisor's region, and no
+//!    two of them overlap;
+//! 4. there is one for the list of hand-off blocks.
+
+use protocols::addr::PAGE_SIZE;
+use protocols::launch::{LaunchParams, REGION_GPA, Section, SectionKind as AnyKind};
+use protocols::tdvf::{self, SectionKind};
+
+use crate::error::Error;
+use crate::flat::FLAT_END;
+use crate::layout::REGION_END;
+
+/// Largest firmware: the ROM window of a PC below 4 GiB.
+const MAX_SIZE: u64 = 16 << 20;
+
+/// A parsed image.
+#[derive(Debug, Clone)]
+pub struct TdFirmware<'a> {
+    bytes: &'a [u8],
+    sections: Vec<Section>,
+}
+
+impl<'a> TdFirmware<'a> {
+    /// Parses `bytes` and checks the invariants of the type.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::FirmwareSize`], or [`Error::TdFirmware`] with what does not hold.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, Error> {
+        let size = bytes.len() as u64;
+        if size == 0 || size > MAX_SIZE || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(Error::FirmwareSize { size });
+        }
+        let start = FLAT_END - size;
+        let listed = tdvf::sections(bytes)
+            .map_err(|error| fail(error.to_string()))?
+            .ok_or_else(|| fail("no TDX metadata".to_owned()))?;
+        let mut sections: Vec<Section> = Vec::new();
+        for section in listed {
+            let (gpa, size) = (section.gpa.get(), section.size.get());
+            let name = || format!("section {gpa:#x}+{size:#x} of kind {}", section.kind.get());
+            if section.data_size.get() != 0 {
+                let offset = gpa.checked_sub(start);
+                if offset != Some(section.data_offset.get().into())
+                    || u64::from(section.data_size.get()) > size
+                    || gpa.checked_add(size).is_none_or(|end| end > FLAT_END)
+                {
+                    return Err(fail(format!("{} is not where its bytes are", name())));
+                }
+                continue;
+            }
+            let end = gpa.checked_add(size).filter(|&end| {
+                size != 0
+                    && (gpa | size).is_multiple_of(PAGE_SIZE)
+                    && end <= start
+                    && (end <= REGION_GPA || gpa >= REGION_END)
+            });
+            let Some(end) = end else {
+                return Err(fail(format!("{} cannot be there", name())));
+            };
+            if sections
+                .iter()
+                .any(|other| gpa < other.gpa + other.size && other.gpa < end)
+            {
+                return Err(fail(format!("{} overlaps another", name())));
+            }
+            sections.push(Section {
+                gpa,
+                size,
+                kind: AnyKind(section.kind.get()),
+                reserved: 0,
+            });
+        }
+        if sections.len() > LaunchParams::MAX_SECTIONS {
+            return Err(fail(format!("{} sections", sections.len())));
+        }
+        let hobs = sections
+            .iter()
+            .filter(|section| section.kind.0 == SectionKind::TD_HOB.0);
+        if hobs.count() != 1 {
+            return Err(fail("not one section for hand-off blocks".to_owned()));
+        }
+        Ok(Self { bytes, sections })
+    }
+
+    /// The image.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Guest-physical address of the image's first byte.
+    pub fn gpa(&self) -> u64 {
+        FLAT_END - self.bytes.len() as u64
+    }
+
+    /// The memory to be prepared for it, in its order; kinds are those of [`tdvf::SectionKind`].
+    pub fn sections(&self) -> &[Section] {
+        &self.sections
+    }
+}
+
+fn fail(reason: String) -> Error {
+    Error::TdFirmware { reason }
+}

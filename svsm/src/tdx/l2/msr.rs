@@ -1,0 +1,75 @@
+//! Which model-specific registers a trust domain has to itself, and which are nobody's (facts: tdx §5).
+//!
+//! The registers that are the guest's own are not intercepted. All others exit, and are the host's to
+//! serve by the guest's request (#VE) unless there is no such register.
+
+/// Who serves an access that exits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// The host, when the guest asks it.
+    Host,
+    /// Nobody: #GP.
+    None,
+}
+
+/// Ranges, first and last, that the guest reads and writes by itself: SPEC_CTRL, PRED_CMD, FLUSH_CMD,
+/// SYSENTER_CS to EIP, PAT, DS_AREA; TPR, PPR, EOI, ISR, TMR, IRR and SELF_IPI of x2APIC; XSS; EFER,
+/// STAR, LSTAR, FMASK, the bases of FS and GS, TSC_AUX.
+pub const NATIVE: [(u32, u32); 14] = [
+    (0x48, 0x49),
+    (0x10B, 0x10B),
+    (0x174, 0x176),
+    (0x277, 0x277),
+    (0x600, 0x600),
+    (0x808, 0x808),
+    (0x80A, 0x80B),
+    (0x810, 0x827),
+    (0x83F, 0x83F),
+    (0xDA0, 0xDA0),
+    (0xC000_0080, 0xC000_0082),
+    (0xC000_0084, 0xC000_0084),
+    (0xC000_0100, 0xC000_0102),
+    (0xC000_0103, 0xC000_0103),
+];
+/// Ranges that it reads by itself: the time stamp counter.
+pub const NATIVE_READ: [(u32, u32); 1] = [(0x10, 0x10)];
+
+/// Ranges without a register: SGXLEPUBKEYHASH, SMM_MONITOR_CTL, SMBASE, what x2APIC leaves out, PASID.
+const NOBODY: [(u32, u32); 9] = [
+    (0x8C, 0x8F),
+    (0x9B, 0x9B),
+    (0x9E, 0x9E),
+    (0x800, 0x801),
+    (0x804, 0x807),
+    (0x829, 0x82E),
+    (0x831, 0x831),
+    (0x840, 0x8FF),
+    (0xD93, 0xD93),
+];
+
+/// Who serves an access that exits.
+#[must_use]
+pub fn class(number: u32) -> Class {
+    let nobodys = NOBODY
+        .iter()
+        .any(|&(first, last)| (first..=last).contains(&number));
+    if nobodys { Class::None } else { Class::Host }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_register_is_both_the_guests_and_nobodys() {
+        for (first, last) in NATIVE.into_iter().chain(NATIVE_READ) {
+            assert!(first <= last);
+            assert!(
+                (first..=last).all(|number| class(number) == Class::Host),
+                "{first:#x}"
+            );
+        }
+        assert_eq!(class(0x802), Class::Host);
+        assert_eq!(class(0x8FF), Class::None);
+    }
+}

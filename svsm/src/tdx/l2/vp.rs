@@ -1,0 +1,122 @@
+//! What is kept of one of the guest's processors while it does not run.
+
+use accept::FlushOwed;
+use protocols::tdx::l2::EnterState;
+use protocols::tdx::ve::{self, ExitReason, VeInfo};
+use protocols::tdx::vmcall::register::COUNT;
+use protocols::tdx::vmcs::interruption::{Event, Kind};
+
+/// Vector of #DF.
+const DOUBLE_FAULT: u8 = 8;
+/// Vector of #UD.
+const INVALID_OPCODE: u8 = 6;
+/// Vector of #GP.
+const GENERAL_PROTECTION: u8 = 13;
+
+/// An event to be delivered when the processor goes on: the fields of the entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Injection {
+    /// Interruption information.
+    pub information: u32,
+    /// Error code, if the event has one.
+    pub error: u32,
+}
+
+/// One of the guest's processors.
+#[derive(Debug)]
+pub struct Vp {
+    /// Its number.
+    pub index: u32,
+    /// Its registers, as the module takes and gives them.
+    pub state: EnterState,
+    /// The event that it goes on with.
+    pub injection: Option<Injection>,
+    /// The information of a #VE that it has not asked for yet.
+    pub(super) ve: Option<VeInfo>,
+    /// Every CPUID raises #VE in supervisor mode, in user mode.
+    pub(super) cpuid_ve: [bool; 2],
+    /// A flush that a request of this processor's owes.
+    pub(super) debt: Option<FlushOwed>,
+    /// Delivery of an event was interrupted by the exit: whether that was an exception.
+    pub(super) vectoring: Option<bool>,
+}
+
+impl Vp {
+    /// A processor with these registers.
+    #[must_use]
+    pub const fn new(index: u32, state: EnterState) -> Self {
+        Self {
+            index,
+            state,
+            injection: None,
+            ve: None,
+            cpuid_ve: [false; 2],
+            debt: None,
+            vectoring: None,
+        }
+    }
+
+    /// Its general registers.
+    pub(super) const fn gprs(&mut self) -> &mut [u64; COUNT] {
+        &mut self.state.gprs
+    }
+
+    /// Goes on behind an instruction.
+    pub(super) const fn skip(&mut self, length: u32) {
+        self.state.rip = self.state.rip.wrapping_add(length as u64);
+    }
+
+    /// #UD.
+    pub(super) fn undefined_opcode(&mut self) {
+        self.raise(INVALID_OPCODE, None);
+    }
+
+    /// #GP(0).
+    pub(super) fn general_protection(&mut self) {
+        self.raise(GENERAL_PROTECTION, Some(0));
+    }
+
+    /// #VE, or #DF if the information of the one before was not asked for.
+    pub(super) fn virtualization(&mut self, info: VeInfo) {
+        if self.ve.is_some() {
+            return self.raise(DOUBLE_FAULT, Some(0));
+        }
+        self.ve = Some(info);
+        self.raise(ve::VECTOR, None);
+    }
+
+    /// #VE for an instruction.
+    pub(super) fn instruction_ve(
+        &mut self,
+        reason: ExitReason,
+        qualification: u64,
+        instruction: u64,
+    ) {
+        self.virtualization(VeInfo {
+            reason,
+            qualification,
+            gla: 0,
+            gpa: 0,
+            instruction_length: (instruction >> 32) as u32,
+            instruction_info: instruction as u32,
+        });
+    }
+
+    /// An exception. One that comes while another is being delivered is a double fault; the processor
+    /// makes a shutdown of one that comes during that.
+    fn raise(&mut self, vector: u8, error: Option<u32>) {
+        let (vector, error) = match self.vectoring {
+            Some(true) => (DOUBLE_FAULT, Some(0)),
+            _ => (vector, error),
+        };
+        self.injection = Some(Injection {
+            information: Event {
+                kind: Kind::EXCEPTION,
+                vector,
+                has_error: error.is_some(),
+            }
+            .encode(),
+            error: error.unwrap_or(0),
+        });
+    }
+}

@@ -1,0 +1,117 @@
+//! `l2_cases`: judges the paravisor as the guest of a trust domain sees it.
+//!
+//! The guest runs in an L2 VM and is an ordinary trust domain to itself: it starts at the reset vector,
+//! its TDCALLs and exceptions are those of `tdx.md`. Who answers them is the paravisor.
+//!
+//! The machine must be run with `oracle=on` and two processors; either `backing` will do.
+
+#![cfg_attr(target_os = "none", no_std, no_main)]
+#![cfg_attr(
+    target_os = "none",
+    expect(
+        clippy::result_large_err,
+        reason = "there is no heap for findings, and one ends its case: its size costs nothing"
+    )
+)]
+
+// The cases of an ordinary trust domain, as L1 runs them on the machine alone.
+#[cfg(target_os = "none")]
+#[path = "../tdx_cases/accept.rs"]
+mod accept;
+#[cfg(target_os = "none")]
+#[path = "../tdx_cases/host.rs"]
+mod host;
+#[cfg(target_os = "none")]
+mod launch;
+#[cfg(target_os = "none")]
+#[path = "../tdx_cases/metadata.rs"]
+mod metadata;
+#[cfg(target_os = "none")]
+mod paravisor;
+#[cfg(target_os = "none")]
+mod reset;
+#[cfg(target_os = "none")]
+mod start;
+#[cfg(target_os = "none")]
+#[path = "../tdx_cases/ve.rs"]
+mod ve;
+
+/// Room for cases.
+#[cfg(target_os = "none")]
+const MOST_CASES: usize = 160;
+
+/// Cases that are L1's: they need L2 VMs of their own, or a host that does what makes the paravisor
+/// end the machine (the scenarios `tdx_l2/hostile` are about that).
+#[cfg(target_os = "none")]
+const LEFT_OUT: &[&str] = &[
+    // The host acts on the guest's pages.
+    "accept_of_a_blocked_pending_page",
+    "accept_of_a_blocked_page",
+    "use_of_a_blocked_page",
+    "removed_page_is_pending_again",
+    "second_accept_zeroes_silently",
+    "removed_page_splits_its_block",
+    "the_machine_counts_double_accepts",
+    // L1 meets the host's small pages; the paravisor splits for its guest.
+    "accept_2m",
+    // NUM_L2_VMS is 0 here, and there are no L2_CTLS: see `paravisor`.
+    "vm_rd",
+    "vm_wr_by_mask",
+    "vm_wr_not_writable",
+    "vp_l2_ctls",
+    "sys_rd",
+    // Only private memory: L1 maps nothing of the guest's that is shared.
+    "report_to_shared_memory",
+    // Interrupts do not reach an L2 VM yet.
+    "hlt_ends_with_an_interrupt",
+];
+
+#[cfg(target_os = "none")]
+extern "C" fn main() -> ! {
+    use guest::console::{self, Console, Exit};
+    use guest::{harness, oracle, tdcall, trap};
+    use protocols::oracle::HostAct;
+
+    trap::install();
+    console::attach(tdcall::port_out);
+    let mut tables: [&[harness::Case]; MOST_CASES] = [&[]; MOST_CASES];
+    let last: &[harness::Case] = if oracle::host_would(HostAct::RE_ADD) {
+        paravisor::ENDS
+    } else {
+        &[]
+    };
+    let all = [
+        start::CASES,
+        paravisor::CASES,
+        accept::CASES,
+        ve::CASES,
+        metadata::CASES,
+        host::CASES,
+        last,
+    ];
+    let chosen = all
+        .into_iter()
+        .flatten()
+        .filter(|case| !LEFT_OUT.contains(&case.name));
+    for (slot, case) in tables.iter_mut().zip(chosen) {
+        *slot = core::slice::from_ref(case);
+    }
+    let tally = harness::run(&tables, paravisor::map_and_sept_agree, &mut Console);
+    console::exit(if tally.failed == 0 {
+        Exit::Passed
+    } else {
+        Exit::Failed
+    })
+}
+
+/// Where the second processor ends up. It says who it is and sleeps.
+#[cfg(target_os = "none")]
+extern "C" fn second(index: u64) -> ! {
+    start::second(index);
+    guest::tdcall::sleep()
+}
+
+#[cfg(not(target_os = "none"))]
+fn main() {
+    eprintln!("l2_cases runs on the emulated machine only: see `cargo xtask test`");
+}
