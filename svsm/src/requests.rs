@@ -88,7 +88,9 @@ fn run_guest(
     }
     system.registry.count_wait(index);
     let ended = ghcb.run_vmpl(GUEST_VMPL);
-    system.registry.withdraw(index);
+    if next == Next::Offered {
+        system.registry.withdraw(index);
+    }
     match ended {
         // Another processor of the guest may have had the host forget the VMSA, or may have
         // deleted it just now. Not to run is the guest's choice, and nothing is lost.

@@ -6,6 +6,7 @@
 //!   SVSM call, good and bad.
 //! - `tdx_cases` is L1 of a trust domain and judges the emulated machine there: TDCALL, the
 //!   secure EPT, #VE, the host's answers.
+//! - `l2_cases` is the guest of the paravisor there, an ordinary trust domain to itself.
 //!
 //! All are tables of [`harness::Case`]s. A case makes something happen and compares what
 //! *others* say about it (results of instructions, replies, the oracle, memory that others
@@ -40,6 +41,7 @@ mod panic;
 pub mod reader;
 #[cfg(target_os = "none")]
 pub mod svsm;
+pub mod td_start;
 #[cfg(target_os = "none")]
 pub mod tdcall;
 pub mod text;

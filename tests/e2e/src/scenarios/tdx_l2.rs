@@ -11,7 +11,7 @@ use protocols::terminate::{Reason, ReasonSet, TurnstileReason};
 use super::cases;
 use crate::image::Recipe;
 use crate::scenario::{Context, Findings, GUEST_LIMIT, Scenario};
-use crate::vm::{Backing, Config, Settings};
+use crate::vm::{Backing, Config, Cores, Settings};
 
 /// The table has at least so many cases.
 const LEAST_CASES: usize = 80;
@@ -104,6 +104,7 @@ fn machine(context: &Context, settings: Settings) -> Result<(Config, Sidecar)> {
     let config = Config {
         // The processors of a trust domain start at once.
         vcpus: 2,
+        cores: Cores::All,
         ..context.machine(image, &sidecar, settings)
     };
     Ok((config, sidecar))

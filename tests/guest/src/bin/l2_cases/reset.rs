@@ -8,6 +8,7 @@
 
 use core::arch::global_asm;
 
+use guest::td_start::{self, FirstState};
 use protocols::tdvf::{Attributes, SectionKind};
 
 /// Bytes of the image; as in the linker script.
@@ -18,33 +19,8 @@ const RAM_SIZE: u32 = 512 << 10;
 /// Where the paravisor lists memory.
 pub const HOB: u32 = 0x90_0000;
 const HOB_SIZE: u32 = 0x2000;
-
-/// The shared bit, as a bit of the upper half of a page-table entry.
-const SHARED_HIGH: u32 = 1 << (47 - 32);
-const STACK_SIZE: usize = 64 << 10;
-const CR0_PAGING: u32 = 1 << 31;
-const CR4_PAE: u32 = 1 << 5;
-/// Present, writable, accessed: an entry that points to a table.
-const TABLE: u32 = 0x23;
-/// Present, writable, accessed, dirty, large.
-const LARGE: u32 = 0xE3;
 /// Bytes of the footer table: an entry with four bytes of data and the table's own.
 const FOOTER_SIZE: usize = (4 + 2 + 16) + (2 + 16);
-
-/// Selectors of the table `low_gdt`, as [`guest::trap`] has them.
-const CODE64: u16 = 0x08;
-const DATA: u16 = 0x10;
-
-/// What the first processor found at its first instruction.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FirstState {
-    /// EAX, ECX, EDX, EBX, ESP, EBP, ESI, EDI.
-    pub gprs: [u32; 8],
-    /// CR0, CR4, EFER.
-    pub control: [u32; 3],
-    pad: u32,
-}
 
 unsafe extern "C" {
     static first_state: FirstState;
@@ -79,21 +55,7 @@ global_asm!(
     "low_32:",
     "testl %esi, %esi",
     "jnz 2f",
-    "movl %eax, first_state",
-    "movl %ecx, first_state + 4",
-    "movl %edx, first_state + 8",
-    "movl %ebx, first_state + 12",
-    "movl %esp, first_state + 16",
-    "movl %ebp, first_state + 20",
-    "movl %esi, first_state + 24",
-    "movl %edi, first_state + 28",
-    "movl %cr0, %eax",
-    "movl %eax, first_state + 32",
-    "movl %cr4, %eax",
-    "movl %eax, first_state + 36",
-    "movl ${efer}, %ecx",
-    "rdmsr",
-    "movl %eax, first_state + 40",
+    guest::td_keep_first_state!(),
     "cld",
     // Out of the image into memory.
     "movl $image_start, %esi",
@@ -105,47 +67,9 @@ global_asm!(
     "movl $bss_end, %ecx",
     "subl %edi, %ecx",
     "rep stosb",
-    // Two entries of the top table: the private and the shared mapping.
-    "movl $boot_private + {table}, boot_pml4",
-    "movl $boot_shared + {table}, boot_pml4 + 8",
-    // 512 x 1 GiB each.
-    "xorl %ecx, %ecx",
-    "1:",
-    "movl %ecx, %eax",
-    "shll $30, %eax",
-    "orl ${large}, %eax",
-    "movl %ecx, %edx",
-    "shrl $2, %edx",
-    "movl %eax, boot_private(,%ecx,8)",
-    "movl %edx, boot_private + 4(,%ecx,8)",
-    "orl ${shared_high}, %edx",
-    "movl %eax, boot_shared(,%ecx,8)",
-    "movl %edx, boot_shared + 4(,%ecx,8)",
-    "incl %ecx",
-    "cmpl $512, %ecx",
-    "jb 1b",
+    guest::td_make_tables!(),
     "xorl %esi, %esi",
-    "movl $1, boot_ready",
-    // The others wait for the tables.
-    "2:",
-    "pause",
-    "cmpl $0, boot_ready",
-    "je 2b",
-    "lgdtl low_gdt_pointer",
-    "movw ${data}, %ax",
-    "movw %ax, %ds",
-    "movw %ax, %es",
-    "movw %ax, %ss",
-    "movl $boot_pml4, %eax",
-    "movl %eax, %cr3",
-    "movl %cr4, %eax",
-    "orl ${cr4_pae}, %eax",
-    "movl %eax, %cr4",
-    // Long mode is enabled from the start.
-    "movl %cr0, %eax",
-    "orl ${cr0_pg}, %eax",
-    "movl %eax, %cr0",
-    "ljmpl ${code64}, $low_64",
+    guest::td_enter_long_mode!(),
 
     ".code64",
     "low_64:",
@@ -153,28 +77,7 @@ global_asm!(
     "movl %esi, %edi",
     "testl %esi, %esi",
     "jnz 3f",
-    "leaq boot_stack_top, %rsp",
-    // Too far for a relative call.
-    "movl ${main}, %eax",
-    "callq *%rax",
-    "ud2",
-    "3:",
-    // There is a stack for one more.
-    "cmpl $1, %esi",
-    "jne 3b",
-    "leaq second_stack_top, %rsp",
-    "movl ${second}, %eax",
-    "callq *%rax",
-    "ud2",
-
-    ".balign 8",
-    "low_gdt:",
-    ".quad 0",
-    ".quad 0x00AF9B000000FFFF",
-    ".quad 0x00CF93000000FFFF",
-    "low_gdt_pointer:",
-    ".word low_gdt_pointer - low_gdt - 1",
-    ".long low_gdt",
+    guest::td_call_main!(),
 
     // TDVF metadata: head, then sections of two words, two addresses, two words.
     ".balign 16",
@@ -205,23 +108,16 @@ global_asm!(
     ".byte 0xde, 0x82, 0xb5, 0x96, 0xb2, 0x1f, 0xf7, 0x45, 0xba, 0xea, 0xa3, 0x66, 0xc5, 0x5a, 0x08, 0x2d",
     ".org 0xFE0",
 
-    ".org 0xFF0",
-    ".code32",
-    ".globl reset_vector",
-    "reset_vector:",
-    "jmp low_32",
-    ".org 0x1000",
-    ".code64",
-    ".text",
-    stack_size = const STACK_SIZE,
-    cr0_pg = const CR0_PAGING,
-    cr4_pae = const CR4_PAE,
-    efer = const 0xC000_0080_u32,
-    table = const TABLE,
-    large = const LARGE,
-    shared_high = const SHARED_HIGH,
-    code64 = const CODE64,
-    data = const DATA,
+    guest::td_reset_vector!(),
+    stack_size = const td_start::STACK_SIZE,
+    cr0_pg = const td_start::CR0_PAGING,
+    cr4_pae = const td_start::CR4_PAE,
+    efer = const td_start::EFER,
+    table = const td_start::TABLE,
+    large = const td_start::LARGE,
+    shared_high = const td_start::SHARED_HIGH,
+    code64 = const td_start::CODE64,
+    data = const td_start::DATA,
     image_size = const IMAGE_SIZE,
     ram = const RAM,
     ram_size = const RAM_SIZE,

@@ -79,7 +79,7 @@ fn first_registers() -> Verdict {
     let [eax, ecx, _edx, ebx, esp, ebp, esi, edi] = first.gprs;
     expect("EBX, ESI", [ebx, esi], [48, 0])?;
     expect("EAX, ESP, EBP, EDI", [eax, esp, ebp, edi], [0; 4])?;
-    let [r8, rest @ ..] = first.upper;
+    let [r8, rest @ ..] = reset::first_upper_registers();
     expect("R8 is RCX", r8, u64::from(ecx))?;
     expect("R9 to R15", rest, [0; 7])
 }
