@@ -42,6 +42,14 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Build the image of a trust domain whose firmware is its only software: no paravisor
+    TdFirmware {
+        /// The firmware, a TDVF .fd
+        firmware: PathBuf,
+        /// Where to write the image
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Say what is in an image, and its launch digest
     Show {
         /// The IGVM file
@@ -88,6 +96,9 @@ struct Build {
     fault: u32,
 }
 
+/// What is expected of a firmware for trust domains.
+const TDVF: &str = "OVMF.inteltdx.ms.fd of Debian's ovmf-inteltdx 2026.08 or newer";
+
 fn main() -> ExitCode {
     match run(Arguments::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -107,6 +118,14 @@ fn run(command: Command) -> Result<()> {
             let image = td::build(&program).map_err(FileError::content(&elf))?;
             write(&out, &image.bytes)?;
             println!("MRTD {}", hex(&image.mrtd));
+        }
+        Command::TdFirmware { firmware, out } => {
+            let bytes = read(&firmware, TDVF)?;
+            let parsed = TdFirmware::parse(&bytes).map_err(FileError::content(&firmware))?;
+            let built = td::build_firmware(&parsed).map_err(FileError::content(&firmware))?;
+            write(&out, &built.image.bytes)?;
+            println!("MRTD {}", hex(&built.image.mrtd));
+            println!("hand-off blocks {:#x}", built.hob);
         }
         Command::Show { file } => {
             let bytes = read(&file, "an IGVM file, build one with `igvm-build build`")?;
@@ -141,12 +160,7 @@ fn build(arguments: &Build) -> Result<()> {
     let td_bytes = arguments
         .td_firmware
         .as_deref()
-        .map(|file| {
-            read(
-                file,
-                "OVMF.inteltdx.fd of Debian's ovmf-inteltdx 2026.08 or newer",
-            )
-        })
+        .map(|file| read(file, TDVF))
         .transpose()?;
     let td_firmware = match (&arguments.td_firmware, &td_bytes) {
         (Some(file), Some(bytes)) => {

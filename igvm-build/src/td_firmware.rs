@@ -1,10 +1,9 @@
-//! The firmware of a trust domain's guest: what a TDVF image says about itself, checked for use behind
-//! the paravisor.
+//! The firmware of a trust domain, or of the guest in one: what a TDVF image says about itself, checked.
 //!
 //! Invariants of a [`TdFirmware`]:
 //!
 //! 1. the image is whole pages and ends at 4 GiB;
-//! 2. sections with bytes are at the place of their bytes: the image is loaded as it is;
+//! 2. sections with bytes are whole pages at the place of their bytes: the image is loaded as it is;
 //! 3. sections without bytes are whole pages below the image, none in the paravisor's region, and no
 //!    two of them overlap;
 //! 4. there is one for the list of hand-off blocks.
@@ -24,6 +23,7 @@ const MAX_SIZE: u64 = 16 << 20;
 #[derive(Debug, Clone)]
 pub struct TdFirmware<'a> {
     bytes: &'a [u8],
+    listed: &'a [tdvf::Section],
     sections: Vec<Section>,
 }
 
@@ -50,6 +50,7 @@ impl<'a> TdFirmware<'a> {
                 let offset = gpa.checked_sub(start);
                 if offset != Some(section.data_offset.get().into())
                     || u64::from(section.data_size.get()) > size
+                    || !(gpa | size).is_multiple_of(PAGE_SIZE)
                     || gpa.checked_add(size).is_none_or(|end| end > FLAT_END)
                 {
                     return Err(fail(format!("{} is not where its bytes are", name())));
@@ -87,7 +88,11 @@ impl<'a> TdFirmware<'a> {
         if hobs.count() != 1 {
             return Err(fail("not one section for hand-off blocks".to_owned()));
         }
-        Ok(Self { bytes, sections })
+        Ok(Self {
+            bytes,
+            listed,
+            sections,
+        })
     }
 
     /// The image.
@@ -98,6 +103,19 @@ impl<'a> TdFirmware<'a> {
     /// Guest-physical address of the image's first byte.
     pub fn gpa(&self) -> u64 {
         FLAT_END - self.bytes.len() as u64
+    }
+
+    /// All its sections as it lists them.
+    pub fn listed(&self) -> &'a [tdvf::Section] {
+        self.listed
+    }
+
+    /// The bytes of a listed section, less than its size if the rest is zero.
+    pub fn bytes_of(&self, section: &tdvf::Section) -> &'a [u8] {
+        let start = section.data_offset.get() as usize;
+        let end = start + section.data_size.get() as usize;
+        // Invariant 2: they lie in the image.
+        self.bytes.get(start..end).unwrap_or_default()
     }
 
     /// The memory to be prepared for it, in its order; kinds are those of [`tdvf::SectionKind`].

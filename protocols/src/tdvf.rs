@@ -11,8 +11,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::guid::Guid;
 use crate::ovmf::{self, MetadataError};
 
-/// GUID of the entry that leads to the list (u32 distance from the end of the image).
-pub const METADATA_GUID: Guid = Guid::from_text("e9eaf9f3-168e-44d5-a8eb-7f4d8738f6ae");
+/// GUID of the entry that leads to the list (u32 distance from the end of the image). The list itself
+/// stands behind another GUID, e9eaf9f3-168e-44d5-a8eb-7f4d8738f6ae, which no entry has.
+pub const METADATA_GUID: Guid = Guid::from_text("e47a6535-984a-4798-865e-4685a7bf8ec2");
 /// First bytes of the list.
 pub const SIGNATURE: [u8; 4] = *b"TDVF";
 /// Version of its layout.

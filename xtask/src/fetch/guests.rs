@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
-use e2e::guests::{Firmware, Kernel};
+use e2e::guests::{Firmware, Kernel, TdFirmware};
 
 use super::apt::Candidate;
 use super::{Version, Wanted};
@@ -70,6 +70,14 @@ static OVMF_2025_02: Wanted = Wanted {
     keep: Cow::Borrowed("usr/share/ovmf/OVMF.fd"),
     purpose: "the guest's firmware 2025.02",
 };
+static OVMF_TDX_2026_08: Wanted = Wanted {
+    name: "ovmf-inteltdx-2026.08",
+    package: "ovmf-inteltdx",
+    suites: &["forky", "sid"],
+    version: Version::AtLeast("2026.08"),
+    keep: Cow::Borrowed("usr/share/ovmf/OVMF.inteltdx.ms.fd"),
+    purpose: "the firmware of trust domains",
+};
 
 /// The package of `kernel`.
 pub fn kernel(kernel: Kernel) -> &'static Wanted {
@@ -86,6 +94,13 @@ pub fn firmware(firmware: Firmware) -> &'static Wanted {
     match firmware {
         Firmware::Ovmf2026_08 => &OVMF_2026_08,
         Firmware::Ovmf2025_02 => &OVMF_2025_02,
+    }
+}
+
+/// The package of `firmware`.
+pub fn td_firmware(firmware: TdFirmware) -> &'static Wanted {
+    match firmware {
+        TdFirmware::Ovmf2026_08 => &OVMF_TDX_2026_08,
     }
 }
 
