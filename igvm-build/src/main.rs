@@ -17,7 +17,7 @@ use igvm_build::image::{self, Options};
 use igvm_build::show::show;
 use igvm_build::sidecar::{Sidecar, hex};
 use igvm_build::td;
-use igvm_build::td_firmware::TdFirmware;
+use igvm_build::td_firmware::{TdFirmware, with_variables};
 use protocols::launch::Fault;
 
 #[derive(Parser)]
@@ -46,6 +46,9 @@ enum Command {
     TdFirmware {
         /// The firmware, a TDVF .fd
         firmware: PathBuf,
+        /// Take the variables from this image or variable store instead of the firmware's own
+        #[arg(long, value_name = "FILE")]
+        variables: Option<PathBuf>,
         /// Where to write the image
         #[arg(long)]
         out: PathBuf,
@@ -119,8 +122,16 @@ fn run(command: Command) -> Result<()> {
             write(&out, &image.bytes)?;
             println!("MRTD {}", hex(&image.mrtd));
         }
-        Command::TdFirmware { firmware, out } => {
-            let bytes = read(&firmware, TDVF)?;
+        Command::TdFirmware {
+            firmware,
+            variables,
+            out,
+        } => {
+            let mut bytes = read(&firmware, TDVF)?;
+            if let Some(file) = &variables {
+                let store = read(file, "an OVMF image or variable store")?;
+                bytes = with_variables(&bytes, &store).map_err(FileError::content(&firmware))?;
+            }
             let parsed = TdFirmware::parse(&bytes).map_err(FileError::content(&firmware))?;
             let built = td::build_firmware(&parsed).map_err(FileError::content(&firmware))?;
             write(&out, &built.image.bytes)?;

@@ -124,6 +124,44 @@ impl<'a> TdFirmware<'a> {
     }
 }
 
+/// The firmware `image` with the variables at the beginning of `store`: another build of it, or a variable
+/// store alone. Variables are the host's to choose: they are not measured by the launch but by the
+/// firmware itself.
+///
+/// # Errors
+///
+/// [`Error::TdFirmware`] if `image` has no section for variables, or `store` none of its size.
+pub fn with_variables(image: &[u8], store: &[u8]) -> Result<Vec<u8>, Error> {
+    /// Where a firmware volume tells its bytes (PI, volume 3, EFI_FIRMWARE_VOLUME_HEADER).
+    const LENGTH: core::ops::Range<usize> = 0x20..0x28;
+    /// Where it has its mark, and the mark.
+    const MARK: (core::ops::Range<usize>, &[u8]) = (0x28..0x2C, b"_FVH");
+    let section = TdFirmware::parse(image)?
+        .listed()
+        .iter()
+        .find(|section| section.section_kind() == SectionKind::CFV)
+        .copied()
+        .ok_or_else(|| fail("no section for variables".to_owned()))?;
+    let (start, size) = (
+        section.data_offset.get() as usize,
+        section.data_size.get() as usize,
+    );
+    let told = store
+        .get(LENGTH)
+        .and_then(|bytes| bytes.try_into().ok())
+        .map(u64::from_le_bytes);
+    let volume = store
+        .get(..size)
+        .filter(|_| store.get(MARK.0) == Some(MARK.1) && told == Some(size as u64))
+        .ok_or_else(|| fail(format!("the variable store has not {size:#x} bytes")))?;
+    let mut image = image.to_vec();
+    // Invariant 2 of the type: the section lies in the image.
+    if let Some(place) = image.get_mut(start..start + size) {
+        place.copy_from_slice(volume);
+    }
+    Ok(image)
+}
+
 fn fail(reason: String) -> Error {
     Error::TdFirmware { reason }
 }

@@ -184,6 +184,14 @@ mod tests {
         assert_eq!(found[0].gpa.get(), 0x80_9000);
     }
 
+    /// As Debian's OVMF.inteltdx.ms.fd 2026.08 has it: the entry's GUID is not the list's own.
+    #[test]
+    fn the_entry_is_the_one_that_ovmf_has() {
+        let bytes = METADATA_GUID.to_bytes();
+        assert_eq!(bytes[..4], [0x35, 0x65, 0x7A, 0xE4]);
+        assert_eq!(bytes[14..], [0x8E, 0xC2]);
+    }
+
     #[test]
     fn lists_that_do_not_fit_are_refused() {
         let spoil: [fn(&mut Descriptor); 5] = [

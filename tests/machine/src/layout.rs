@@ -289,6 +289,20 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_is_told_of_ram_and_of_a_filled_hole() {
+        let mut map = map();
+        assert_eq!(map.memory(), [0..0xA_0000, 0x10_0000..0x400_0000]);
+        map.add_legacy(Spa::new(0x560_0000)).unwrap();
+        assert_eq!(map.memory(), [0..0x400_0000]);
+        assert_eq!(map.spa_of(Gpa::new(0xC_0000)), Some(Spa::new(0x562_0000)));
+        assert!(map.is_window(Gpa::new(0xC_0000)));
+        assert_eq!(
+            map.add_legacy(Spa::new(0x600_0000)),
+            Err(LayoutError::Overlap)
+        );
+    }
+
+    #[test]
     fn a_block_with_a_hole_is_no_block() {
         let map = map();
         assert!(map.place(Gpa::new(0x1000)).unwrap().block.is_none());

@@ -104,6 +104,18 @@ pub fn td_firmware(firmware: TdFirmware) -> &'static Wanted {
     }
 }
 
+/// `firmware` as it is booted here: Debian's build for TDX with the empty variable store of its build for
+/// everything. With the keys that it comes with, Secure Boot is on, and a kernel that is started
+/// directly is refused ([decision 024](../../../docs/decisions/024-stock-firmware-empty-variables.md)).
+pub fn obtain_td_firmware(layout: &Layout, firmware: TdFirmware) -> Result<PathBuf> {
+    let wanted = td_firmware(firmware);
+    let code = wanted.obtain(layout)?;
+    let store = OVMF_2026_08.obtain(layout)?;
+    let place = layout.artefacts.join(format!("{}.fd", wanted.name));
+    e2e::image::write_with_variables(&code, &store, &place)?;
+    Ok(place)
+}
+
 /// What an option of `xtask run` was given: a name of ours, or a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Choice<T> {
@@ -137,8 +149,13 @@ impl<T: Copy> Choice<T> {
 
     /// The file itself, fetched if need be as the package that `package` tells.
     pub fn obtain(&self, layout: &Layout, package: fn(T) -> &'static Wanted) -> Result<PathBuf> {
+        self.file_or(|named| package(named).obtain(layout))
+    }
+
+    /// The file itself, or what `named` makes of the name.
+    pub fn file_or(&self, named: impl FnOnce(T) -> Result<PathBuf>) -> Result<PathBuf> {
         match self {
-            Choice::Named(named) => package(*named).obtain(layout),
+            Choice::Named(name) => named(*name),
             Choice::File(file) => Ok(file.clone()),
         }
     }

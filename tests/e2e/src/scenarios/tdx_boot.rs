@@ -1,0 +1,140 @@
+//! Does an unmodified Debian boot in a trust domain?
+//!
+//! OVMF's build for TDX and Debian's kernels, nothing of ours in them. In `tdx_boot/l1-…` they are the
+//! trust domain themselves, without a paravisor: what fails there is the machine's fault.
+
+use anyhow::Result;
+use protocols::report::Outcome;
+
+use super::{boot, matrix};
+use crate::guests::Kernel;
+use crate::image;
+use crate::scenario::{BOOT_LIMIT, Context, Findings, Scenario};
+use crate::vm::{Backing, Config, Finished, Settings};
+
+/// MiB that the guest writes: more than is accepted when it starts.
+const USED_MIB: u32 = 1000;
+
+/// What is booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Row {
+    kernel: Kernel,
+    backing: Backing,
+    vcpus: u32,
+}
+
+impl Row {
+    fn all() -> impl Iterator<Item = Row> {
+        let kernels = [Kernel::Cloud6_12, Kernel::Cloud7_2];
+        kernels.into_iter().flat_map(|kernel| {
+            Backing::BOTH.into_iter().flat_map(move |backing| {
+                [1, 2, 4].map(|vcpus| Row {
+                    kernel,
+                    backing,
+                    vcpus,
+                })
+            })
+        })
+    }
+
+    fn name(self) -> String {
+        let (kernel, backing) = (self.kernel.name(), self.backing.name());
+        format!("{kernel}-{backing}-{}cpu", self.vcpus)
+    }
+
+    /// Whether the machine is judged by it every day.
+    fn every_day(self) -> bool {
+        (self.kernel, self.backing, self.vcpus) == (Kernel::Cloud7_2, Backing::Large, 2)
+    }
+}
+
+pub fn scenarios() -> Vec<Scenario> {
+    Row::all()
+        .map(|row| {
+            let name = format!("tdx_boot/l1-{}", row.name());
+            let scenario = Scenario::new(name, move |context| alone(context, row))
+                .booting(row.kernel)
+                .in_trust_domain();
+            if row.every_day() {
+                scenario
+            } else {
+                scenario.only_in_full()
+            }
+        })
+        .collect()
+}
+
+/// Firmware and kernel are L1, all that there is.
+fn alone(context: &Context, row: Row) -> Result<Findings> {
+    let file = context.dir.join("td.igvm");
+    let built = image::write_td_firmware(context.artefacts.td_firmware()?, &file)?;
+    let settings = Settings {
+        td_hob: Some(built.hob),
+        ..settings(row)
+    };
+    let finished = run(context, context.machine_of(file, settings), row)?;
+    let mut findings = Findings::default();
+    findings.ended(&finished, Outcome::PowerOff)?;
+    let launched = finished.launch.as_ref().map(|launch| launch.digest.clone());
+    findings.equal("MRTD as built", launched, Some(built.mrtd));
+    let report = finished.report()?;
+    findings.equal("violations", report.violations.total(), 0);
+    crate::report_laws::check(&mut findings, &finished, report);
+    crate::report_laws::check_backing(&mut findings, report, row.backing);
+    guest_says(&mut findings, &finished, row);
+    Ok(findings)
+}
+
+fn settings(row: Row) -> Settings {
+    Settings {
+        backing: row.backing,
+        tdx: true,
+        ..Settings::default()
+    }
+}
+
+/// The machine that `config` is, with the row's guest in it.
+fn run(context: &Context, config: Config, row: Row) -> Result<Finished> {
+    let command = format!(
+        "uname -r; echo \"cpus $(nproc)\"; \
+         dmesg | grep -iE 'tdx|unaccepted|BUG: |WARNING: |Call Trace:|rcu: INFO: '; \
+         {}",
+        boot::use_memory(USED_MIB)
+    );
+    let mut linux = context.linux_of(row.kernel, &command)?;
+    // Each letter on the console is three exits of a trust domain. What is worse than a warning is told
+    // all the same.
+    linux.append.push_str(" quiet");
+    let config = Config {
+        vcpus: row.vcpus,
+        // OVMF accepts the memory below 4 GiB itself.
+        memory: "2G".into(),
+        low_memory: Some("1G".into()),
+        linux: Some(linux),
+        ..config
+    };
+    config.run(BOOT_LIMIT * row.vcpus.div_ceil(2), |_| {})
+}
+
+fn guest_says(findings: &mut Findings, finished: &Finished, row: Row) {
+    findings.equal(
+        "the guest's command succeeds",
+        finished.exec_status,
+        Some(0),
+    );
+    let output = String::from_utf8_lossy(&finished.output).replace('\r', "");
+    for words in [
+        &format!("cpus {}\n", row.vcpus),
+        "tdx: Guest detected",
+        "Memory Encryption Features active: Intel TDX",
+    ] {
+        findings.check(
+            format!("the guest says {words:?}"),
+            output.contains(words),
+            || format!("not in {} bytes of output", output.len()),
+        );
+    }
+    matrix::kernel_is(findings, &output, row.kernel);
+    matrix::no_complaint(findings, &output);
+    boot::unaccepted_shrinks(findings, &output);
+}
