@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 
+use std::boxed::Box;
 use std::vec::Vec;
 
 use accept::{
@@ -17,6 +18,7 @@ use protocols::tdx::vmcall::{Status as HostStatus, SubFunction};
 use protocols::tdx::{Leaf, Operand, Status};
 use protocols::terminate::TurnstileReason;
 
+use super::interrupts::VirtualApic;
 use super::memory::CONVERTED_AT_ONCE;
 use super::vp::Vp;
 use super::{
@@ -149,7 +151,9 @@ fn with<T>(
         td: &td,
         touch,
     };
-    test(&service, &mut Vp::new(1, EnterState::default()))
+    let apic = Box::leak(Box::new(VirtualApic::new()));
+    let mut vp = Vp::new(1, EnterState::default(), apic, 0x1FF);
+    test(&service, &mut vp)
 }
 
 /// TDCALL from 64-bit code.
