@@ -72,6 +72,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 }
                 None => Status::INVALID_OPERAND,
             },
+            SubFunction::WRMSR if never_arrives(seen[R12], seen[R13]) => Status::SUCCESS,
             SubFunction::WRMSR => match cpu.wrmsr(seen[R12] as u32, seen[R13]) {
                 true => Status::SUCCESS,
                 false => Status::INVALID_OPERAND,
@@ -194,6 +195,16 @@ impl<P: PhysicalMemory> Platform<P> {
             self.book_validated(bytes, false);
         }
     }
+}
+
+/// Whether a write is an interrupt command whose vector is an exception's. A host may send it; the module
+/// keeps such vectors from a trust domain, for which exceptions are the processor's alone.
+fn never_arrives(number: u64, value: u64) -> bool {
+    const X2APIC_ICR: u64 = 0x830;
+    const FIRST_VECTOR: u64 = 32;
+    /// Delivery modes that have a vector: fixed and lowest priority.
+    const LOWEST_PRIORITY: u64 = 1;
+    number == X2APIC_ICR && value >> 8 & 7 <= LOWEST_PRIORITY && value & 0xFF < FIRST_VECTOR
 }
 
 /// IN and OUT.
