@@ -7,8 +7,7 @@
 //! IRR, ISR, RVI and SVI are as the processor left them, and only [`VirtualApic::post`] and
 //! [`VirtualApic::take_back`] change them.
 //!
-//! All interrupts are edges: TMR and the EOI-exit bitmap stay 0, as for a trust domain, whose module gives
-//! the host no way to say "level" (decision 026).
+//! All interrupts are edges: TMR and the EOI-exit bitmap stay 0 (decision 026).
 
 use core::sync::atomic::{AtomicU32, Ordering};
 

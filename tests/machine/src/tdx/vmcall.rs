@@ -270,3 +270,27 @@ fn fatal_error(seen: &[u64; COUNT]) -> End {
         text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::never_arrives;
+
+    #[test]
+    fn vectors_of_exceptions_are_kept_back_and_nothing_else_is() {
+        // Fixed and lowest priority; for all, and for one.
+        for value in [0, 20, 31, 1 << 8 | 14, 2 << 18 | 16, 7 << 32 | 31] {
+            assert!(never_arrives(0x830, value), "{value:#x}");
+        }
+        // Interrupts, NMI, INIT, start-up, and other registers.
+        for (number, value) in [
+            (0x830, 32),
+            (0x830, 255),
+            (0x830, 4 << 8),
+            (0x830, 5 << 8),
+            (0x830, 6 << 8 | 8),
+            (0x832, 20),
+        ] {
+            assert!(!never_arrives(number, value), "{number:#x} {value:#x}");
+        }
+    }
+}

@@ -400,7 +400,7 @@ fn both_accept() -> Verdict {
     OPERAND.store(page_of(region, 1).get(), Ordering::SeqCst);
     trap::on_interrupt(Some(tick));
     let verdict = ask(work::ACCEPT).and_then(|()| {
-        start_timer(PERIODIC | 0x56, 200_000)?;
+        start_timer(PERIODIC | 0x56, 2_000_000)?;
         let accepted = accept_every_other(region);
         let mut looks = LOOKS;
         insn::open_interrupts_while(|| {
