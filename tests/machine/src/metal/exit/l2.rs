@@ -17,7 +17,7 @@ use protocols::tdx::vmcall::register::RSP;
 use protocols::tdx::vmcs::interruption;
 use protocols::vmsa::Efer;
 
-use crate::metal::cpu::msr;
+use crate::metal::cpu::{self, msr};
 use crate::metal::guest_memory::fetch;
 use crate::metal::svm::{self, EXIT_INVALID_LOW};
 use crate::metal::vcpu::{Flow, Vcpu};
@@ -41,10 +41,6 @@ const PAGE_FAULT: u64 = 14;
 
 /// Handles an exit of an L2 VM.
 pub fn exit(vcpu: &mut Vcpu, code: ExitCode) -> Flow {
-    if vcpu.keep_task_priority() {
-        // The instruction is complete; what else there is comes again.
-        return vcpu.exit_to_l1(Exit::new(ExitReason::TPR_BELOW_THRESHOLD), 0);
-    }
     if code.0 & 0xFFFF_FFFF == EXIT_INVALID_LOW {
         return invalid(vcpu);
     }
@@ -100,8 +96,8 @@ pub fn exit(vcpu: &mut Vcpu, code: ExitCode) -> Flow {
             }
             vcpu.exit_to_l1(Exit::new(ExitReason::TRIPLE_FAULT), 0)
         }
-        // Reads of all control registers, writes of CR0 and CR4.
-        ExitCode(0x00 | 0x10 | 0x14) => control_register(vcpu),
+        // Reads of all control registers, writes of CR0, CR4 and CR8.
+        ExitCode(0x00 | 0x10 | 0x14 | 0x18) => control_register(vcpu),
         ExitCode(0x20..=0x3F) => debug_register(vcpu),
         ExitCode(number) if EXCEPTIONS.contains(&number) => exception(vcpu, number - 0x40),
         // There is no SVM in this processor.
@@ -445,6 +441,18 @@ fn control_register(vcpu: &mut Vcpu) -> Flow {
             }
             set_cr4(vcpu, cr4 & mask4 | value & !mask4 & !CR4_VMXE)
         }
+        ControlOp::To(8, general) => {
+            let Ok(class @ 0..=0xF) = u8::try_from(gprs[general] & width) else {
+                return vcpu.general_protection();
+            };
+            let below = vcpu.set_virtual_cr8(class);
+            let flow = vcpu.skip(length);
+            if below {
+                // The instruction is complete.
+                return vcpu.exit_to_l1(Exit::new(ExitReason::TPR_BELOW_THRESHOLD), 0);
+            }
+            return flow;
+        }
         ControlOp::Clts => {
             if mask0 & CR0_TS != 0 && shadow0 & CR0_TS != 0 {
                 let exit = Exit {
@@ -469,6 +477,24 @@ fn control_register(vcpu: &mut Vcpu) -> Flow {
     }
     vcpu.show_control_registers();
     vcpu.skip(length)
+}
+
+/// A MOV to CR8 of a guest whose task priority is the processor's, while an interrupt waits.
+pub fn write_cr8(vcpu: &mut Vcpu) -> Flow {
+    let (bytes, len) = fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu);
+    match ControlMove::decode(&bytes[..len], vcpu.is_64_bit()) {
+        Some(ControlMove {
+            what: ControlOp::To(8, general),
+            length,
+        }) => match vcpu.general_registers()[general] {
+            class @ 0..=0xF => {
+                cpu::set_task_priority(class);
+                vcpu.skip(length)
+            }
+            _ => vcpu.general_protection(),
+        },
+        _ => vcpu.undefined_opcode(),
+    }
 }
 
 /// False is #GP(0).
