@@ -252,7 +252,8 @@ impl Findings {
         );
     }
 
-    fn referee_agrees(&mut self, report: &Report) {
+    /// The paravisor's map and the machine say the same of every page.
+    pub fn referee_agrees(&mut self, report: &Report) {
         let verdict = report.referee.clone().unwrap_or_default();
         self.check("the referee looked at pages", verdict.checked > 0, || {
             "none".into()

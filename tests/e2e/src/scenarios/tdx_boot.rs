@@ -1,14 +1,16 @@
 //! Does an unmodified Debian boot in a trust domain?
 //!
 //! OVMF's build for TDX and Debian's kernels, nothing of ours in them. In `tdx_boot/l1-…` they are the
-//! trust domain themselves, without a paravisor: what fails there is the machine's fault.
+//! trust domain themselves, without a paravisor: what fails there is the machine's fault. In
+//! `tdx_boot/l2-…` the paravisor is L1 and serves them.
 
 use anyhow::Result;
+use protocols::launch::{Acceptance, Fault};
 use protocols::report::Outcome;
 
 use super::{boot, matrix};
 use crate::guests::Kernel;
-use crate::image;
+use crate::image::{self, Recipe};
 use crate::scenario::{BOOT_LIMIT, Context, Findings, Scenario};
 use crate::vm::{Backing, Config, Finished, Settings};
 
@@ -42,20 +44,45 @@ impl Row {
         format!("{kernel}-{backing}-{}cpu", self.vcpus)
     }
 
-    /// Whether the machine is judged by it every day.
-    fn every_day(self) -> bool {
-        (self.kernel, self.backing, self.vcpus) == (Kernel::Cloud7_2, Backing::Large, 2)
-    }
+    /// The row that judges the machine every day.
+    const DAILY_L1: Row = Row {
+        kernel: Kernel::Cloud7_2,
+        backing: Backing::Large,
+        vcpus: 2,
+    };
+    /// Those that judge the paravisor every day: both kernels, both backings, one processor and more.
+    const DAILY_L2: [Row; 2] = [
+        Row {
+            kernel: Kernel::Cloud6_12,
+            backing: Backing::Small,
+            vcpus: 2,
+        },
+        Row {
+            kernel: Kernel::Cloud7_2,
+            backing: Backing::Large,
+            vcpus: 1,
+        },
+    ];
 }
 
 pub fn scenarios() -> Vec<Scenario> {
-    Row::all()
-        .map(|row| {
-            let name = format!("tdx_boot/l1-{}", row.name());
-            let scenario = Scenario::new(name, move |context| alone(context, row))
-                .booting(row.kernel)
-                .in_trust_domain();
-            if row.every_day() {
+    let plain = Row::all().map(|row| {
+        let scenario = Scenario::new(format!("tdx_boot/l1-{}", row.name()), move |context| {
+            alone(context, row)
+        });
+        (scenario, row, row == Row::DAILY_L1)
+    });
+    let served = Row::all().map(|row| {
+        let scenario = Scenario::new(format!("tdx_boot/l2-{}", row.name()), move |context| {
+            behind_the_paravisor(context, row)
+        });
+        (scenario, row, Row::DAILY_L2.contains(&row))
+    });
+    plain
+        .chain(served)
+        .map(|(scenario, row, every_day)| {
+            let scenario = scenario.booting(row.kernel).in_trust_domain();
+            if every_day {
                 scenario
             } else {
                 scenario.only_in_full()
@@ -81,6 +108,38 @@ fn alone(context: &Context, row: Row) -> Result<Findings> {
     findings.equal("violations", report.violations.total(), 0);
     crate::report_laws::check(&mut findings, &finished, report);
     crate::report_laws::check_backing(&mut findings, report, row.backing);
+    guest_says(&mut findings, &finished, row);
+    Ok(findings)
+}
+
+/// Firmware and kernel are the guest of the paravisor, in an L2 VM.
+fn behind_the_paravisor(context: &Context, row: Row) -> Result<Findings> {
+    let artefacts = &context.artefacts;
+    let (image, sidecar) = context.image_of(Recipe {
+        paravisor: &artefacts.paravisor,
+        firmware: Some(&artefacts.ovmf),
+        td_firmware: Some(artefacts.td_firmware()?),
+        fault: Fault::NONE,
+        acceptance: Acceptance::LAZY,
+    })?;
+    let config = context.machine(image, &sidecar, settings(row));
+    let finished = run(context, config, row)?;
+    let mut findings = Findings::default();
+    findings.ended(&finished, Outcome::PowerOff)?;
+    let launched = finished.launch.as_ref().map(|launch| launch.digest.clone());
+    findings.equal("MRTD as built", launched, sidecar.mrtd);
+    let report = finished.report()?;
+    findings.equal("violations", report.violations.total(), 0);
+    findings.referee_agrees(report);
+    crate::report_laws::check(&mut findings, &finished, report);
+    crate::report_laws::check_backing(&mut findings, report, row.backing);
+    let l1 = report.counters.first().cloned().unwrap_or_default();
+    findings.check(
+        "L1 accepts, and nothing twice",
+        l1.accept.size_2m.ok + l1.accept.size_4k.ok > 0
+            && l1.accept.size_2m.already_accepted + l1.accept.size_4k.already_accepted == 0,
+        || format!("{:?}", l1.accept),
+    );
     guest_says(&mut findings, &finished, row);
     Ok(findings)
 }

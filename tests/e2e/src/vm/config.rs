@@ -280,6 +280,10 @@ impl Config {
         let counts = self.settings.icount;
         let threads = if counts { "single" } else { "multi" };
         let mut qemu = hardware(&self.qemu, &self.memory, low_memory, self.vcpus, threads);
+        if self.settings.tdx {
+            // As QEMU has it for a trust domain, which takes no interrupt that an APIC has not sent.
+            qemu.args(["-machine", "pic=off"]);
+        }
         if counts {
             if self.vcpus != 1 {
                 bail!(
