@@ -91,6 +91,7 @@ pub fn exit(vcpu: &mut Vcpu, code: ExitCode) -> Flow {
             vcpu.interrupt_for_l1()
         }
         ExitCode::SHUTDOWN => {
+            vcpu.tell_shutdown();
             if super::fetch_fault_is_unfounded(vcpu) {
                 return Flow::End(End::EmulatorFault(vcpu.id.0));
             }
