@@ -23,6 +23,7 @@ use crate::engine::{Done, Engine, Error, Held, OnNoChange};
 /// wait, in vain and then be told [`Error::Busy`], for the lock that the list holds.
 pub struct Accepting<'e, 'm, B: Backend> {
     engine: &'e Engine<'m, B>,
+    /// Owes nothing: a failure ends the hold. So to drop it is to release the lock, and no more.
     kept: Option<Kept<'m>>,
 }
 
@@ -76,27 +77,17 @@ impl<'e, 'm, B: Backend> Accepting<'e, 'm, B> {
             None => self.engine.accept_mixed(held, block, on_no_change),
         };
         *left -= 1;
-        if *left == 0 || result.is_err() {
-            self.release();
+        if (*left == 0 || result.is_err())
+            && let Some(Kept { held, .. }) = self.kept.take()
+        {
+            self.engine.end(held);
         }
         result
     }
 
     /// The engine, for any other call: no lock is held.
     pub fn engine(&mut self) -> &'e Engine<'m, B> {
-        self.release();
+        self.kept = None;
         self.engine
-    }
-
-    fn release(&mut self) {
-        if let Some(Kept { held, .. }) = self.kept.take() {
-            self.engine.end(held);
-        }
-    }
-}
-
-impl<B: Backend> Drop for Accepting<'_, '_, B> {
-    fn drop(&mut self) {
-        self.release();
     }
 }

@@ -6,14 +6,16 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use guest::harness::{Case, Finding, Verdict, case, expect};
 use guest::memory::{self, page_of, private};
-use guest::tdcall::{self, accept, expect_accept, host_rdmsr, host_wrmsr, map_gpa};
+use guest::tdcall::{expect_accept, host_rdmsr, host_wrmsr, map_gpa};
 use guest::trap::Trap;
 use guest::{insn, trap};
-use protocols::addr::{Gpa, PAGE_SIZE, PageSize};
+use protocols::addr::{PAGE_SIZE, PageSize};
 use protocols::tdx::ve::ExitReason;
-use protocols::tdx::vmcall::register::R12;
-use protocols::tdx::vmcall::{Status as HostStatus, SubFunction};
+use protocols::tdx::vmcall::Status as HostStatus;
 
+use crate::second::{
+    self, ICR, LOOKS, PAGES_EACH, WORK, accept_every_other, ask, await_answer, hlt, send, work,
+};
 use crate::ve::take_info;
 
 pub const CASES: &[Case] = &[
@@ -49,7 +51,6 @@ const TPR: u32 = 0x808;
 const SPURIOUS: u64 = 0x80F;
 const ISR: u32 = 0x810;
 const IRR: u32 = 0x820;
-const ICR: u64 = 0x830;
 const SELF_IPI: u32 = 0x83F;
 const TIMER_LVT: u64 = 0x832;
 const TIMER_COUNT: u64 = 0x838;
@@ -57,14 +58,9 @@ const TIMER_DIVIDER: u64 = 0x83E;
 const PERIODIC: u64 = 1 << 17;
 const MASKED: u64 = 1 << 16;
 
-const SECOND: u64 = 1 << 32;
-/// Vector by which the second processor is told that there is work.
-const WORK: u8 = 0x3F;
+const SHARED: u64 = 1 << 47;
 /// Vector of spurious interrupts, as the paravisor has set it.
 const NO_MESSAGE: u8 = 0xFF;
-/// How often something that happens by itself is looked for.
-const LOOKS: u32 = 200_000_000;
-
 /// Vectors in the order they came, the last one in bits 7:0; those of [`WORK`] are not among them.
 static ORDER: AtomicU64 = AtomicU64::new(0);
 /// Where the last one came.
@@ -97,11 +93,6 @@ fn expect_order(want: u64) -> Verdict {
 
 fn to_itself(vector: u8) -> Verdict {
     expect("SELF_IPI", insn::wrmsr(SELF_IPI, vector.into()), Ok(()))
-}
-
-fn send(destination: u64, vector: u8) -> Verdict {
-    let answer = host_wrmsr(ICR, destination | u64::from(vector))?;
-    expect("ICR", answer, 0)
 }
 
 /// Whether a vector is set in ISR or IRR.
@@ -292,10 +283,6 @@ fn timer() -> Verdict {
     verdict.and(stopped)
 }
 
-fn hlt() -> Verdict {
-    tdcall::ask_host(SubFunction::HLT, &[(R12, 0)]).map(|_| ())
-}
-
 /// What waited when the guest halted ends that; nothing else would.
 fn hlt_ready() -> Verdict {
     recorded(|| {
@@ -397,7 +384,7 @@ fn both_accept() -> Verdict {
         }
     }
     let region = memory::fresh_region();
-    OPERAND.store(page_of(region, 1).get(), Ordering::SeqCst);
+    second::set_operand(page_of(region, 1));
     trap::on_interrupt(Some(tick));
     let verdict = ask(work::ACCEPT).and_then(|()| {
         start_timer(PERIODIC | 0x56, 2_000_000)?;
@@ -413,28 +400,8 @@ fn both_accept() -> Verdict {
     let stopped = stop_timer();
     trap::on_interrupt(None);
     verdict.and(stopped)?;
-    expect("accepted there", RESULT.load(Ordering::SeqCst), PAGES_EACH)?;
+    expect("accepted there", second::result(), PAGES_EACH)?;
     expect("three ticks", TICKS.load(Ordering::SeqCst) >= 3, true)
-}
-
-/// Pages that each of two processors accepts.
-const PAGES_EACH: u64 = 64;
-
-/// Accepts every other page from `first` on; how many were new. Interrupts come in between.
-fn accept_every_other(first: Gpa) -> Result<u64, Finding> {
-    let mut new = 0;
-    for page in (0..PAGES_EACH).map(|page| page_of(first, 2 * page)) {
-        // Busy: the other has the lock for too long.
-        let status = loop {
-            let status = accept(page, PageSize::Size4K)?;
-            if status >> 32 != 0x8000_0200 {
-                break status;
-            }
-        };
-        new += u64::from(status == 0);
-        insn::open_interrupts();
-    }
-    Ok(new)
 }
 
 /// Shares an accepted page while the second processor runs on and leaves by itself never; how often that
@@ -442,32 +409,28 @@ fn accept_every_other(first: Gpa) -> Result<u64, Finding> {
 fn share_beside(work: u32) -> Verdict {
     ask(work)?;
     for _ in 0..LOOKS {
-        if RESULT.load(Ordering::SeqCst) == work::RUNNING {
+        if second::result() == work::RUNNING {
             break;
         }
         hint::spin_loop();
     }
-    expect("runs", RESULT.load(Ordering::SeqCst), work::RUNNING)?;
+    expect("runs", second::result(), work::RUNNING)?;
     let shared = (0..8).try_for_each(|_| {
         let page = memory::fresh_page();
         expect_accept(page, PageSize::Size4K, 0)?;
         memory::write(private(page), 7)?;
         // On a busy computer the other may take its time.
         for _ in 0..20 {
-            let (status, at) = map_gpa(memory_bit() | page.get(), PAGE_SIZE)?;
+            let (status, at) = map_gpa(SHARED | page.get(), PAGE_SIZE)?;
             if HostStatus(status) != HostStatus::RETRY {
                 return expect("MapGPA", (status, at), (0, 0));
             }
         }
         Err(Finding::new(format_args!("the flush never ends")))
     });
-    STOP.store(1, Ordering::SeqCst);
+    second::stop();
     let answered = await_answer();
     shared.and(answered)
-}
-
-const fn memory_bit() -> u64 {
-    1 << 47
 }
 
 fn flush_calls_out() -> Verdict {
@@ -490,83 +453,4 @@ fn spurious() -> Verdict {
         insn::open_interrupts();
         expect_order(NO_MESSAGE.into())
     })
-}
-
-/// What the second processor is asked for.
-mod work {
-    pub const NONE: u32 = 0;
-    /// Send an interrupt to the first.
-    pub const SEND: u32 = 1;
-    /// Run without an exit, interrupts off, until told to stop.
-    pub const SPIN: u32 = 2;
-    /// The same with interrupts on.
-    pub const SPIN_OPEN: u32 = 3;
-    /// Accept every other page from the operand on.
-    pub const ACCEPT: u32 = 4;
-
-    /// The vector of `SEND`.
-    pub const SENT: u8 = 0x93;
-    /// Result of one that runs on.
-    pub const RUNNING: u64 = 1;
-}
-
-static ASKED: AtomicU32 = AtomicU32::new(work::NONE);
-static OPERAND: AtomicU64 = AtomicU64::new(0);
-static RESULT: AtomicU64 = AtomicU64::new(0);
-static STOP: AtomicU32 = AtomicU32::new(0);
-/// Requests that are answered.
-static ANSWERED: AtomicU32 = AtomicU32::new(0);
-
-/// Asks the second processor for something. It sleeps, and an interrupt wakes it.
-fn ask(what: u32) -> Verdict {
-    RESULT.store(0, Ordering::SeqCst);
-    STOP.store(0, Ordering::SeqCst);
-    ANSWERED.store(0, Ordering::SeqCst);
-    ASKED.store(what, Ordering::SeqCst);
-    send(SECOND, WORK)
-}
-
-fn await_answer() -> Verdict {
-    for _ in 0..LOOKS {
-        if ANSWERED.load(Ordering::SeqCst) != 0 {
-            return Ok(());
-        }
-        hint::spin_loop();
-    }
-    Err(Finding::new(format_args!("the second processor is silent")))
-}
-
-/// The second processor's life: it sleeps, and does what it is asked for when an interrupt comes.
-pub fn serve() -> ! {
-    trap::load();
-    loop {
-        let _ = hlt();
-        insn::open_interrupts();
-        match ASKED.swap(work::NONE, Ordering::SeqCst) {
-            work::NONE => continue,
-            work::SEND => {
-                let _ = send(0, work::SENT);
-            }
-            work::SPIN => {
-                RESULT.store(work::RUNNING, Ordering::SeqCst);
-                while !is_stopped() {
-                    hint::spin_loop();
-                }
-            }
-            work::SPIN_OPEN => {
-                RESULT.store(work::RUNNING, Ordering::SeqCst);
-                insn::open_interrupts_while(|| !is_stopped());
-            }
-            work::ACCEPT => {
-                let first = Gpa::new(OPERAND.load(Ordering::SeqCst));
-                RESULT.store(accept_every_other(first).unwrap_or(0), Ordering::SeqCst);
-            }
-            _ => {}
-        }
-        ANSWERED.store(1, Ordering::SeqCst);
-    }
-}
-
-fn is_stopped() -> bool {
-    STOP.load(Ordering::SeqCst) != 0
 }

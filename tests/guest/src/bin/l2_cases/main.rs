@@ -33,6 +33,8 @@ mod paravisor;
 #[cfg(target_os = "none")]
 mod reset;
 #[cfg(target_os = "none")]
+mod second;
+#[cfg(target_os = "none")]
 mod start;
 #[cfg(target_os = "none")]
 #[path = "../tdx_cases/ve.rs"]
@@ -108,9 +110,9 @@ extern "C" fn main() -> ! {
 
 /// Where the second processor ends up. It says who it is and waits for work.
 #[cfg(target_os = "none")]
-extern "C" fn second(index: u64) -> ! {
+extern "C" fn second_start(index: u64) -> ! {
     start::second(index);
-    interrupts::serve()
+    second::serve()
 }
 
 #[cfg(not(target_os = "none"))]
