@@ -26,17 +26,24 @@ struct Row {
 }
 
 impl Row {
-    fn all() -> impl Iterator<Item = Row> {
-        let kernels = [Kernel::Cloud6_12, Kernel::Cloud7_2];
-        kernels.into_iter().flat_map(|kernel| {
-            Backing::BOTH.into_iter().flat_map(move |backing| {
-                [1, 2, 4].map(|vcpus| Row {
-                    kernel,
-                    backing,
-                    vcpus,
-                })
-            })
-        })
+    /// Both kernels on both backings with one processor and with four, and the two rows with two
+    /// processors that are for every day.
+    fn all() -> Vec<Row> {
+        let row = |kernel, backing, vcpus| Row {
+            kernel,
+            backing,
+            vcpus,
+        };
+        let mut rows = vec![
+            row(Kernel::Cloud6_12, Backing::Small, 2),
+            row(Kernel::Cloud7_2, Backing::Large, 2),
+        ];
+        for kernel in [Kernel::Cloud6_12, Kernel::Cloud7_2] {
+            for backing in Backing::BOTH {
+                rows.extend([1, 4].map(|vcpus| row(kernel, backing, vcpus)));
+            }
+        }
+        rows
     }
 
     fn name(self) -> String {
@@ -66,13 +73,13 @@ impl Row {
 }
 
 pub fn scenarios() -> Vec<Scenario> {
-    let plain = Row::all().map(|row| {
+    let plain = Row::all().into_iter().map(|row| {
         let scenario = Scenario::new(format!("tdx_boot/l1-{}", row.name()), move |context| {
             alone(context, row)
         });
         (scenario, row, row == Row::DAILY_L1)
     });
-    let served = Row::all().map(|row| {
+    let served = Row::all().into_iter().map(|row| {
         let scenario = Scenario::new(format!("tdx_boot/l2-{}", row.name()), move |context| {
             behind_the_paravisor(context, row)
         });

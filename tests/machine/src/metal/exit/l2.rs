@@ -32,6 +32,10 @@ const CR0_CD: u64 = 1 << 30;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_VMXE: u64 = 1 << 13;
+/// Process-context identifiers, which this processor has not and CPUID does not show. Setting the bit is
+/// not refused in a trust domain: all processors with TDX have them, so OVMF 2026.08 turns the bit over
+/// where it means to clear it (`ApRunLoop.nasm`).
+const CR4_PCIDE: u64 = 1 << 17;
 /// What this processor has of CR4: up to OSXMMEXCPT, UMIP, FSGSBASE, SMEP, SMAP.
 const CR4_KNOWN: u64 = 0x7FF | 1 << 11 | 1 << 16 | 1 << 20 | 1 << 21;
 
@@ -498,6 +502,31 @@ pub fn write_cr8(vcpu: &mut Vcpu) -> Flow {
     }
 }
 
+/// A MOV to CR4 by L1 with bits that the processor refuses.
+pub fn write_refused_cr4(vcpu: &mut Vcpu) -> Flow {
+    let (bytes, len) = fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu);
+    match ControlMove::decode(&bytes[..len], vcpu.is_64_bit()) {
+        Some(ControlMove {
+            what: ControlOp::To(4, general),
+            length,
+        }) => {
+            let width = if vcpu.is_64_bit() {
+                u64::MAX
+            } else {
+                0xFFFF_FFFF
+            };
+            let value = vcpu.general_registers()[general] & width;
+            // Without the bit that is tolerated there is nothing to refuse, or it is refused still.
+            if value & CR4_PCIDE != 0 && set_cr4(vcpu, value) {
+                vcpu.skip(length)
+            } else {
+                vcpu.general_protection()
+            }
+        }
+        _ => vcpu.general_protection(),
+    }
+}
+
 /// False is #GP(0).
 fn set_cr0(vcpu: &mut Vcpu, value: u64) -> bool {
     let lacks = |bits: u64| value & bits == 0;
@@ -523,6 +552,7 @@ fn set_cr0(vcpu: &mut Vcpu, value: u64) -> bool {
 
 /// False is #GP(0).
 fn set_cr4(vcpu: &mut Vcpu, value: u64) -> bool {
+    let value = value & !CR4_PCIDE;
     let long_paging = vcpu.save().efer & Efer::LMA.0 != 0;
     if value & !CR4_KNOWN != 0 || long_paging && value & CR4_PAE == 0 {
         return false;

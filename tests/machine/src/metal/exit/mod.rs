@@ -136,7 +136,11 @@ fn invalid(vcpu: &mut Vcpu) -> Flow {
     if let [0x0F, 0x22, modrm, ..] = rest
         && matches!(modrm >> 3 & 7, 3 | 4)
     {
-        return vcpu.general_protection();
+        return if vcpu.kind == PlatformKind::Tdx {
+            l2::write_refused_cr4(vcpu)
+        } else {
+            vcpu.general_protection()
+        };
     }
     let save = vcpu.save();
     Flow::End(End::Refused(format!(

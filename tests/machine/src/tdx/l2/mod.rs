@@ -16,6 +16,7 @@ pub mod vmcs;
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
+use alloc::vec::Vec;
 
 use protocols::tdx::l2::{
     EnterState, Exit, Flush, GlaList, decode_enter_operand, decode_invgla_operand,
