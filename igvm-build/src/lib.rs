@@ -26,18 +26,25 @@
 #![forbid(unsafe_code)]
 
 pub mod accept;
-pub mod digest;
+pub mod check;
+pub mod cpu;
+pub mod diff;
 pub mod elf;
 pub mod error;
+pub mod file;
 pub mod firmware;
 pub mod flat;
+pub mod id_block;
 pub mod image;
 pub mod layout;
+pub mod measure;
 pub mod native;
 pub mod page_tables;
 pub mod params;
+pub mod recipe;
 pub mod show;
 pub mod sidecar;
+pub mod target;
 pub mod td;
 pub mod td_firmware;
 pub mod tdx;

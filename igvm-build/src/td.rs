@@ -109,7 +109,7 @@ fn serialize(directives: Vec<Directive>) -> Result<Vec<u8>, Error> {
         policy: POLICY,
         compatibility_mask: TDX_MASK,
     };
-    let invalid = |error: igvm::Error| Error::NotIgvm {
+    let invalid = |error: igvm::Error| Error::Unwritable {
         reason: error.to_string(),
     };
     let file = IgvmFile::new(IgvmRevision::V1, vec![platform], vec![policy], directives)

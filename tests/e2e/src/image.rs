@@ -64,7 +64,7 @@ impl Recipe<'_> {
             c_bit: MACHINE_C_BIT,
             fault: self.fault,
             acceptance: self.acceptance,
-            native: true,
+            ..Options::default()
         };
         let image = image::build(&program, firmware.as_ref(), td_firmware.as_ref(), &options)
             .map_err(FileError::content(self.firmware.unwrap_or(self.paravisor)))?;
