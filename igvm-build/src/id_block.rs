@@ -12,15 +12,20 @@
 
 use igvm_defs::{
     IGVM_VHS_SNP_ID_BLOCK, IGVM_VHS_SNP_ID_BLOCK_PUBLIC_KEY, IGVM_VHS_SNP_ID_BLOCK_SIGNATURE,
+    IgvmPlatformType, IgvmVariableHeaderType as Type,
 };
+pub use p384::ecdsa::SigningKey;
 use p384::ecdsa::signature::{Signer, Verifier};
-use p384::ecdsa::{Signature, SigningKey, VerifyingKey};
+use p384::ecdsa::{Signature, VerifyingKey};
 use p384::pkcs8::DecodePrivateKey;
 use protocols::measure::Digest;
 use sha2::{Digest as _, Sha384};
 use zerocopy::{FromZeros, Immutable, IntoBytes};
 
 use crate::error::Error;
+use crate::file::{File, edit};
+use crate::measure::quietly;
+use crate::measure::snp::{Loader, launch_digest};
 
 /// ECDSA on P-384 with SHA-384, as algorithm of a signature.
 const ALGORITHM: u32 = 1;
@@ -133,6 +138,41 @@ pub fn read_key(pem: &str) -> Result<SigningKey, Error> {
         None => p384::SecretKey::from_pkcs8_pem(pem).map_err(|error| bad(error.to_string()))?,
     };
     Ok(SigningKey::from(key))
+}
+
+/// Puts a signed ID block into the image `bytes`, in place of one that may be there, for the launch digest
+/// that `loader` makes of it and for its policy.
+///
+/// # Errors
+///
+/// When the image cannot be measured, or has no policy for SEV-SNP.
+pub fn sign_image(
+    bytes: &[u8],
+    loader: Loader,
+    identity: &Identity,
+    keys: &Keys,
+) -> Result<(Vec<u8>, Signed), Error> {
+    let file = File::read(bytes)?;
+    let digest = launch_digest(&file, loader, &mut quietly)?;
+    let platform = "SEV-SNP";
+    let mask = file
+        .mask_of(IgvmPlatformType::SEV_SNP)
+        .ok_or(Error::NoPlatform { platform })?;
+    let policy = file.policy(mask).ok_or(Error::NoPolicy)?;
+    let signed = sign(&digest, policy, mask, identity, keys);
+    let image = put_into(&file, &signed.header)?;
+    Ok((image, signed))
+}
+
+/// The file with this ID block in place of one that may be there.
+///
+/// # Errors
+///
+/// When the file has headers that cannot be moved.
+pub fn put_into(file: &File<'_>, header: &IGVM_VHS_SNP_ID_BLOCK) -> Result<Vec<u8>, Error> {
+    let kind = Type::IGVM_VHT_SNP_ID_BLOCK;
+    let added = Some((kind, header.as_bytes()));
+    Ok(edit::replace(file, |old| old.kind == kind, added)?)
 }
 
 /// Signs a launch digest and a policy for the platform with the bit `mask`.

@@ -53,7 +53,7 @@ pub struct Measure {
     json: bool,
 }
 
-/// A measurement and its steps.
+/// A measurement and, for JSON, its steps. (As text they are printed while they are made.)
 #[derive(Serialize)]
 struct Measured {
     name: &'static str,
@@ -78,9 +78,6 @@ impl Measure {
             );
         }
         for measurement in &measured {
-            for step in &measurement.steps {
-                print(&format!("{}\n", line(step)))?;
-            }
             print(&format!("{} {}\n", measurement.name, measurement.value))?;
         }
         Ok(())
@@ -124,10 +121,11 @@ impl Measure {
         measure: impl FnOnce(&mut dyn FnMut(&Step)) -> Result<Digest, Error>,
     ) -> Result<Measured, Error> {
         let mut steps = Vec::new();
-        let value = measure(&mut |step| {
-            if self.explain {
-                steps.push(step.clone());
-            }
+        let value = measure(&mut |step| match (self.explain, self.json) {
+            (true, true) => steps.push(step.clone()),
+            // Whoever does not read them any more gets the rest neither.
+            (true, false) => drop(print(&format!("{}\n", line(step)))),
+            (false, _) => {}
         })?;
         Ok(Measured {
             name,

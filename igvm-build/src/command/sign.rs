@@ -5,16 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use base64ct::{Base64, Encoding as _};
 use clap::Args;
-use igvm_build::error::{Error, FileError};
-use igvm_build::file::{File, edit};
-use igvm_build::id_block::{Identity, Keys, Signed, read_key, sign};
-use igvm_build::measure::quietly;
-use igvm_build::measure::snp::launch_digest;
+use igvm_build::error::FileError;
+use igvm_build::id_block::{Identity, Keys, SigningKey, read_key, sign_image};
 use igvm_build::sidecar::hex;
 use igvm_build::target::Target;
-use igvm_defs::{IgvmPlatformType, IgvmVariableHeaderType as Type};
-use p384::ecdsa::SigningKey;
-use zerocopy::IntoBytes as _;
 use zeroize::Zeroizing;
 
 use super::{IGVM, print, read, write};
@@ -62,8 +56,12 @@ impl Sign {
             id: read_key_file(&self.id_key)?,
             author: self.author_key.as_deref().map(read_key_file).transpose()?,
         };
-        let (image, signed) = self
-            .sign(&bytes, &keys)
+        let identity = Identity {
+            family_id: self.family_id,
+            image_id: self.image_id,
+            guest_svn: self.guest_svn,
+        };
+        let (image, signed) = sign_image(&bytes, self.loader.loader(), &identity, &keys)
             .map_err(FileError::content(&self.file))?;
         if let Some(out) = &self.out {
             write(out, &image)?;
@@ -81,30 +79,6 @@ impl Sign {
             print(&format!("author key digest {}\n", hex(&author)))?;
         }
         Ok(())
-    }
-
-    /// The image with its ID block.
-    fn sign(&self, bytes: &[u8], keys: &Keys) -> Result<(Vec<u8>, Signed), Error> {
-        let file = File::read(bytes)?;
-        let platform = "SEV-SNP";
-        let mask = file
-            .mask_of(IgvmPlatformType::SEV_SNP)
-            .ok_or(Error::NoPlatform { platform })?;
-        let digest = launch_digest(&file, self.loader.loader(), &mut quietly)?;
-        let policy = file.policy(mask).ok_or(Error::NoPolicy)?;
-        let identity = Identity {
-            family_id: self.family_id,
-            image_id: self.image_id,
-            guest_svn: self.guest_svn,
-        };
-        let signed = sign(&digest, policy, mask, &identity, keys);
-        let added = (Type::IGVM_VHT_SNP_ID_BLOCK, signed.header.as_bytes());
-        let image = edit::replace(
-            &file,
-            |header| header.kind == Type::IGVM_VHT_SNP_ID_BLOCK,
-            Some(added),
-        )?;
-        Ok((image, signed))
     }
 }
 

@@ -32,17 +32,20 @@ impl Areas {
         area: &IGVM_VHS_PARAMETER_AREA,
     ) -> Result<(), Problem> {
         let (index, bytes) = (area.parameter_area_index, area.number_of_bytes);
-        if bytes == 0 || bytes > MAX_BYTES || !bytes.is_multiple_of(PAGE_SIZE) {
-            let found = format!("area {index} of {bytes} bytes");
-            return Err(Problem::new(header.offset, Rule::AreaSize, found));
-        }
-        let area = Area {
-            bytes,
-            inserted: false,
-        };
-        if self.0.insert(index, area).is_some() {
+        if self.0.contains_key(&index) {
             let found = format!("area {index} a second time");
             return Err(Problem::new(header.offset, Rule::AreaTwice, found));
+        }
+        // An area of a wrong size is declared all the same: those who go on want no second message about it.
+        let usable = bytes.clamp(PAGE_SIZE, MAX_BYTES) / PAGE_SIZE * PAGE_SIZE;
+        let area = Area {
+            bytes: usable,
+            inserted: false,
+        };
+        self.0.insert(index, area);
+        if usable != bytes {
+            let found = format!("area {index} of {bytes} bytes");
+            return Err(Problem::new(header.offset, Rule::AreaSize, found));
         }
         Ok(())
     }

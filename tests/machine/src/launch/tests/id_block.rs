@@ -121,21 +121,61 @@ fn what_does_not_hold_is_refused_with_its_status() {
         ("image", |b| b.image_id[15] ^= 1, Refusal::BadSignature),
         ("SVN", |b| b.guest_svn += 1, Refusal::BadSignature),
         ("version", |b| b.version = 2, Refusal::InvalidParam),
-        ("r", |b| b.id_key_signature.r_comp[0] ^= 1, Refusal::BadSignature),
-        ("r zero", |b| b.id_key_signature.r_comp.fill(0), Refusal::BadSignature),
-        ("s too large", |b| b.id_key_signature.s_comp[71] = 1, Refusal::BadSignature),
-        ("algorithm", |b| b.id_key_algorithm = 2, Refusal::InvalidParam),
-        ("curve", |b| b.id_public_key.curve = 1, Refusal::InvalidParam),
-        ("no point", |b| b.id_public_key.qx[0] ^= 1, Refusal::InvalidParam),
-        ("author's s", |b| b.author_key_signature.s_comp[0] ^= 1, Refusal::BadSignature),
-        ("author's algorithm", |b| b.author_key_algorithm = 0, Refusal::InvalidParam),
-        ("enabled how", |b| b.author_key_enabled = 2, Refusal::InvalidParam),
+        (
+            "r",
+            |b| b.id_key_signature.r_comp[0] ^= 1,
+            Refusal::BadSignature,
+        ),
+        (
+            "r zero",
+            |b| b.id_key_signature.r_comp.fill(0),
+            Refusal::BadSignature,
+        ),
+        (
+            "s too large",
+            |b| b.id_key_signature.s_comp[71] = 1,
+            Refusal::BadSignature,
+        ),
+        (
+            "algorithm",
+            |b| b.id_key_algorithm = 2,
+            Refusal::InvalidParam,
+        ),
+        (
+            "curve",
+            |b| b.id_public_key.curve = 1,
+            Refusal::InvalidParam,
+        ),
+        (
+            "no point",
+            |b| b.id_public_key.qx[0] ^= 1,
+            Refusal::InvalidParam,
+        ),
+        (
+            "author's s",
+            |b| b.author_key_signature.s_comp[0] ^= 1,
+            Refusal::BadSignature,
+        ),
+        (
+            "author's algorithm",
+            |b| b.author_key_algorithm = 0,
+            Refusal::InvalidParam,
+        ),
+        (
+            "enabled how",
+            |b| b.author_key_enabled = 2,
+            Refusal::InvalidParam,
+        ),
     ];
     let good = signed(&digest(), true);
     for (name, spoil, refusal) in rows {
         let mut block = good;
         spoil(&mut block);
-        assert_eq!(launch(&[block]), Err(LaunchError::IdBlock(refusal)), "{name}");
+        assert_eq!(
+            launch(&[block]),
+            Err(LaunchError::IdBlock(refusal)),
+            "{name}"
+        );
     }
     let text = LaunchError::IdBlock(Refusal::BadMeasurement).to_string();
     assert!(text.contains("BAD_MEASUREMENT (0x0b)"), "{text}");
