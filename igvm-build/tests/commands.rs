@@ -1,6 +1,9 @@
 //! The command as it is run: what it prints, what it writes, and with which status it ends.
 
-#[allow(dead_code, reason = "each test program uses another part of this module")]
+#[allow(
+    dead_code,
+    reason = "each test program uses another part of this module"
+)]
 #[path = "support/raw.rs"]
 mod raw;
 mod support;
@@ -17,7 +20,9 @@ use support::{AREAS, ovmf, paravisor};
 
 /// An empty directory.
 fn directory(name: &str) -> PathBuf {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("commands").join(name);
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .join("commands")
+        .join(name);
     let _ = fs::remove_dir_all(&directory);
     fs::create_dir_all(&directory).unwrap();
     directory
@@ -27,7 +32,8 @@ fn directory(name: &str) -> PathBuf {
 fn inputs(directory: &Path) {
     fs::write(directory.join("svsm.elf"), paravisor()).unwrap();
     fs::write(directory.join("ovmf.fd"), ovmf(Some(&AREAS))).unwrap();
-    let recipe = "paravisor = \"svsm.elf\"\nfirmware = \"ovmf.fd\"\nc-bit = 47\nout = \"out.igvm\"\n";
+    let recipe =
+        "paravisor = \"svsm.elf\"\nfirmware = \"ovmf.fd\"\nc-bit = 47\nout = \"out.igvm\"\n";
     fs::write(directory.join("recipe.toml"), recipe).unwrap();
 }
 
@@ -74,7 +80,15 @@ fn two_builds_on_two_paths_give_identical_bytes() {
     let file = |name: &str| there.join(name).to_str().unwrap().to_owned();
     let (elf, firmware, out) = (file("svsm.elf"), file("ovmf.fd"), file("out.igvm"));
     let arguments = [
-        "build", "--paravisor", &elf, "--firmware", &firmware, "--c-bit", "47", "--out", &out,
+        "build",
+        "--paravisor",
+        &elf,
+        "--firmware",
+        &firmware,
+        "--c-bit",
+        "47",
+        "--out",
+        &out,
     ];
     let second = ends(&here, &arguments, 0);
     assert_eq!(first, second);
@@ -106,18 +120,27 @@ fn measure_show_and_the_description_agree() {
     let digest = ends(&place, &["build", "--recipe", "recipe.toml"], 0);
     assert_eq!(ends(&place, &["measure", "out.igvm"], 0), digest);
     let digest = value(&digest, "launch digest");
-    assert_eq!(value(&ends(&place, &["show", "out.igvm"], 0), "launch digest"), digest);
+    assert_eq!(
+        value(&ends(&place, &["show", "out.igvm"], 0), "launch digest"),
+        digest
+    );
     let sidecar: Value =
         serde_json::from_slice(&fs::read(place.join("out.igvm.json")).unwrap()).unwrap();
     assert_eq!(sidecar["digest"], digest);
     let shown: Value =
         serde_json::from_str(&ends(&place, &["show", "--json", "out.igvm"], 0)).unwrap();
-    assert_eq!(shown["platforms"][0]["measurement"]["launch_digest"], digest);
+    assert_eq!(
+        shown["platforms"][0]["measurement"]["launch_digest"],
+        digest
+    );
 
     // The steps lead to the digest, in the order of the launch.
-    let explained: Value =
-        serde_json::from_str(&ends(&place, &["measure", "--explain", "--json", "out.igvm"], 0))
-            .unwrap();
+    let explained: Value = serde_json::from_str(&ends(
+        &place,
+        &["measure", "--explain", "--json", "out.igvm"],
+        0,
+    ))
+    .unwrap();
     let steps = explained[0]["steps"].as_array().unwrap();
     assert_eq!(steps.last().unwrap()["after"], digest);
     assert_eq!(steps.last().unwrap()["kind"], "VMSA");
@@ -127,7 +150,14 @@ fn measure_show_and_the_description_agree() {
 
     // KVM measures each processor; those without a state need to be known.
     ends(&place, &["measure", "--vcpus", "4", "out.igvm"], 3);
-    let more = ["measure", "--vcpus", "4", "--vcpu-type", "EPYC-Milan", "out.igvm"];
+    let more = [
+        "measure",
+        "--vcpus",
+        "4",
+        "--vcpu-type",
+        "EPYC-Milan",
+        "out.igvm",
+    ];
     let four = ends(&place, &more, 0);
     assert_ne!(value(&four, "launch digest"), digest);
     ends(&place, &["measure", "--platform", "tdx", "out.igvm"], 3);
@@ -147,10 +177,16 @@ fn check_and_diff_answer_by_their_status() {
     let warned = good.with(raw::kind::MEMORY_MAP, 4, &[8]);
     fs::write(place.join("warned.igvm"), warned.bytes()).unwrap();
 
-    assert_eq!(ends(&place, &["check", "good.igvm"], 0), "no rule is broken\n");
+    assert_eq!(
+        ends(&place, &["check", "good.igvm"], 0),
+        "no rule is broken\n"
+    );
     assert!(ends(&place, &["check", "warned.igvm"], 0).starts_with("warning: at offset 0x"));
     let text = ends(&place, &["check", "tdx.igvm"], 1);
-    assert!(text.starts_with("error: at offset 0x18: qemu-platform: "), "{text}");
+    assert!(
+        text.starts_with("error: at offset 0x18: qemu-platform: "),
+        "{text}"
+    );
     ends(&place, &["check", "--loader", "any", "tdx.igvm"], 0);
     let json: Value =
         serde_json::from_str(&ends(&place, &["check", "--json", "tdx.igvm"], 1)).unwrap();
@@ -162,11 +198,18 @@ fn check_and_diff_answer_by_their_status() {
 
     assert_eq!(ends(&place, &["diff", "good.igvm", "same.igvm"], 0), "");
     let text = ends(&place, &["diff", "good.igvm", "other.igvm"], 1);
-    for expected in ["SEV-SNP: launch digest", "pages 0x8000000..0x8001000 (1)", "from byte 0x0 on: ab"] {
+    for expected in [
+        "SEV-SNP: launch digest",
+        "pages 0x8000000..0x8001000 (1)",
+        "from byte 0x0 on: ab",
+    ] {
         assert!(text.contains(expected), "{text}");
     }
     let text = ends(&place, &["diff", "good.igvm", "tdx.igvm"], 1);
-    assert_eq!(text, "SEV-SNP: the platform\n    < there\n    > none\nTDX: the platform\n    < none\n    > there\n");
+    assert_eq!(
+        text,
+        "SEV-SNP: the platform\n    < there\n    > none\nTDX: the platform\n    < none\n    > there\n"
+    );
     let json: Value = serde_json::from_str(&ends(
         &place,
         &["diff", "--json", "good.igvm", "other.igvm"],
@@ -184,12 +227,29 @@ fn a_signed_image_is_the_same_guest() {
     let id = write_key(&place, "id.pem", 1);
     write_key(&place, "author.pem", 2);
     let sec1 = id.to_sec1_pem(LineEnding::LF).unwrap();
-    let sec1 = format!("-----BEGIN EC PARAMETERS-----\nBgUrgQQAIg==\n-----END EC PARAMETERS-----\n{}", *sec1);
+    let sec1 = format!(
+        "-----BEGIN EC PARAMETERS-----\nBgUrgQQAIg==\n-----END EC PARAMETERS-----\n{}",
+        *sec1
+    );
     fs::write(place.join("sec1.pem"), sec1).unwrap();
     let sign = |key: &str, out: &str| {
         let arguments = [
-            "sign", "out.igvm", "--id-key", key, "--author-key", "author.pem", "--family-id", "f00d",
-            "--guest-svn", "3", "--out", out, "--id-block", "block", "--id-auth", "auth",
+            "sign",
+            "out.igvm",
+            "--id-key",
+            key,
+            "--author-key",
+            "author.pem",
+            "--family-id",
+            "f00d",
+            "--guest-svn",
+            "3",
+            "--out",
+            out,
+            "--id-block",
+            "block",
+            "--id-auth",
+            "auth",
         ];
         ends(&place, &arguments, 0)
     };
@@ -197,26 +257,54 @@ fn a_signed_image_is_the_same_guest() {
     assert!(said.starts_with(&digest), "{said}");
     // The same key in another form gives the same signature, every time.
     assert_eq!(sign("sec1.pem", "again.igvm"), said);
-    let [first, second] = ["signed.igvm", "again.igvm"].map(|name| fs::read(place.join(name)).unwrap());
+    let [first, second] =
+        ["signed.igvm", "again.igvm"].map(|name| fs::read(place.join(name)).unwrap());
     assert!(first == second);
     assert_eq!(fs::read(place.join("block")).unwrap().len(), 128);
-    assert_eq!(fs::read(place.join("auth")).unwrap().len(), 4096_usize.div_ceil(3) * 4);
+    assert_eq!(
+        fs::read(place.join("auth")).unwrap().len(),
+        4096_usize.div_ceil(3) * 4
+    );
 
     assert_eq!(ends(&place, &["measure", "signed.igvm"], 0), digest);
-    assert_eq!(ends(&place, &["check", "signed.igvm"], 0), "no rule is broken\n");
+    assert_eq!(
+        ends(&place, &["check", "signed.igvm"], 0),
+        "no rule is broken\n"
+    );
     let differences = ends(&place, &["diff", "out.igvm", "signed.igvm"], 1);
-    assert!(differences.starts_with("SEV-SNP: ID block\n    < none\n"), "{differences}");
+    assert!(
+        differences.starts_with("SEV-SNP: ID block\n    < none\n"),
+        "{differences}"
+    );
     assert_eq!(differences.lines().count(), 3);
     let shown = ends(&place, &["show", "signed.igvm"], 0);
-    assert!(shown.contains("version 1, SVN 3, with author key"), "{shown}");
+    assert!(
+        shown.contains("version 1, SVN 3, with author key"),
+        "{shown}"
+    );
     // Signed again, there is still one block.
-    ends(&place, &["sign", "signed.igvm", "--id-key", "id.pem", "--out", "twice.igvm"], 0);
+    ends(
+        &place,
+        &[
+            "sign",
+            "signed.igvm",
+            "--id-key",
+            "id.pem",
+            "--out",
+            "twice.igvm",
+        ],
+        0,
+    );
     ends(&place, &["check", "twice.igvm"], 0);
 
     fs::write(place.join("no.pem"), "nothing").unwrap();
     ends(&place, &["sign", "out.igvm", "--id-key", "no.pem"], 3);
     ends(&place, &["sign", "out.igvm", "--id-key", "none.pem"], 4);
-    ends(&place, &["sign", "out.igvm", "--id-key", "id.pem", "--image-id", "xy"], 2);
+    ends(
+        &place,
+        &["sign", "out.igvm", "--id-key", "id.pem", "--image-id", "xy"],
+        2,
+    );
 }
 
 #[test]
@@ -227,10 +315,18 @@ fn an_igvm_file_can_be_the_firmware() {
     ends(&place, &recipe, 0);
     fs::rename(place.join("out.igvm"), place.join("first.igvm")).unwrap();
     // Our own image has the firmware where it lies.
-    ends(&place, &[&recipe[..], &["--firmware", "first.igvm"]].concat(), 0);
+    ends(
+        &place,
+        &[&recipe[..], &["--firmware", "first.igvm"]].concat(),
+        0,
+    );
     assert_eq!(ends(&place, &["diff", "first.igvm", "out.igvm"], 0), "");
     fs::write(place.join("none.igvm"), Raw::snp().bytes()).unwrap();
-    ends(&place, &[&recipe[..], &["--firmware", "none.igvm"]].concat(), 3);
+    ends(
+        &place,
+        &[&recipe[..], &["--firmware", "none.igvm"]].concat(),
+        3,
+    );
 }
 
 #[test]
@@ -250,7 +346,10 @@ fn images_for_other_loaders_keep_to_their_tables() {
             "hyper-v" => ("0x400000000000", "0x303ff000"),
             _ => ("0x0", "0xfffffffff000"),
         };
-        assert!(shown.contains(&format!("shared from {boundary},")), "{shown}");
+        assert!(
+            shown.contains(&format!("shared from {boundary},")),
+            "{shown}"
+        );
         assert!(shown.contains(&format!("VMSA at {vmsa},")), "{shown}");
         assert_eq!(shown.contains("native"), target == "qemu", "{shown}");
     }

@@ -136,6 +136,7 @@ fn contents(data: &[u8]) -> Digest {
 /// `data` with the zeroes that the format leaves out.
 fn whole_page(data: &[u8]) -> Page {
     let mut page = [0; PAGE_SIZE as usize];
-    page.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+    let length = data.len().min(page.len());
+    page[..length].copy_from_slice(&data[..length]);
     page
 }
