@@ -1,9 +1,5 @@
 //! For each rule there is a file that breaks this one and no other.
 
-#[allow(
-    dead_code,
-    reason = "each test program uses another part of this module"
-)]
 #[path = "support/raw.rs"]
 mod raw;
 

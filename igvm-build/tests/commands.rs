@@ -1,9 +1,5 @@
 //! The command as it is run: what it prints, what it writes, and with which status it ends.
 
-#[allow(
-    dead_code,
-    reason = "each test program uses another part of this module"
-)]
 #[path = "support/raw.rs"]
 mod raw;
 mod support;

@@ -8,16 +8,8 @@
 
 #[path = "support/everything.rs"]
 mod everything;
-#[allow(
-    dead_code,
-    reason = "each test program uses another part of this module"
-)]
 #[path = "support/raw.rs"]
 mod raw;
-#[allow(
-    dead_code,
-    reason = "each test program uses another part of this module"
-)]
 mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};

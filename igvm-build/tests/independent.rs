@@ -5,10 +5,6 @@
 //! in docs/images.md; scenario `image/sev-snp-measure` (`--full`) runs it. `files/igvm-wrap-0.2.6.igvm` was
 //! written by igvm-wrap of virtfw-igvm-tools 0.2.6 (`--snp`) from the firmware of `support`.
 
-#[allow(
-    dead_code,
-    reason = "each test program uses another part of this module"
-)]
 #[path = "support/raw.rs"]
 mod raw;
 mod support;

@@ -137,7 +137,10 @@ fn check_vmsa(file: &File<'_>, header: &Header<'_>, gpa: u64, found: &mut Found)
     };
     let bytes = vmsa.as_bytes();
     let mut next = 0;
-    for range in PASSED_ON.into_iter().chain([bytes.len()..bytes.len()]) {
+    for range in PASSED_ON
+        .into_iter()
+        .chain(std::iter::once(bytes.len()..bytes.len()))
+    {
         let refused = bytes.get(next..range.start).unwrap_or_default();
         if let Some(at) = refused.iter().position(|&byte| byte != 0) {
             let text = format!("byte {:#x} of the VMSA is set", next + at);

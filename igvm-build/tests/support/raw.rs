@@ -1,5 +1,10 @@
 //! IGVM files written byte by byte, right or wrong.
 
+#![allow(
+    dead_code,
+    reason = "each test program uses another part of this module"
+)]
+
 use igvm_build::file::edit::seal;
 
 /// Where the data of a [`Raw`] begins.
