@@ -1,4 +1,4 @@
-//! Is the image reproducible and measured as told?
+//! Is the image reproducible, measured as told, and refused with a wrong ID block?
 
 use std::fs;
 use std::path::PathBuf;

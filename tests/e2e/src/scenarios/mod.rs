@@ -17,7 +17,8 @@
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
-//! | [`image`] | is the image reproducible and measured as told? |
+//! | [`image`] | is the image reproducible, measured as told, and refused with a wrong ID block? |
+//! | [`image_tools`] | do other people's tools say the same of it? |
 //! | [`double_validation`] | is no page ever validated twice, whatever host and guest try? |
 //! | [`observe`] | does a run show what it is asked to show? |
 //! | [`tools`] | what do the tools say to bad input? |
@@ -32,6 +33,7 @@ mod ends;
 mod faults;
 mod hostile;
 mod image;
+mod image_tools;
 mod isa;
 mod matrix;
 mod native;
@@ -50,6 +52,7 @@ pub fn all() -> Vec<Scenario> {
     [
         tools::scenarios(),
         image::scenarios(),
+        image_tools::scenarios(),
         isa::scenarios(),
         tdx::scenarios(),
         tdx_l2::scenarios(),
