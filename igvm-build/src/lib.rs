@@ -17,7 +17,7 @@
 //! | [`target`] | whose loader the image is for |
 //! | [`image`], [`td`] | the file: all directives, in the order a loader needs |
 //! | | **what a file says** |
-//! | [`file`] | any IGVM file, header by header, with the rules it may break |
+//! | [`mod@file`] | any IGVM file, header by header, with the rules it may break |
 //! | [`measure`] | launch digest and MRTD, step by step |
 //! | [`check`] | which rules a file breaks |
 //! | [`id_block`] | who vouches for a digest |

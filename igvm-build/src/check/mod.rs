@@ -2,10 +2,10 @@
 //!
 //! | module | rules |
 //! |---|---|
-//! | [`format`] | of the file alone: headers, order, reserved fields |
-//! | [`platform`] | of what one platform is launched with: addresses, data, parameter areas, contexts |
-//! | [`snp`] | of SEV-SNP: policy, ID block, VMSA |
-//! | [`qemu`] | of QEMU (10.1 and newer) with KVM |
+//! | `format` | of the file alone: headers, order, reserved fields |
+//! | `platform` | of what one platform is launched with: addresses, data, parameter areas, contexts |
+//! | `snp` | of SEV-SNP: policy, ID block, VMSA |
+//! | `qemu` | of QEMU (10.1 and newer) with KVM |
 //!
 //! A breach is reported where it is and does not keep others from being found, except that where headers
 //! cannot be told apart ([`File::read`]) nothing else can be said.
