@@ -154,6 +154,17 @@ pub enum Error {
         "IGVM file without a page that ends at 4 GiB; expected a firmware, wrapped as it lies in a ROM"
     )]
     NoFirmware,
+    /// The firmware takes no data from the image.
+    #[error(
+        "the firmware has no area for data of the image; expected OVMF 2025.11 or newer, use OVMF.fd of ovmf-generic"
+    )]
+    NoDataArea,
+    /// Data for the firmware that cannot be handed over.
+    #[error("data for the firmware: {reason}; change what --uki and the keys name")]
+    BadData {
+        /// What is wrong.
+        reason: String,
+    },
     /// There is no launch policy to be signed.
     #[error("IGVM file without a launch policy for SEV-SNP; an ID block signs it with the digest")]
     NoPolicy,

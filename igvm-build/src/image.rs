@@ -36,6 +36,7 @@ use crate::elf::Program;
 use crate::error::Error;
 use crate::file::File;
 use crate::firmware::Firmware;
+use crate::handover::{self, Item};
 use crate::layout::{Layout, page_behind, program_pages};
 use crate::measure::{self, quietly};
 use crate::target::Target;
@@ -118,6 +119,21 @@ pub fn build(
     td_firmware: Option<&TdFirmware<'_>>,
     options: &Options,
 ) -> Result<Image, Error> {
+    build_with_data(program, firmware, td_firmware, &[], options)
+}
+
+/// The same, with data that the firmware is handed on SEV-SNP.
+///
+/// # Errors
+///
+/// As [`build`]; and when the firmware has no area for the list of the data, or there is too much of it.
+pub fn build_with_data(
+    program: &Program<'_>,
+    firmware: Option<&Firmware<'_>>,
+    td_firmware: Option<&TdFirmware<'_>>,
+    items: &[Item<'_>],
+    options: &Options,
+) -> Result<Image, Error> {
     if !(32..=51).contains(&options.c_bit) {
         return Err(Error::CBit {
             c_bit: options.c_bit,
@@ -137,7 +153,12 @@ pub fn build(
             .iter()
             .map(|page| normal(page.gpa, &page.data, all)),
     );
-    let params = params::build(&layout, firmware, options);
+    let mut params = params::build(&layout, firmware, options);
+    let data = handover::pages(items, firmware)?;
+    if !data.is_empty() {
+        params.data_gpa = handover::DATA_GPA;
+        params.data_size = (data.len() as u64) * PAGE_SIZE;
+    }
     let tables = page_tables::build(&layout, &program_pages, Some(options.c_bit));
     directives.extend(table_pages(&layout, &tables, SNP_MASK));
     directives.push(normal(layout.params, params.as_bytes(), SNP_MASK));
@@ -162,6 +183,12 @@ pub fn build(
         directives.push(normal(layout.secrets, &[], NATIVE_MASK));
         directives.push(normal(layout.cpuid, &[], NATIVE_MASK));
     }
+    directives.extend(
+        (handover::DATA_GPA..)
+            .step_by(PAGE_SIZE as usize)
+            .zip(&data)
+            .map(|(gpa, page)| normal(gpa, page, SNP_MASK)),
+    );
     if let Some(firmware) = firmware {
         directives.extend(
             (firmware.gpa()..)

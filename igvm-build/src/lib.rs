@@ -14,6 +14,7 @@
 //! | [`vmsa`], [`native`] | the first processor's state, on each platform that has one |
 //! | [`tdx`] | what is launched on TDX, where it has none |
 //! | [`params`] | the page of launch parameters |
+//! | [`handover`] | what the firmware is handed: keys of secure boot, a kernel |
 //! | [`target`] | whose loader the image is for |
 //! | [`image`], [`td`] | the file: all directives, in the order a loader needs |
 //! | | **what a file says** |
@@ -40,6 +41,7 @@ pub mod error;
 pub mod file;
 pub mod firmware;
 pub mod flat;
+pub mod handover;
 pub mod id_block;
 pub mod image;
 pub mod layout;

@@ -30,6 +30,16 @@ pub struct Recipe {
     pub firmware: Option<PathBuf>,
     /// The firmware for trust domains, a TDVF image.
     pub td_firmware: Option<PathBuf>,
+    /// An EFI program that the firmware starts as the kernel.
+    pub uki: Option<PathBuf>,
+    /// Platform key of secure boot, a list of signatures.
+    pub pk: Option<PathBuf>,
+    /// Key exchange keys.
+    pub kek: Option<PathBuf>,
+    /// What may be started.
+    pub db: Option<PathBuf>,
+    /// What may not be started.
+    pub dbx: Option<PathBuf>,
     /// Whether the image is for the native platform as well.
     pub native: Option<bool>,
     /// Whose loader it is for.
@@ -54,6 +64,11 @@ impl Recipe {
             &mut recipe.paravisor,
             &mut recipe.firmware,
             &mut recipe.td_firmware,
+            &mut recipe.uki,
+            &mut recipe.pk,
+            &mut recipe.kek,
+            &mut recipe.db,
+            &mut recipe.dbx,
             &mut recipe.out,
         ]
         .into_iter()

@@ -8,11 +8,13 @@ use igvm_build::accept::{Accept, Extras};
 use igvm_build::elf::Program;
 use igvm_build::error::FileError;
 use igvm_build::firmware::{self, Firmware};
+use igvm_build::handover::Item;
 use igvm_build::image::{self, Options};
 use igvm_build::recipe::Recipe;
 use igvm_build::sidecar::Sidecar;
 use igvm_build::target::Target;
 use igvm_build::td_firmware::TdFirmware;
+use protocols::hob::IgvmDataKind;
 use protocols::launch::Fault;
 
 use super::{print, read, with_suffix, write};
@@ -34,6 +36,8 @@ pub struct Build {
     /// The firmware for trust domains, a TDVF .fd: makes the image one for TDX, too
     #[arg(long)]
     td_firmware: Option<PathBuf>,
+    #[command(flatten)]
+    data: Data,
     /// Where to write the image
     #[arg(long)]
     out: Option<PathBuf>,
@@ -57,20 +61,65 @@ pub struct Build {
     fault: u32,
 }
 
+/// What the firmware is handed; it must be OVMF 2025.11 or newer.
+#[derive(Args)]
+struct Data {
+    /// An EFI program that the firmware starts as the kernel, such as a unified kernel image
+    #[arg(long)]
+    uki: Option<PathBuf>,
+    /// Platform key of secure boot, an EFI list of signatures; with it only what --db allows is started
+    #[arg(long)]
+    pk: Option<PathBuf>,
+    /// Key exchange keys, likewise
+    #[arg(long)]
+    kek: Option<PathBuf>,
+    /// What may be started, likewise
+    #[arg(long)]
+    db: Option<PathBuf>,
+    /// What may not be started, likewise
+    #[arg(long)]
+    dbx: Option<PathBuf>,
+}
+
+impl Data {
+    /// Reads what is named here or in the recipe.
+    fn read(self, recipe: &Recipe) -> Result<Vec<(IgvmDataKind, Vec<u8>)>> {
+        let signatures = "an EFI list of signatures";
+        [
+            (IgvmDataKind::PK, self.pk, &recipe.pk, signatures),
+            (IgvmDataKind::KEK, self.kek, &recipe.kek, signatures),
+            (IgvmDataKind::DB, self.db, &recipe.db, signatures),
+            (IgvmDataKind::DBX, self.dbx, &recipe.dbx, signatures),
+            (
+                IgvmDataKind::KERNEL,
+                self.uki,
+                &recipe.uki,
+                "an EFI program",
+            ),
+        ]
+        .into_iter()
+        .filter_map(|(kind, option, recipe, expected)| {
+            let file = option.or_else(|| recipe.clone())?;
+            Some(read(&file, expected).map(|bytes| (kind, bytes)))
+        })
+        .collect()
+    }
+}
+
 impl Build {
     pub fn run(self) -> Result<()> {
         let recipe = match &self.recipe {
             Some(file) => read_recipe(file)?,
             None => Recipe::default(),
         };
-        let Some(paravisor) = self.paravisor.or(recipe.paravisor) else {
+        let Some(paravisor) = self.paravisor.or(recipe.paravisor.clone()) else {
             bail!("no paravisor; give --paravisor, or a recipe that has one");
         };
-        let Some(out) = self.out.or(recipe.out) else {
+        let Some(out) = self.out.or(recipe.out.clone()) else {
             bail!("no file to write; give --out, or a recipe that has one");
         };
-        let firmware_file = self.firmware.or(recipe.firmware);
-        let td_file = self.td_firmware.or(recipe.td_firmware);
+        let firmware_file = self.firmware.or(recipe.firmware.clone());
+        let td_file = self.td_firmware.or(recipe.td_firmware.clone());
         let accept = match (self.accept, &recipe.accept) {
             (Some(accept), _) => accept,
             (None, Some(text)) => text.parse()?,
@@ -107,8 +156,19 @@ impl Build {
             _ => None,
         };
 
-        let image = image::build(&program, firmware.as_ref(), td_firmware.as_ref(), &options)
-            .map_err(FileError::content(&paravisor))?;
+        let data = self.data.read(&recipe)?;
+        let items: Vec<Item<'_>> = data
+            .iter()
+            .map(|(kind, bytes)| Item { kind: *kind, bytes })
+            .collect();
+        let image = image::build_with_data(
+            &program,
+            firmware.as_ref(),
+            td_firmware.as_ref(),
+            &items,
+            &options,
+        )
+        .map_err(FileError::content(&paravisor))?;
         let firmware_name = firmware_file
             .as_deref()
             .and_then(Path::file_name)

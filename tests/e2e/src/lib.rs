@@ -25,4 +25,5 @@ pub mod report_laws;
 pub mod scenario;
 pub mod scenarios;
 pub mod stress;
+pub mod uki;
 pub mod vm;

@@ -141,6 +141,10 @@ fn artefacts(
             place.insert(disk::obtain(layout, kernel).map_err(|error| format!("{error:#}")));
         }
     }
+    let uki = scenarios
+        .iter()
+        .any(|scenario| scenario.uki)
+        .then(|| disk::tools::for_uki(layout).map_err(|error| format!("{error:#}")));
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(
         layout,
@@ -166,6 +170,7 @@ fn artefacts(
         firmwares,
         kernels,
         disks,
+        uki,
         busybox,
         stress,
         xtask,

@@ -19,6 +19,7 @@
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
 //! | [`image`] | is the image reproducible, measured as told, and refused with a wrong ID block? |
 //! | [`image_tools`] | do other people's tools say the same of it? |
+//! | [`handover`] | does the firmware take what the image hands it? |
 //! | [`double_validation`] | is no page ever validated twice, whatever host and guest try? |
 //! | [`observe`] | does a run show what it is asked to show? |
 //! | [`tools`] | what do the tools say to bad input? |
@@ -31,6 +32,7 @@ mod disk;
 mod double_validation;
 mod ends;
 mod faults;
+mod handover;
 mod hostile;
 mod image;
 mod image_tools;
@@ -53,6 +55,7 @@ pub fn all() -> Vec<Scenario> {
         tools::scenarios(),
         image::scenarios(),
         image_tools::scenarios(),
+        handover::scenarios(),
         isa::scenarios(),
         tdx::scenarios(),
         tdx_l2::scenarios(),
