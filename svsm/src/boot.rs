@@ -165,6 +165,7 @@ fn start(
     preparation.grant_firmware()?;
     let secrets: &SecretsPage = launch_page(params.secrets_gpa);
     let calling_area = preparation.fill_areas(secrets, cpuid)?;
+    preparation.hand_over_data()?;
     let guest_map = guest_memory_map(&host_map, [launch.region(), plan.carve_out])?;
     preparation.fill_parameters(guest_map, vp_count as u32)?;
 

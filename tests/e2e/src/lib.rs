@@ -6,6 +6,7 @@
 //! - [`image`]: the images that are run;
 //! - [`guests`]: the kernels and firmware that are booted, by name;
 //! - [`initramfs`]: the guest's userspace;
+//! - [`uki`]: kernels as EFI programs;
 //! - [`stress`]: the stress program's place in it;
 //! - [`bench`]: what is measured in the machine;
 //! - [`report_laws`]: what is true of every report;
@@ -25,4 +26,5 @@ pub mod report_laws;
 pub mod scenario;
 pub mod scenarios;
 pub mod stress;
+pub mod uki;
 pub mod vm;

@@ -13,6 +13,7 @@ use protocols::report::{Event, Outcome, Report};
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
+use crate::uki;
 use crate::vm::{Config, Console, Cores, Finished, Linux, Loader, Settings};
 
 /// Everything that was built and fetched for the scenarios.
@@ -46,6 +47,8 @@ pub struct Artefacts {
     pub kernels: BTreeMap<Kernel, PathBuf>,
     /// The disks that the chosen scenarios need, by the kernel in them, or why one is not there.
     pub disks: BTreeMap<Kernel, Result<PathBuf, String>>,
+    /// What UKIs are made with, if one of the chosen scenarios makes one, or why it is not there.
+    pub uki: Option<Result<uki::Tools, String>>,
     /// Debian's static busybox.
     pub busybox: PathBuf,
     /// The stress program and its module, for the kernels of the chosen scenarios that run it.
@@ -74,6 +77,15 @@ impl Artefacts {
     pub fn td_firmware(&self) -> Result<&Path> {
         let found = self.td_firmware.as_deref();
         found.context("OVMF for TDX: not fetched for this scenario")
+    }
+
+    /// What UKIs are made with, for a scenario that said it makes one.
+    pub fn uki(&self) -> Result<&uki::Tools> {
+        match &self.uki {
+            Some(Ok(tools)) => Ok(tools),
+            Some(Err(reason)) => bail!("what UKIs are made with: {reason}"),
+            None => bail!("what UKIs are made with: not asked for"),
+        }
     }
 
     /// A firmware that the scenario said it boots.
@@ -111,6 +123,8 @@ pub struct Scenario {
     pub stress: bool,
     /// Whether it boots its kernel from the disk.
     pub disk: bool,
+    /// Whether it makes a unified kernel image.
+    pub uki: bool,
     /// Does it. An error means that it could not be carried out, which is a failure as well.
     #[expect(
         clippy::type_complexity,
@@ -134,6 +148,7 @@ impl Scenario {
             trust_domain: false,
             stress: false,
             disk: false,
+            uki: false,
             run: Box::new(run),
         }
     }
@@ -181,6 +196,12 @@ impl Scenario {
     #[must_use]
     pub fn on_disk(self) -> Scenario {
         Scenario { disk: true, ..self }
+    }
+
+    /// The same, making a unified kernel image.
+    #[must_use]
+    pub fn with_uki(self) -> Scenario {
+        Scenario { uki: true, ..self }
     }
 
     /// The same, left out unless everything is asked for.

@@ -149,6 +149,10 @@ fn artefacts(
             place.insert(disk::obtain(layout, kernel).map_err(|error| format!("{error:#}")));
         }
     }
+    let uki = scenarios
+        .iter()
+        .any(|scenario| scenario.uki)
+        .then(|| disk::tools::for_uki(layout).map_err(|error| format!("{error:#}")));
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(
         layout,
@@ -175,6 +179,7 @@ fn artefacts(
         firmwares,
         kernels,
         disks,
+        uki,
         busybox,
         stress,
         xtask,

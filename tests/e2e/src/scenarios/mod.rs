@@ -18,7 +18,9 @@
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
-//! | [`image`] | is the image reproducible and measured as told? |
+//! | [`image`] | is the image reproducible, measured as told, and refused with a wrong ID block? |
+//! | [`image_tools`] | do other people's tools say the same of it? |
+//! | [`handover`] | does the firmware take what the image hands it? |
 //! | [`double_validation`] | is no page ever validated twice, whatever host and guest try? |
 //! | [`observe`] | does a run show what it is asked to show? |
 //! | [`tools`] | what do the tools say to bad input? |
@@ -31,8 +33,10 @@ mod disk;
 mod double_validation;
 mod ends;
 mod faults;
+mod handover;
 mod hostile;
 mod image;
+mod image_tools;
 mod isa;
 mod matrix;
 mod native;
@@ -52,6 +56,8 @@ pub fn all() -> Vec<Scenario> {
     [
         tools::scenarios(),
         image::scenarios(),
+        image_tools::scenarios(),
+        handover::scenarios(),
         isa::scenarios(),
         tdx::scenarios(),
         tdx_l2::scenarios(),
