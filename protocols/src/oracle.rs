@@ -122,6 +122,21 @@ open_enum! {
         RE_ADD_2M = 5,
         /// Blocks the page's entry in the secure EPT of a trust domain.
         BLOCK = 6,
+        /// The next guest request gets the answer to an earlier one. This and the rest only with
+        /// `hostile=messages`; the address counts for nothing.
+        REPLAY_ANSWER = 7,
+        /// The next guest request gets its answer with a bit changed.
+        TAMPER_ANSWER = 8,
+        /// The next guest request is answered, and the answer does not come back.
+        LOSE_ANSWER = 9,
+        /// The next guest request does not get to the firmware.
+        DROP_MESSAGE = 10,
+        /// The next guest request is put off.
+        SAY_BUSY = 11,
+        /// The next extended guest request meets a host that wants more room than there is.
+        TOO_MANY_CERTIFICATES = 12,
+        /// The next guest request is said to have failed in the firmware, which was not asked.
+        SAY_FAILED = 13,
     }
 }
 

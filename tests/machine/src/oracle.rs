@@ -8,6 +8,7 @@ use alloc::format;
 use protocols::oracle::{Call, Counter, HOST_ACT_DONE, HOST_ACT_NOT_POSSIBLE, HostAct, PageFlags};
 use protocols::report::PvalidateResults;
 
+use crate::ghcb::guest_request::Lie;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::settings::{Hostile, PlatformKind};
@@ -125,6 +126,9 @@ impl<P: PhysicalMemory> Platform<P> {
                 self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Remap)
             }
             HostAct::BLOCK => self.kind() == PlatformKind::Tdx,
+            act if Lie::of(act).is_some() => {
+                self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Messages)
+            }
             HostAct::RE_ADD | HostAct::RE_ADD_2M => self.settings.is_hostile(Hostile::ReAdd),
             act => act.is_known(),
         }
@@ -136,6 +140,10 @@ impl<P: PhysicalMemory> Platform<P> {
         let place = self.host.layout().place(gpa)?;
         if !self.would_act(act) || self.is_vmsa_in_use(gpa, PageSize::Size4K) {
             return None;
+        }
+        if let Some(lie) = Lie::of(act) {
+            self.courier.lie = Some(lie);
+            return Some(());
         }
         let memory = &self.memory;
         let result = match act {

@@ -117,6 +117,8 @@ hostile! {
     Remap = "remap",
     /// An accepted page is removed and added again, when the test guest says so.
     ReAdd = "re-add",
+    /// A guest request or its answer is changed, held back or made up, when the test guest says so.
+    Messages = "messages",
     /// MapGPA is answered with "again" and makes no progress.
     MapGpaRetry = "map-gpa-retry",
 }

@@ -33,6 +33,7 @@ use core::ops::Range;
 use protocols::report::{Event, Launch, LaunchPages};
 use zerocopy::IntoBytes;
 
+use crate::amd_sp::{self, SecurityProcessor};
 use crate::cpuid::Table;
 use crate::layout::{Backing, LayoutError};
 use crate::memory::PhysicalMemory;
@@ -58,6 +59,8 @@ const ROM_WINDOW: Range<u64> = (1 << 32) - (16 << 20)..1 << 32;
 
 /// Bit of the launch policy that must be one (SNP ABI, guest policy).
 const POLICY_MUST_BE_ONE: u64 = 1 << 17;
+/// The policy of an image that has none: QEMU's default.
+const POLICY_DEFAULT: u64 = POLICY_MUST_BE_ONE | 1 << 16;
 
 /// What the loader needs from the CPU side.
 pub struct Environment<'e> {
@@ -176,6 +179,8 @@ type Page = [u8; PAGE_SIZE as usize];
 /// What is known while the launch goes on.
 struct InProgress {
     digest: Measurement,
+    /// The keys in the secrets page.
+    vmpck: [[u8; 32]; Vmpl::COUNT],
     pages: LaunchPages,
     areas: BTreeMap<u32, Vec<u8>>,
 }
@@ -216,6 +221,7 @@ impl<P: PhysicalMemory> Platform<P> {
             } else {
                 Measurement::Snp(LaunchDigest::before_first_page())
             },
+            vmpck: [[0; 32]; Vmpl::COUNT],
             pages: LaunchPages::default(),
             areas: BTreeMap::new(),
         };
@@ -230,7 +236,19 @@ impl<P: PhysicalMemory> Platform<P> {
         let digest = state.digest.value();
         let vmsa = (!is_td).then_some(vmsa::VMSA_GPA);
         match vmsa {
-            Some(_) => self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa),
+            Some(_) => {
+                self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa);
+                let guest = amd_sp::Guest {
+                    measurement: digest,
+                    policy: file.policy.unwrap_or(POLICY_DEFAULT),
+                    identity: amd_sp::Identity::default(),
+                    vmpck: state.vmpck,
+                    cpuid_fms: environment.cpuid.family_model_stepping(),
+                };
+                let processor =
+                    SecurityProcessor::new(guest, self.chip.clone(), environment.random);
+                self.security_processor = Some(processor);
+            }
             None => self.finish_td(file.policy.unwrap_or(0), digest, environment)?,
         }
         let launched = Launched {
@@ -329,6 +347,7 @@ impl<P: PhysicalMemory> Platform<P> {
                     PageKind::Unmeasured(data) => (PageType::Unmeasured, whole_page(data)),
                     PageKind::Secrets => {
                         let page = pages::secrets(environment.random);
+                        state.vmpck = page.vmpck;
                         (PageType::Secrets, whole_page(Some(page.as_bytes())))
                     }
                     PageKind::Cpuid => {
