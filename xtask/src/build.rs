@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use e2e::chip::Chip;
 use e2e::image::{self, Recipe, write_flat};
 use protocols::launch::{Acceptance, Fault};
 
@@ -180,6 +181,15 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         tdx_cases,
         l2_cases,
     })
+}
+
+/// The chip of the emulated security processor, made if there is none.
+pub fn chip(layout: &Layout) -> Result<Chip> {
+    let dir = layout.artefacts.join("chip");
+    let step = progress::step("the keys of the emulated security processor");
+    let chip = Chip::obtain(&dir)?;
+    step.done("");
+    Ok(chip)
 }
 
 /// The toolchain made ready for the bare-metal target.

@@ -10,6 +10,7 @@ use igvm_build::sidecar::Sidecar;
 use protocols::launch::{Acceptance, Fault};
 use protocols::report::{Event, Outcome, Report};
 
+use crate::chip::Chip;
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
@@ -48,6 +49,10 @@ pub struct Artefacts {
     pub busybox: PathBuf,
     /// The stress program and its module, for the kernels of the chosen scenarios that run it.
     pub stress: BTreeMap<Kernel, Vec<Extra>>,
+    /// The kernel modules for attestation, for the kernels of the chosen scenarios that load them.
+    pub modules: BTreeMap<Kernel, Vec<Extra>>,
+    /// The chip of the emulated security processor.
+    pub chip: Chip,
     /// The `xtask` program itself, for scenarios about what it says.
     pub xtask: PathBuf,
 }
@@ -99,6 +104,8 @@ pub struct Scenario {
     pub firmware: Firmware,
     /// Whether it runs the stress program.
     pub stress: bool,
+    /// Whether it loads the kernel's modules for attestation.
+    pub modules: bool,
     /// Whether it boots its kernel from the disk.
     pub disk: bool,
     /// Does it. An error means that it could not be carried out, which is a failure as well.
@@ -122,6 +129,7 @@ impl Scenario {
             kernel: Kernel::default(),
             firmware: Firmware::default(),
             stress: false,
+            modules: false,
             disk: false,
             run: Box::new(run),
         }
@@ -153,6 +161,15 @@ impl Scenario {
     pub fn with_stress(self) -> Scenario {
         Scenario {
             stress: true,
+            ..self
+        }
+    }
+
+    /// The same, with the kernel's modules for attestation in the guest.
+    #[must_use]
+    pub fn with_modules(self) -> Scenario {
+        Scenario {
+            modules: true,
             ..self
         }
     }
@@ -338,6 +355,7 @@ impl Context {
             linux: None,
             disk: None,
             console: Console::File,
+            chip: Some(self.artefacts.chip.clone()),
             debugger: None,
             dir: self.dir.clone(),
         }
