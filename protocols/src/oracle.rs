@@ -122,14 +122,15 @@ open_enum! {
         RE_ADD_2M = 5,
         /// Blocks the page's entry in the secure EPT of a trust domain.
         BLOCK = 6,
-        /// The next guest request gets the answer to an earlier one. This and the rest only with
-        /// `hostile=messages`; the address counts for nothing.
+        /// The next guest request gets the answer to an earlier one; the address counts for nothing, here and
+        /// below. Only with `hostile=messages-replayed`.
         REPLAY_ANSWER = 7,
-        /// The next guest request gets its answer with a bit changed.
+        /// The next guest request gets its answer with a bit changed. Only with `hostile=messages-tampered`.
         TAMPER_ANSWER = 8,
-        /// The next guest request is answered, and the answer does not come back.
+        /// The next guest request is answered, and the answer does not come back. Only with
+        /// `hostile=messages-lost`.
         LOSE_ANSWER = 9,
-        /// The next guest request does not get to the firmware.
+        /// The next guest request does not get to the firmware. This and the rest with each of the three.
         DROP_MESSAGE = 10,
         /// The next guest request is put off.
         SAY_BUSY = 11,

@@ -18,8 +18,10 @@ use crate::toolchain::{BARE_TARGET, BareTarget, Toolchain};
 
 /// Size of the machine's ROM in bytes, as its linker script has it.
 const MACHINE_ROM_SIZE: u64 = 1 << 20;
-/// Size of the VMPL1 test guest in bytes, as its linker script has it.
-const GUEST_ROM_SIZE: u64 = 256 << 10;
+/// Size of the VMPL1 test guests in bytes, as their linker script has it.
+const GUEST_ROM_SIZE: u64 = 512 << 10;
+/// Size of the test guest for an L2 VM in bytes, as its linker script has it.
+const L2_ROM_SIZE: u64 = 256 << 10;
 
 /// A program for the bare-metal target.
 struct Program {
@@ -169,7 +171,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let svsm_counts = layout.artefacts.join("svsm_counts.fd");
     write_flat(&counts, GUEST_ROM_SIZE, &svsm_counts)?;
     let l2_cases = layout.artefacts.join("l2_cases.fd");
-    write_flat(&l2_guest, GUEST_ROM_SIZE, &l2_cases)?;
+    write_flat(&l2_guest, L2_ROM_SIZE, &l2_cases)?;
     let step = progress::step("build the paravisor with deliberate faults");
     let faulty_paravisor = compile(layout, target, &FAULTY_PARAVISOR, &step)?;
     step.done("");

@@ -126,8 +126,16 @@ impl<P: PhysicalMemory> Platform<P> {
                 self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Remap)
             }
             HostAct::BLOCK => self.kind() == PlatformKind::Tdx,
+            HostAct::TAMPER_ANSWER => self.settings.is_hostile(Hostile::MessagesTampered),
+            HostAct::REPLAY_ANSWER => self.settings.is_hostile(Hostile::MessagesReplayed),
+            HostAct::LOSE_ANSWER => self.settings.is_hostile(Hostile::MessagesLost),
             act if Lie::of(act).is_some() => {
-                self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Messages)
+                let hosts = [
+                    Hostile::MessagesTampered,
+                    Hostile::MessagesReplayed,
+                    Hostile::MessagesLost,
+                ];
+                hosts.iter().any(|&host| self.settings.is_hostile(host))
             }
             HostAct::RE_ADD | HostAct::RE_ADD_2M => self.settings.is_hostile(Hostile::ReAdd),
             act => act.is_known(),
@@ -246,8 +254,24 @@ mod tests {
                 "oracle=on\nhostile=re-add",
                 &[HostAct::RE_ADD, HostAct::RE_ADD_2M],
             ),
+            (
+                "oracle=on\nhostile=messages-lost",
+                &[
+                    HostAct::LOSE_ANSWER,
+                    HostAct::SAY_BUSY,
+                    HostAct::DROP_MESSAGE,
+                ],
+            ),
         ] {
-            for act in [HostAct::EXCHANGE, HostAct::RE_ADD, HostAct::RE_ADD_2M] {
+            for act in [
+                HostAct::EXCHANGE,
+                HostAct::RE_ADD,
+                HostAct::RE_ADD_2M,
+                HostAct::LOSE_ANSWER,
+                HostAct::TAMPER_ANSWER,
+                HostAct::SAY_BUSY,
+                HostAct::DROP_MESSAGE,
+            ] {
                 let mut platform = platform(settings);
                 let back = HostAct::BACK_BY_2M.0;
                 ask(&mut platform, Call::HOST_ACT, BLOCK.get(), back);

@@ -5,7 +5,7 @@
 //! nobody is asked. All pages are shared memory, which the guest and devices may change meanwhile, so each is
 //! copied once.
 //!
-//! With `hostile=messages` it lies when the test guest says so ([`Lie`]), once.
+//! With `hostile=messages-…` it lies when the test guest says so ([`Lie`]), once.
 
 use alloc::boxed::Box;
 use alloc::format;

@@ -30,7 +30,6 @@ pub const CASES: &[Case] = &[
     case("vtom_query", "svsm.md §4.7", vtom_query),
     case("vtom_configure", "svsm.md §4.7", vtom_configure),
     case("vtom_query_reserved_bits", "svsm.md §4.7", vtom_reserved),
-    case("attestation", "svsm.md §5, issue 2", attestation),
     case("vtpm_query", "svsm.md §6, guests.md §1.1", vtpm_query),
     case("apic_protocol", "svsm.md §7", apic),
     case("no_call_pending", "svsm.md §2 step 4", nothing_pending),
@@ -100,7 +99,7 @@ fn query_other_version() -> Verdict {
 }
 
 fn query_unknown() -> Verdict {
-    for protocol in [1, 2, 3, 4, 5, 0x8000_0000, u32::MAX] {
+    for protocol in [2, 3, 4, 5, 0x8000_0000, u32::MAX] {
         expect("RCX", query(Protocol(protocol), 1)?, 0)?;
     }
     Ok(())
@@ -179,10 +178,6 @@ fn vtom_reserved() -> Verdict {
         )?;
     }
     Ok(())
-}
-
-fn attestation() -> Verdict {
-    expect_unsupported_protocol(Protocol::ATTESTATION)
 }
 
 fn vtpm_query() -> Verdict {

@@ -162,7 +162,10 @@ fn a_host_without_certificates_gives_an_empty_table_and_other_messages_none() {
 fn the_host_lies_once_and_only_if_it_is_such_a_host() {
     let fields = [(CODE, PLAIN), (I1, REQUEST), (I2, RESPONSE)];
     let busy = GuestRequestOutcome::of_host(HostStatus::BUSY);
-    for (settings, first) in [("oracle=on", BAD), ("oracle=on\nhostile=messages", busy)] {
+    for (settings, first) in [
+        ("oracle=on", BAD),
+        ("oracle=on\nhostile=messages-lost", busy),
+    ] {
         let mut platform = launched(settings);
         ask_for(&mut platform, MessageType::REPORT_REQUEST);
         platform.ask_oracle(Call::HOST_ACT.rax(), BLOCK.get(), HostAct::SAY_BUSY.0);
