@@ -98,6 +98,8 @@ open_enum! {
         ACCEPT_4K = 14,
         /// TDG.MEM.PAGE.ACCEPT of 2 MiB by L1, any result.
         ACCEPT_2M = 15,
+        /// Keys (VMPCK0 to 3) that are still where the launch put them: in its secrets page.
+        KEYS_IN_LAUNCH_PAGE = 17,
         /// Exits of a trust domain to its host that the module made in the midst of an instruction
         /// of L1's.
         TD_EXIT = 16,

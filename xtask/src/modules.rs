@@ -3,7 +3,7 @@
 //! They are in the package of that kernel's release, in one of its own from 7.1 on. The files are taken out of
 //! it as they are, compressed, and kept in the cache.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use e2e::attestation::{MODULES, module_path};
@@ -12,7 +12,7 @@ use e2e::initramfs::Extra;
 use crate::fetch::apt::{self, Archive};
 use crate::fetch::lock;
 use crate::fetch::sources::Debian;
-use crate::layout::{Layout, create_dir, read, write};
+use crate::layout::{Layout, read, write};
 use crate::progress;
 use crate::stress::{release, suites};
 
@@ -36,11 +36,13 @@ pub fn obtain(layout: &Layout, kernel: &Path) -> Result<Vec<Extra>> {
     }
     MODULES
         .iter()
-        .map(|module| {
+        .map(|module| (module, dir.join(module.name)))
+        .filter(|(module, file)| !module.optional || file.is_file())
+        .map(|(module, file)| {
             Ok(Extra {
                 name: module_path(module),
                 permissions: 0o644,
-                data: read(&dir.join(module.name))?,
+                data: read(&file)?,
             })
         })
         .collect()
@@ -73,14 +75,12 @@ fn fill(layout: &Layout, release: &str, dir: &Path) -> Result<()> {
             .find(|place| place.is_dir())
             .with_context(|| format!("{}: there are no modules in it", found.package))?;
         for module in &MODULES {
-            let file: PathBuf = module
-                .files
-                .iter()
-                .map(|file| kernel.join(file))
-                .find(|file| file.is_file())
-                .with_context(|| format!("{}: has no {}", found.package, module.files[0]))?;
-            create_dir(dir)?;
-            write(&dir.join(module.name), read(&file)?)?;
+            let mut places = module.files.iter().map(|file| kernel.join(file));
+            match places.find(|place| place.is_file()) {
+                Some(file) => write(&dir.join(module.name), read(&file)?)?,
+                None if module.optional => {}
+                None => bail!("{}: has no {}", found.package, module.files.join(" or ")),
+            }
         }
         std::fs::remove_dir_all(&download).with_context(|| format!("{}", download.display()))?;
         step.done("");

@@ -1,7 +1,8 @@
 //! Attestation in a Linux guest: what it is given, what it does, and how its evidence comes out.
 //!
 //! The guest uses nothing but the kernel's own interface, configfs-tsm: it asks the service provider "svsm" for
-//! a report on the paravisor, and the security processor for one on itself.
+//! a report on the paravisor, and the security processor for one on itself. It also asks that for one on VMPL0,
+//! which the interface does unless it is told otherwise; that must bring none.
 
 use anyhow::{Context, Result, bail};
 
@@ -15,25 +16,46 @@ pub struct Module {
     pub name: &'static str,
     /// Where it may lie below the kernel's modules, by the kernel's version.
     pub files: &'static [&'static str],
+    /// Kernels that do not need it may lack it.
+    pub optional: bool,
 }
 
-/// The modules that attestation needs, in the order of their loading.
-pub const MODULES: [Module; 3] = [
-    Module {
-        name: "configfs.ko.xz",
-        files: &["fs/configfs/configfs.ko.xz"],
-    },
-    Module {
-        name: "tsm.ko.xz",
-        files: &[
+impl Module {
+    const fn needed(name: &'static str, files: &'static [&'static str]) -> Module {
+        Module {
+            name,
+            files,
+            optional: false,
+        }
+    }
+
+    const fn optional(name: &'static str, files: &'static [&'static str]) -> Module {
+        Module {
+            optional: true,
+            ..Module::needed(name, files)
+        }
+    }
+}
+
+/// The modules that attestation needs, in the order of their loading. The ciphers are 6.12's, which asks for
+/// them by name; later kernels have theirs built in.
+pub const MODULES: [Module; 7] = [
+    Module::optional("gf128mul.ko.xz", &["lib/crypto/gf128mul.ko.xz"]),
+    Module::optional("ghash-generic.ko.xz", &["crypto/ghash-generic.ko.xz"]),
+    Module::optional("crypto_null.ko.xz", &["crypto/crypto_null.ko.xz"]),
+    Module::optional("gcm.ko.xz", &["crypto/gcm.ko.xz"]),
+    Module::needed("configfs.ko.xz", &["fs/configfs/configfs.ko.xz"]),
+    Module::needed(
+        "tsm.ko.xz",
+        &[
             "drivers/virt/coco/tsm.ko.xz",
             "drivers/virt/coco/guest/tsm_report.ko.xz",
         ],
-    },
-    Module {
-        name: "sev-guest.ko.xz",
-        files: &["drivers/virt/coco/sev-guest/sev-guest.ko.xz"],
-    },
+    ),
+    Module::needed(
+        "sev-guest.ko.xz",
+        &["drivers/virt/coco/sev-guest/sev-guest.ko.xz"],
+    ),
 ];
 
 /// Bytes of a nonce.
@@ -59,7 +81,11 @@ pub fn nonce_file(nonce: &[u8; NONCE_SIZE]) -> Extra {
 pub fn command() -> String {
     let load: String = MODULES
         .iter()
-        .map(|module| format!("insmod /{} || exit 1\n", module_path(module)))
+        .map(|module| {
+            let path = module_path(module);
+            let otherwise = if module.optional { "true" } else { "exit 1" };
+            format!("[ ! -e /{path} ] || insmod /{path} || {otherwise}\n")
+        })
         .collect();
     format!(
         r#"{load}mount -t configfs none /sys/kernel/config || exit 1
@@ -68,13 +94,15 @@ ask() {{
     mkdir $entry || return 1
     dd if=/{NONCE} of=$entry/inblob bs={NONCE_SIZE} count=1 2>/dev/null || return 1
     [ -z "$2" ] || echo $2 > $entry/service_provider || return 1
+    [ -z "$3" ] || echo $3 > $entry/privlevel || return 1
     for blob in outblob auxblob manifestblob; do
         [ "$2$blob" = manifestblob ] || echo "$1 $blob $(base64 $entry/$blob | tr -d '\n')"
     done
     echo "$1 provider $(cat $entry/provider)"
 }}
-ask services svsm
-ask own
+ask services svsm ""
+ask own "" 1
+ask above "" ""
 dmesg | grep -i -e sev -e tsm
 "#
     )

@@ -7,6 +7,8 @@ use alloc::format;
 
 use protocols::oracle::{Call, Counter, HOST_ACT_DONE, HOST_ACT_NOT_POSSIBLE, HostAct, PageFlags};
 use protocols::report::PvalidateResults;
+use protocols::secrets::SecretsPage;
+use zerocopy::{FromZeros, IntoBytes};
 
 use crate::ghcb::guest_request::Lie;
 use crate::memory::PhysicalMemory;
@@ -110,12 +112,27 @@ impl<P: PhysicalMemory> Platform<P> {
             Counter::ACCEPT_4K => level.accept.size_4k.total(),
             Counter::ACCEPT_2M => level.accept.size_2m.total(),
             Counter::TD_EXIT => self.counters.td_exits(Vmpl::VMPL0),
+            Counter::KEYS_IN_LAUNCH_PAGE => self.keys_in_launch_page(),
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
                 .iter()
                 .map(|&vmpl| self.counters.level(vmpl).implicit_conversions)
                 .sum(),
             _ => u64::MAX,
         }
+    }
+
+    /// How many of the guest's keys are still in the page that the launch put them in.
+    fn keys_in_launch_page(&self) -> u64 {
+        let Some(processor) = &self.security_processor else {
+            return 0;
+        };
+        let spa = processor.secrets_page().and_then(|gpa| self.spa_of(gpa));
+        let mut page = SecretsPage::new_zeroed();
+        if let Some(spa) = spa {
+            self.memory.read(spa, page.as_mut_bytes());
+        }
+        let there = page.vmpck.iter().zip(processor.keys());
+        there.filter(|(found, key)| found == key).count() as u64
     }
 
     /// Whether this host is one that does such things.

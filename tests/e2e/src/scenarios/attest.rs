@@ -65,7 +65,7 @@ fn run(context: &Context, kernel: Kernel, backing: Backing, vcpus: u32) -> Resul
     findings.good_run(&finished, &sidecar)?;
     findings.only_expected_exits(&finished)?;
     let output = String::from_utf8_lossy(&finished.output).replace('\r', "");
-    for entry in ["services", "own"] {
+    for entry in ["services", "own", "above"] {
         let told = output.contains(&format!("{entry} provider sev_guest"));
         findings.check(format!("{entry}: asked by sev-guest"), told, || {
             output.clone()
@@ -95,6 +95,12 @@ fn run(context: &Context, kernel: Kernel, backing: Backing, vcpus: u32) -> Resul
         || format!("{told:?}"),
     );
 
+    let above = evidence(&output, "above")?;
+    findings.equal(
+        "bytes of a report on VMPL0 that the guest asks for itself",
+        above.report.len(),
+        0,
+    );
     let own = evidence(&output, "own")?;
     let verified = own.verify(&artefacts.chip)?;
     findings.equal("the guest's own report speaks for", verified.vmpl, 1);

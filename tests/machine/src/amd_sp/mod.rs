@@ -26,7 +26,7 @@ use protocols::amd_sp::report::ReportRequest;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::launch::digest::Digest;
-use crate::types::PAGE_SIZE;
+use crate::types::{Gpa, PAGE_SIZE};
 
 /// Answer of the firmware, or the status of the command.
 pub type Answer = Result<Vec<u8>, FirmwareStatus>;
@@ -53,6 +53,8 @@ pub struct Guest {
     pub identity: Identity,
     /// The keys in its secrets page.
     pub vmpck: [[u8; 32]; 4],
+    /// Where that page is, if it has one.
+    pub secrets_page: Option<Gpa>,
     /// Family, model and stepping of the processor.
     pub cpuid_fms: [u8; 3],
 }
@@ -106,6 +108,16 @@ impl SecurityProcessor {
             report_id: bytes(),
             vmrk: bytes(),
         }
+    }
+
+    /// Where the launch put the keys.
+    pub(crate) const fn secrets_page(&self) -> Option<Gpa> {
+        self.guest.secrets_page
+    }
+
+    /// The keys.
+    pub(crate) const fn keys(&self) -> &[[u8; 32]; 4] {
+        &self.guest.vmpck
     }
 
     /// Executes SNP_GUEST_REQUEST on a request page.

@@ -28,6 +28,7 @@ fn processor(chip: bool) -> SecurityProcessor {
             ..Identity::default()
         },
         vmpck: KEYS,
+        secrets_page: None,
         cpuid_fms: [0x19, 1, 1],
     };
     let chip = chip.then(|| Chip::parse(&endorsement()).unwrap());

@@ -179,8 +179,8 @@ type Page = [u8; PAGE_SIZE as usize];
 /// What is known while the launch goes on.
 struct InProgress {
     digest: Measurement,
-    /// The keys in the secrets page.
-    vmpck: [[u8; 32]; Vmpl::COUNT],
+    /// The secrets page, and the keys in it.
+    secrets: (Option<Gpa>, [[u8; 32]; Vmpl::COUNT]),
     pages: LaunchPages,
     areas: BTreeMap<u32, Vec<u8>>,
 }
@@ -221,7 +221,7 @@ impl<P: PhysicalMemory> Platform<P> {
             } else {
                 Measurement::Snp(LaunchDigest::before_first_page())
             },
-            vmpck: [[0; 32]; Vmpl::COUNT],
+            secrets: (None, [[0; 32]; Vmpl::COUNT]),
             pages: LaunchPages::default(),
             areas: BTreeMap::new(),
         };
@@ -242,7 +242,8 @@ impl<P: PhysicalMemory> Platform<P> {
                     measurement: digest,
                     policy: file.policy.unwrap_or(POLICY_DEFAULT),
                     identity: amd_sp::Identity::default(),
-                    vmpck: state.vmpck,
+                    vmpck: state.secrets.1,
+                    secrets_page: state.secrets.0,
                     cpuid_fms: environment.cpuid.family_model_stepping(),
                 };
                 let processor =
@@ -347,7 +348,7 @@ impl<P: PhysicalMemory> Platform<P> {
                     PageKind::Unmeasured(data) => (PageType::Unmeasured, whole_page(data)),
                     PageKind::Secrets => {
                         let page = pages::secrets(environment.random);
-                        state.vmpck = page.vmpck;
+                        state.secrets = (Some(gpa), page.vmpck);
                         (PageType::Secrets, whole_page(Some(page.as_bytes())))
                     }
                     PageKind::Cpuid => {

@@ -56,6 +56,11 @@ pub const CASES: &[Case] = &[
         "snp-launch.md §7",
         wrong_message,
     ),
+    case(
+        "request_of_any_size_authenticates",
+        "snp-launch.md §7",
+        any_size,
+    ),
     case("request_derived_key", "snp-launch.md §7 KEY", derived_key),
     case(
         "request_derived_key_rules",
@@ -417,6 +422,25 @@ fn wrong_message() -> Verdict {
     ask_report(0, &request(0)).map(|_| ())
 }
 
+/// A message of a type that does not exist is looked at behind its seal.
+fn any_size() -> Verdict {
+    const MOST: usize = 512;
+    for size in (16..=MOST).step_by(16) {
+        let page = memory::shared(request_page()?);
+        let mut payload = [0x5A; MOST];
+        let header = seal(
+            &key(0)?,
+            header(MessageType(0xFF), size, 0),
+            &mut payload[..size],
+        );
+        memory::put_bytes(page, header.as_bytes())?;
+        memory::put_bytes(page + MessageHeader::SIZE as u64, &payload[..size])?;
+        let want = (size, GuestRequestOutcome::of_firmware(INVALID));
+        expect("outcome", (size, send()?), want)?;
+    }
+    Ok(())
+}
+
 const PLAIN: KeyRequest = KeyRequest {
     root: 0,
     reserved: 0,
@@ -524,7 +548,7 @@ fn derived_key_rules() -> Verdict {
 }
 
 fn tsc_info() -> Verdict {
-    for (byte, status) in [(0, FirmwareStatus::SUCCESS), (1, INVALID)] {
+    for (byte, status) in [(0_u8, FirmwareStatus::SUCCESS), (1, INVALID)] {
         let payload = [byte; 128];
         put(header(MessageType::TSC_INFO_REQUEST, 128, 3), &payload)?;
         let response: TscInfoResponse = answer(MessageType::TSC_INFO_REQUEST, 3)?;

@@ -4,6 +4,7 @@ use guest::harness::{Case, Verdict, case, expect, expect_not};
 use guest::oracle;
 use guest::svsm::{self, Answer, KEPT, Registers, call, call_with_pending};
 use protocols::addr::{Gpa, PAGE_SIZE};
+use protocols::oracle::Counter;
 use protocols::svsm::{CallId, CoreCall, Protocol, ProtocolQuery, ResultCode};
 
 use crate::setup::{self, unchanged};
@@ -15,6 +16,11 @@ pub const CASES: &[Case] = &[
         "secrets_without_keys_above",
         "svsm.md §1, design.md I10",
         no_keys_above,
+    ),
+    case(
+        "keys_are_gone_from_the_launch_page",
+        "design.md I10",
+        launch_page_is_wiped,
     ),
     case("paravisor_range_is_closed", "svsm.md §1", range_is_closed),
     case("query_core", "svsm.md §4.6", query_core),
@@ -61,6 +67,12 @@ fn svsm_fields() -> Verdict {
 fn no_keys_above() -> Verdict {
     expect("VMPCK0", setup::vmpck(0), 0)?;
     expect_not("VMPCK1", setup::vmpck(1), 0)
+}
+
+/// The paravisor has its key elsewhere, the guest has its own.
+fn launch_page_is_wiped() -> Verdict {
+    let left = oracle::counter(Counter::KEYS_IN_LAUNCH_PAGE);
+    expect("keys", left, 0)
 }
 
 fn range_is_closed() -> Verdict {

@@ -28,6 +28,7 @@ fn launched(settings: &str) -> Platform<Sparse> {
         policy: 0,
         identity: Identity::default(),
         vmpck: [[0; 32]; 4],
+        secrets_page: None,
         cpuid_fms: [0; 3],
     };
     platform.security_processor = Some(SecurityProcessor::new(guest, None, &mut || 1));
