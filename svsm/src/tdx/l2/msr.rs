@@ -3,6 +3,18 @@
 //! The registers that are the guest's own are not intercepted. All others exit, and are the host's to
 //! serve by the guest's request (#VE) unless there is no such register.
 
+/// Registers of the interrupt controller that the paravisor itself uses.
+pub mod x2apic {
+    /// Identifier.
+    pub const ID: u32 = 0x802;
+    /// End of interrupt.
+    pub const EOI: u32 = 0x80B;
+    /// Spurious-interrupt vector, and the switch of the APIC.
+    pub const SPURIOUS: u32 = 0x80F;
+    /// Interrupt command.
+    pub const ICR: u32 = 0x830;
+}
+
 /// Who serves an access that exits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {

@@ -22,6 +22,8 @@ mod accept;
 #[path = "../tdx_cases/host.rs"]
 mod host;
 #[cfg(target_os = "none")]
+mod interrupts;
+#[cfg(target_os = "none")]
 mod launch;
 #[cfg(target_os = "none")]
 #[path = "../tdx_cases/metadata.rs"]
@@ -30,6 +32,8 @@ mod metadata;
 mod paravisor;
 #[cfg(target_os = "none")]
 mod reset;
+#[cfg(target_os = "none")]
+mod second;
 #[cfg(target_os = "none")]
 mod start;
 #[cfg(target_os = "none")]
@@ -62,8 +66,6 @@ const LEFT_OUT: &[&str] = &[
     "sys_rd",
     // Only private memory: L1 maps nothing of the guest's that is shared.
     "report_to_shared_memory",
-    // Interrupts do not reach an L2 VM yet.
-    "hlt_ends_with_an_interrupt",
 ];
 
 #[cfg(target_os = "none")]
@@ -87,6 +89,7 @@ extern "C" fn main() -> ! {
         ve::CASES,
         metadata::CASES,
         host::CASES,
+        interrupts::CASES,
         last,
     ];
     let is_left_out = |case: &&harness::Case| LEFT_OUT.contains(&case.name);
@@ -105,11 +108,11 @@ extern "C" fn main() -> ! {
     })
 }
 
-/// Where the second processor ends up. It says who it is and sleeps.
+/// Where the second processor ends up. It says who it is and waits for work.
 #[cfg(target_os = "none")]
-extern "C" fn second(index: u64) -> ! {
+extern "C" fn second_start(index: u64) -> ! {
     start::second(index);
-    guest::tdcall::sleep()
+    second::serve()
 }
 
 #[cfg(not(target_os = "none"))]
