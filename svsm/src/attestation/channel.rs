@@ -261,3 +261,39 @@ fn answers(header: &MessageHeader, request: &MessageHeader) -> bool {
         && usize::from(header.message_size) == size_of::<ReportResponse>()
         && header.vmpck == request.vmpck
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host that must not be asked.
+    struct Nobody;
+
+    impl Carrier for Nobody {
+        fn carry(
+            &self,
+            request: &SealedRequest,
+            _: bool,
+            _: &mut SealedAnswer,
+        ) -> Result<GuestRequestOutcome, TurnstileReason> {
+            panic!("message {:#x} was sent", request.header.sequence)
+        }
+
+        fn certificates(&self, _: &mut [u8]) {}
+    }
+
+    #[test]
+    fn when_the_numbers_are_used_up_the_key_is_wiped_and_nothing_is_sent() {
+        let mut channel = Channel::new();
+        channel.take_key(&mut [1; 32]);
+        channel.sequence = LAST_SEQUENCE - 1;
+        for _ in 0..2 {
+            let refused = channel.report(&Nobody, &[0; 64], false).map(|_| ());
+            assert_eq!(refused, Err(Refusal::Failed));
+            assert_eq!(channel.key, [0; 32]);
+        }
+        // Nor does another key come after it.
+        channel.take_key(&mut [2; 32]);
+        assert_eq!(channel.key, [0; 32]);
+    }
+}
