@@ -196,7 +196,12 @@ pub(crate) fn table(length: u32) -> Vec<u8> {
 }
 
 pub(crate) fn line(model: &RefCell<Model>) -> Line<ToModel<'_>> {
-    let line = Line::new(ToModel(model), Vec::leak(std::vec![0; CERTIFICATE_BYTES]));
+    line_of(ToModel(model))
+}
+
+/// A line with the model's key.
+pub(crate) fn line_of<C: Carrier>(carrier: C) -> Line<C> {
+    let line = Line::new(carrier, Vec::leak(std::vec![0; CERTIFICATE_BYTES]));
     line.take_key(&mut { KEY });
     line
 }

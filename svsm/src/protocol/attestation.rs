@@ -104,18 +104,23 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
                     (&operation.certificates, certificates),
                     (&operation.report, report.as_bytes()),
                 ];
+                let fits = |(buffer, bytes): &(&Buffer, &[u8])| bytes.len() <= buffer.size as usize;
+                let all_fit = parts.iter().all(fits);
+                if all_fit {
+                    for (buffer, bytes) in parts {
+                        self.deliver(buffer, bytes)?;
+                    }
+                }
                 let [of_manifest, of_certificates, of_report] =
                     parts.map(|(_, bytes)| bytes.len() as u64);
                 registers.rcx = of_manifest;
                 registers.rdx = of_certificates;
                 registers.r8 = of_report;
-                let fits = |(buffer, bytes): &(&Buffer, &[u8])| bytes.len() <= buffer.size as usize;
-                if !parts.iter().all(fits) {
-                    return Err(ResultCode::INVALID_PARAMETER.into());
+                if all_fit {
+                    Ok(())
+                } else {
+                    Err(ResultCode::INVALID_PARAMETER.into())
                 }
-                parts
-                    .into_iter()
-                    .try_for_each(|(buffer, bytes)| self.deliver(buffer, bytes))
             });
         match delivered {
             Ok(ended) => ended,

@@ -1,21 +1,27 @@
 //! The attestation protocol on the model: what is delivered, and what is refused without a trace.
 
+use accept::{Block, Frame, OnNoChange, Role};
+use protocols::amd_sp::GuestRequestOutcome;
 use protocols::amd_sp::report::AttestationReport;
+use protocols::exit_code::ExitCode;
 use protocols::launch::{AcceptPolicy, Acceptance};
 use protocols::svsm::ResultCode;
 use protocols::svsm::attestation::{
     AttestationCall, Buffer, SERVICES_MANIFEST, ServicesManifest, ServicesOperation,
     SingleServiceOperation, TURNSTILE_SERVICE, TurnstileManifest,
 };
+use protocols::terminate::TurnstileReason;
 use sha2::{Digest, Sha512};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::model::{
-    AREA, END, GUEST, GUEST_PAGES, LIST, OWN_PAGE, VMSA, World, in_world, in_world_that_accepts,
+    AREA, BOOT, END, GUEST, GUEST_PAGES, LIST, OWN_PAGE, VMSA, World, in_world,
+    in_world_that_accepts,
 };
-use crate::attestation::CERTIFICATE_BYTES;
-use crate::attestation::tests::{Host, table};
-use crate::protocol::{Answer, Registers};
+use crate::attestation::channel::{SealedAnswer, SealedRequest};
+use crate::attestation::tests::{Host, ToModel, table};
+use crate::attestation::{self, CERTIFICATE_BYTES, Carrier};
+use crate::protocol::{Answer, Registers, Service};
 
 const NONCE: u64 = GUEST + 0xFE0;
 const REPORT: u64 = GUEST + 0x2000;
@@ -481,4 +487,69 @@ fn another_processor_s_report_is_not_waited_for() {
         assert_eq!(meanwhile, Ok(ResultCode::BUSY));
         assert_eq!(ask(world, &GOOD).0, ResultCode::SUCCESS);
     });
+}
+
+/// A host that lets another processor of the guest act while a message is on its way.
+struct Meanwhile<'a, F> {
+    inner: ToModel<'a>,
+    act: F,
+}
+
+impl<F: Fn()> Carrier for Meanwhile<'_, F> {
+    fn carry(
+        &self,
+        request: &SealedRequest,
+        certificates: bool,
+        answer: &mut SealedAnswer,
+    ) -> Result<GuestRequestOutcome, TurnstileReason> {
+        (self.act)();
+        self.inner.carry(request, certificates, answer)
+    }
+
+    fn certificates(&self, into: &mut [u8]) {
+        self.inner.certificates(into);
+    }
+}
+
+/// The attack: the buffers are good when the call is checked; while the security processor is at work another
+/// processor gives one away, or makes it a VMSA. The report must not be written there.
+#[test]
+fn i4_a_buffer_that_is_given_away_meanwhile_is_not_written_to() {
+    for gpa in [REPORT, MANIFEST, CERTIFICATES] {
+        for lend in [false, true] {
+            in_world(|world| {
+                let page = Frame::containing(gpa);
+                let act = || {
+                    if lend {
+                        let taken = world.engine.take(page, Role::Vmsa).unwrap();
+                        core::mem::forget(taken);
+                    } else {
+                        let done = world.engine.rescind(Block::page(page), OnNoChange::Fail);
+                        world.engine.flush(done.unwrap().flush.unwrap()).unwrap();
+                    }
+                };
+                let inner = ToModel(world.firmware);
+                let line = attestation::tests::line_of(Meanwhile { inner, act });
+                let machine = world.machine;
+                let service =
+                    Service::new(world.engine, machine, machine, machine, world.ahead, &line);
+                machine.fill(REPORT, &vec![BLANK; (OUTPUTS_END - REPORT) as usize]);
+                machine.fill(NONCE, &nonce());
+                machine.fill(LIST, GOOD.as_bytes());
+                machine.fill(AREA, &[1]);
+                let registers = Registers {
+                    rax: AttestationCall::SERVICES.id().encode(),
+                    rcx: LIST,
+                    ..Registers::default()
+                };
+                let answer = service.handle(BOOT, ExitCode::VMGEXIT, &registers);
+                let refused = Registers {
+                    rax: ResultCode::INVALID_ADDRESS.encode(),
+                    ..registers
+                };
+                assert_eq!(answer, Answer::Return(refused), "{gpa:#x}");
+                assert!(machine.holds(gpa, 4096, BLANK), "{gpa:#x} was written to");
+            });
+        }
+    }
 }
