@@ -10,6 +10,7 @@ use igvm_build::sidecar::Sidecar;
 use protocols::launch::{Acceptance, Fault};
 use protocols::report::{Event, Outcome, Report};
 
+use crate::chip::Chip;
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
@@ -53,6 +54,10 @@ pub struct Artefacts {
     pub busybox: PathBuf,
     /// The stress program and its module, for the kernels of the chosen scenarios that run it.
     pub stress: BTreeMap<Kernel, Vec<Extra>>,
+    /// The kernel modules for attestation, for the kernels of the chosen scenarios that load them.
+    pub modules: BTreeMap<Kernel, Vec<Extra>>,
+    /// The chip of the emulated security processor.
+    pub chip: Chip,
     /// The `xtask` program itself, for scenarios about what it says.
     pub xtask: PathBuf,
 }
@@ -121,6 +126,8 @@ pub struct Scenario {
     pub trust_domain: bool,
     /// Whether it runs the stress program.
     pub stress: bool,
+    /// Whether it loads the kernel's modules for attestation.
+    pub modules: bool,
     /// Whether it boots its kernel from the disk.
     pub disk: bool,
     /// Whether it makes a unified kernel image.
@@ -147,6 +154,7 @@ impl Scenario {
             firmware: Firmware::default(),
             trust_domain: false,
             stress: false,
+            modules: false,
             disk: false,
             uki: false,
             run: Box::new(run),
@@ -188,6 +196,15 @@ impl Scenario {
     pub fn with_stress(self) -> Scenario {
         Scenario {
             stress: true,
+            ..self
+        }
+    }
+
+    /// The same, with the kernel's modules for attestation in the guest.
+    #[must_use]
+    pub fn with_modules(self) -> Scenario {
+        Scenario {
+            modules: true,
             ..self
         }
     }
@@ -380,6 +397,7 @@ impl Context {
             linux: None,
             disk: None,
             console: Console::File,
+            chip: Some(self.artefacts.chip.clone()),
             debugger: None,
             dir: self.dir.clone(),
         }

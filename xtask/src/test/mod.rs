@@ -142,6 +142,12 @@ fn artefacts(
             place.insert(crate::stress::obtain(layout, file)?);
         }
     }
+    let mut modules = BTreeMap::new();
+    for kernel in scenarios.iter().filter(|s| s.modules).map(|s| s.kernel) {
+        if let (Entry::Vacant(place), Some(file)) = (modules.entry(kernel), kernels.get(&kernel)) {
+            place.insert(crate::modules::obtain(layout, file)?);
+        }
+    }
     let mut disks = BTreeMap::new();
     for kernel in scenarios.iter().filter(|s| s.disk).map(|s| s.kernel) {
         if let Entry::Vacant(place) = disks.entry(kernel) {
@@ -182,6 +188,8 @@ fn artefacts(
         uki,
         busybox,
         stress,
+        modules,
+        chip: build::chip(layout)?,
         xtask,
     })
 }
