@@ -2,8 +2,8 @@
 //!
 //! The logic is here and knows the instruction only as the trait [`Tdcall`], so that it is tested
 //! on the host against a model of the secure EPT. Where the engine's steps have no instruction on
-//! this platform they are empty: an accept zeroes the page (no scrub), and a page is given back to
-//! the host by the host (no rescind; the next accept tells whether it really went).
+//! this platform they are empty: an accept zeroes the page (no scrub), and a page is removed by the
+//! host (no rescind; the next accept tells whether it really went).
 
 use accept::{AdjustFault, Backend, Block, Fault, NotFlushed, ValidateFault};
 use protocols::addr::{Gpa, PageSize};
@@ -150,10 +150,9 @@ impl<T: Tdcall, F: FlushOthers> Backend for TdxBackend<T, F> {
         }
     }
 
-    /// Nothing: the host takes the page when the guest converts it. A host that does not is found
-    /// out by the next accept, which finds the page accepted already.
+    /// There is no such instruction: the host removes pages, and the engine does not ask for it.
     fn rescind(&self, _: Block) -> Result<(), ValidateFault> {
-        Ok(())
+        Err(ValidateFault::Failed(Status::OPERAND_INVALID.0))
     }
 
     /// Nothing: the accept has zeroed the page.

@@ -18,6 +18,7 @@ const CODE64: u64 = 1 << (16 + 13);
 impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// Answers an exit.
     pub fn handle(&self, vp: &mut Vp, exit: &Exit) -> Next {
+        self.pay(vp);
         match exit.status {
             // A device is the host's to route to us: the same to the guest.
             Status::SUCCESS | Status::L2_EXIT_HOST_ROUTED_ASYNC => {}
