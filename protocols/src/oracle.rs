@@ -101,6 +101,10 @@ open_enum! {
         /// Exits of a trust domain to its host that the module made in the midst of an instruction
         /// of L1's.
         TD_EXIT = 16,
+        /// TDCALLs of L1, VP.ENTER and requests to the host among them.
+        TDCALL = 17,
+        /// TDG.MEM.PAGE.ATTR.WR by L1.
+        ATTR_WR = 18,
     }
 }
 

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Error, Fault, Frame, GivenBack, Map, NotFlushed,
-    OnNoChange, Order, PageState, Range, Region, RegionLock, RegionLocks, ValidateFault, Walk,
+    AdjustFault, Backend, Block, Broken, Engine, Error, Fault, Frame, GivenBack, Map, NotFlushed,
+    OnNoChange, Order, PageState, Range, Region, RegionLock, RegionLocks, Run, ValidateFault, Walk,
 };
 use loom::sync::atomic::AtomicU64;
 
@@ -88,6 +88,12 @@ impl Backend for Watched<'_> {
 
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
         self.hardware().validate(block)
+    }
+    fn validate_run(&self, run: Run) -> Result<(), Broken<ValidateFault>> {
+        self.hardware().validate_run(run)
+    }
+    fn grant_run(&self, run: Run) -> Result<(), Broken<AdjustFault>> {
+        self.hardware().grant_run(run)
     }
     fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
         self.is_taken(block);

@@ -3,7 +3,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use accept::{AdjustFault, Backend, Block, Error, Fault, NotFlushed, OnNoChange, ValidateFault};
+use accept::{
+    AdjustFault, Backend, Block, Broken, Error, Fault, NotFlushed, OnNoChange, Run, ValidateFault,
+};
 use loom::sync::atomic::{AtomicU64, Ordering};
 use protocols::tdx::{L2Vm, Leaf, MAPPING_PENDING, PageAttributes, Status};
 use svsm::platform::tdx::{FlushOthers, Operands, Outcome, Tdcall, TdxBackend};
@@ -233,6 +235,12 @@ impl Backend for &Tdx {
 
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
         self.backend.validate(block)
+    }
+    fn validate_run(&self, run: Run) -> Result<(), Broken<ValidateFault>> {
+        self.backend.validate_run(run)
+    }
+    fn grant_run(&self, run: Run) -> Result<(), Broken<AdjustFault>> {
+        self.backend.grant_run(run)
     }
     fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
         self.backend.rescind(block)

@@ -7,7 +7,9 @@ use alloc::format;
 
 use protocols::oracle::{Call, Counter, HOST_ACT_DONE, HOST_ACT_NOT_POSSIBLE, HostAct, PageFlags};
 use protocols::report::PvalidateResults;
+use protocols::tdx::Leaf;
 
+use crate::counters::Tdcall;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::settings::{Hostile, PlatformKind};
@@ -108,6 +110,10 @@ impl<P: PhysicalMemory> Platform<P> {
             Counter::IN_USE_RESCIND => violations.in_use_rescind,
             Counter::ACCEPT_4K => level.accept.size_4k.total(),
             Counter::ACCEPT_2M => level.accept.size_2m.total(),
+            Counter::TDCALL => self.counters.tdcalls(Vmpl::VMPL0, |_| true),
+            Counter::ATTR_WR => self.counters.tdcalls(Vmpl::VMPL0, |call| {
+                *call == Tdcall::Module(Leaf::MEM_PAGE_ATTR_WR)
+            }),
             Counter::TD_EXIT => self.counters.td_exits(Vmpl::VMPL0),
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
                 .iter()
@@ -201,6 +207,18 @@ mod tests {
         let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
         assert_eq!(count(Counter::INSTRUCTIONS), 7);
         assert_eq!(count(Counter::INSTRUCTIONS_OF_GUEST), 8);
+        let leaves = [Leaf::MEM_PAGE_ATTR_WR, Leaf::VP_ENTER];
+        for (level, leaf) in [Vmpl::VMPL0, Vmpl::VMPL0, Vmpl::VMPL1]
+            .into_iter()
+            .zip(leaves.into_iter().cycle())
+        {
+            platform
+                .counters()
+                .count_tdcall(level, Tdcall::Module(leaf));
+        }
+        let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
+        assert_eq!(count(Counter::TDCALL), 2);
+        assert_eq!(count(Counter::ATTR_WR), 1);
     }
 
     #[test]

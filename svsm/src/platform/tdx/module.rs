@@ -24,6 +24,7 @@ pub struct Module;
 const PASSED: u64 = 0xFC00;
 
 impl Tdcall for Module {
+    #[inline]
     fn tdcall(&self, leaf: Leaf, operands: Operands) -> Outcome {
         let mut outcome = Outcome::default();
         // SAFETY: the registers that leaves change are all named. What a leaf does to memory is

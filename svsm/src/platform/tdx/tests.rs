@@ -6,8 +6,8 @@ use std::vec;
 use std::vec::Vec;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Error, Fault, Frame, NotFlushed, OnNoChange, PageState,
-    Role, ValidateFault,
+    AdjustFault, Backend, Block, Broken, Engine, Error, Fault, Frame, NotFlushed, OnNoChange,
+    PageState, Role, Run, ValidateFault,
 };
 use proptest::prelude::*;
 use protocols::tdx::{L2Vm, Leaf, MAPPING_PENDING, PageAttributes, Status};
@@ -244,6 +244,12 @@ impl Backend for &Tdx {
 
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
         self.0.validate(block)
+    }
+    fn validate_run(&self, run: Run) -> Result<(), Broken<ValidateFault>> {
+        self.0.validate_run(run)
+    }
+    fn grant_run(&self, run: Run) -> Result<(), Broken<AdjustFault>> {
+        self.0.grant_run(run)
     }
     fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
         self.0.rescind(block)

@@ -274,14 +274,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// Has the host make a block private again. It stays unaccepted.
     fn to_private(&self, block: Block) -> Result<(HostStatus, u64), TurnstileReason> {
         let bytes = block.size().bytes();
-        let is_guests = (0..block.size().pages()).all(|page| {
-            let state = block
-                .first()
-                .checked_add(page)
-                .and_then(|frame| self.engine.state(frame));
-            matches!(state, Some(state) if state != PageState::Owned)
-        });
-        if !is_guests {
+        if self.engine.is_owned(block) != Ok(false) {
             return Ok((HostStatus::INVALID_OPERAND, 0));
         }
         let conversion =
