@@ -91,7 +91,8 @@ impl<T: Tdcall, F: FlushOthers> TdxBackend<T, F> {
     fn call(&self, leaf: Leaf, operands: Operands) -> (Status, Outcome) {
         let outcome = self.module.tdcall(leaf, operands);
         let status = Status::of(outcome.rax);
-        if status.is_busy() {
+        // Success first: it is what 512 small pages in a row come to.
+        if status != Status::SUCCESS && status.is_busy() {
             return self.call_again(leaf, operands);
         }
         (status, outcome)
@@ -126,9 +127,28 @@ impl<T: Tdcall, F: FlushOthers> TdxBackend<T, F> {
         }
     }
 
-    /// Sets what the guest's VM may do with a page.
+    /// Sets what the guest's VM may do with a page, and sees to it that it is so.
     #[inline]
     fn set(&self, page: u64, access: Access) -> Result<(), AdjustFault> {
+        if self.set_once(page, access)? {
+            return Ok(());
+        }
+        self.set_again(page, access)
+    }
+
+    #[cold]
+    fn set_again(&self, page: u64, access: Access) -> Result<(), AdjustFault> {
+        for _ in 1..REPEAT_LIMIT {
+            if self.set_once(page, access)? {
+                return Ok(());
+            }
+        }
+        Err(AdjustFault::Failed(Status::PAGE_ATTR_INVALID.0))
+    }
+
+    /// The same once; whether it reads back as written.
+    #[inline]
+    fn set_once(&self, page: u64, access: Access) -> Result<bool, AdjustFault> {
         let attributes = match access {
             Access::All => PageAttributes::ALL_ACCESS,
             Access::None => PageAttributes::empty(),
@@ -144,28 +164,31 @@ impl<T: Tdcall, F: FlushOthers> TdxBackend<T, F> {
             r8: GUEST.field(PageAttributes::ALL_ACCESS | flush),
             ..Operands::default()
         };
-        for _ in 0..REPEAT_LIMIT {
-            let (status, outcome) = self.call(Leaf::MEM_PAGE_ATTR_WR, operands);
-            match status {
-                Status::SUCCESS => {}
-                Status::PAGE_SIZE_MISMATCH => return Err(AdjustFault::SizeMismatch),
-                other => return Err(AdjustFault::Failed(other.0)),
-            }
-            if outcome.rcx & MAPPING_PENDING != 0 {
-                return Err(AdjustFault::NotValidated);
-            }
-            let now = GUEST.attributes(outcome.rdx) & PageAttributes::ALL_ACCESS;
-            if now == attributes {
-                return Ok(());
-            }
+        let (status, outcome) = self.call(Leaf::MEM_PAGE_ATTR_WR, operands);
+        match status {
+            Status::SUCCESS => {}
+            Status::PAGE_SIZE_MISMATCH => return Err(AdjustFault::SizeMismatch),
+            other => return Err(AdjustFault::Failed(other.0)),
         }
-        Err(AdjustFault::Failed(Status::PAGE_ATTR_INVALID.0))
+        if outcome.rcx & MAPPING_PENDING != 0 {
+            return Err(AdjustFault::NotValidated);
+        }
+        Ok(GUEST.attributes(outcome.rdx) & PageAttributes::ALL_ACCESS == attributes)
     }
 
     /// Gives a page to the guest.
     #[inline]
     fn give(&self, page: u64) -> Result<(), AdjustFault> {
-        let given = self.set(page, Access::All);
+        match self.set_once(page, Access::All) {
+            Ok(true) => Ok(()),
+            Ok(false) => self.not_given(page, self.set_again(page, Access::All)),
+            failed => self.not_given(page, failed.map(drop)),
+        }
+    }
+
+    /// What is left to do for a page that was not given, or not at once.
+    #[cold]
+    fn not_given(&self, page: u64, given: Result<(), AdjustFault>) -> Result<(), AdjustFault> {
         if given == Err(AdjustFault::NotValidated) {
             // The host took the page away and put another there. The module has noted the access
             // and would give it as soon as somebody accepts that page: it is taken back.

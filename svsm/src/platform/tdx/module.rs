@@ -171,6 +171,7 @@ fn read(leaf: Leaf, field: FieldId) -> Result<u64, Status> {
 /// # Errors
 ///
 /// The status.
+#[inline(never)]
 pub fn write_vp(field: FieldId, value: u64, mask: u64) -> Result<(), Status> {
     let operands = Operands {
         rcx: 0,
