@@ -126,6 +126,8 @@ open_enum! {
         RE_ADD_2M = 5,
         /// Blocks the page's entry in the secure EPT of a trust domain.
         BLOCK = 6,
+        /// Keeps the page's entry in the secure EPT of a trust domain busy; asked again, lets go of it.
+        HOLD = 7,
     }
 }
 

@@ -332,7 +332,9 @@ fn add_accept(sum: &mut AcceptCounters, more: &AcceptCounters) {
             already_accepted,
             size_mismatch,
             invalid,
+            busy,
         } = more;
+        sum.busy += busy;
         sum.ok += ok;
         sum.already_accepted += already_accepted;
         sum.size_mismatch += size_mismatch;

@@ -130,7 +130,7 @@ impl<P: PhysicalMemory> Platform<P> {
             HostAct::EXCHANGE => {
                 self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Remap)
             }
-            HostAct::BLOCK => self.kind() == PlatformKind::Tdx,
+            HostAct::BLOCK | HostAct::HOLD => self.kind() == PlatformKind::Tdx,
             HostAct::RE_ADD | HostAct::RE_ADD_2M => self.settings.is_hostile(Hostile::ReAdd),
             act => act.is_known(),
         }
@@ -142,6 +142,9 @@ impl<P: PhysicalMemory> Platform<P> {
         let place = self.host.layout().place(gpa)?;
         if !self.would_act(act) || self.is_vmsa_in_use(gpa, PageSize::Size4K) {
             return None;
+        }
+        if act == HostAct::HOLD {
+            return self.hold(gpa);
         }
         let memory = &self.memory;
         let result = match act {
@@ -242,7 +245,7 @@ mod tests {
         );
         assert_eq!(flags(&mut platform), PageFlags::empty());
         // SEV-SNP has no secure EPT.
-        for unknown in [HostAct::BLOCK, HostAct(9)] {
+        for unknown in [HostAct::BLOCK, HostAct::HOLD, HostAct(9)] {
             assert_eq!(act(&mut platform, unknown), HOST_ACT_NOT_POSSIBLE);
         }
     }
