@@ -240,8 +240,12 @@ impl<P: PhysicalMemory> Platform<P> {
                     self.host
                         .invalidate(operand.gpa, size, Views::of(level), cause);
                     if let Some(td) = self.td_mut() {
-                        td.note_withdrawn(vm, operand.gpa);
+                        td.note_withdrawn(vcpu, vm, operand.gpa);
                     }
+                } else if to.contains(Permissions::FULL)
+                    && let Some(td) = self.td_mut()
+                {
+                    td.note_restored(vm, operand.gpa);
                 }
             }
             // In a mask, VALID asks for INVEPT.
