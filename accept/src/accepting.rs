@@ -30,19 +30,21 @@ impl<B: Backend> Engine<'_, B> {
     /// [`Error::NotAccepted`].
     pub fn accept(&self, block: Block, on_no_change: OnNoChange) -> Result<Done, Error> {
         let glance = self.look(block)?;
-        // With `Ignore` one page decides nothing about the other 511.
-        let one_page_decides = on_no_change == OnNoChange::Fail || block.size() == PageSize::Size4K;
-        if one_page_decides && glance.is_accepted() {
-            glance.count_no_change();
-            return match on_no_change {
-                OnNoChange::Fail => Err(Error::NoChange),
-                OnNoChange::Ignore => Ok(Done::NOTHING),
-            };
+        if let Some(answer) = glance.answer(on_no_change) {
+            return answer;
         }
         let held = self.hold_seen(glance)?;
-        let result = self.accept_held(&held, block, on_no_change);
-        self.end(held);
-        result
+        match self.accept_usual(&held, block) {
+            Some(result) => {
+                self.end(held);
+                result
+            }
+            None => {
+                let result = self.accept_mixed(&held, block, on_no_change);
+                self.end(held);
+                result
+            }
+        }
     }
 
     /// Makes the Unaccepted pages of `block` ready before the guest asks for them: validated and
@@ -101,34 +103,30 @@ impl<B: Backend> Engine<'_, B> {
         result
     }
 
-    /// The test under the lock, and the work.
-    fn accept_held(
+    /// The test under the lock, and the work, if it finds what nearly every request finds: nobody
+    /// has anything of the block.
+    #[inline]
+    pub(crate) fn accept_usual(
         &self,
         held: &Held<'_>,
         block: Block,
-        on_no_change: OnNoChange,
-    ) -> Result<Done, Error> {
-        // What nearly every request finds: nobody has anything of it.
+    ) -> Option<Result<Done, Error>> {
         match block.size() {
-            PageSize::Size4K => {
-                if held.state(block.first()) == PageState::Unaccepted {
-                    let page = OnePage(block.first().index_in_region());
-                    return self.accept_pages(held, block, &page, None);
-                }
+            PageSize::Size4K if held.state(block.first()) == PageState::Unaccepted => {
+                let page = OnePage(block.first().index_in_region());
+                Some(self.accept_pages(held, block, &page, None))
             }
-            PageSize::Size2M => {
-                if held.is_unaccepted() {
-                    return self.accept_pages(held, block, &WholeRegion, None);
-                }
+            PageSize::Size2M if held.is_unaccepted() => {
+                Some(self.accept_pages(held, block, &WholeRegion, None))
             }
+            _ => None,
         }
-        self.accept_mixed(held, block, on_no_change)
     }
 
     /// The same where somebody has some of it: kept apart, for the sets of pages that it works with
     /// would be in the way of the usual case.
     #[inline(never)]
-    fn accept_mixed(
+    pub(crate) fn accept_mixed(
         &self,
         held: &Held<'_>,
         block: Block,
@@ -163,12 +161,16 @@ impl<B: Backend> Engine<'_, B> {
         ready: Option<&PageSet>,
     ) -> Result<Done, Error> {
         let done = self.bring_in(held, fresh, ready, For::Guest)?;
+        let page = PageSize::Size4K.bytes();
         match block.size() {
             PageSize::Size4K => held.tally().accepted_4k.add(1),
-            PageSize::Size2M => held.tally().accepted_2m.add(1),
+            PageSize::Size2M => {
+                held.tally().accepted_2m.add(1);
+                held.tally()
+                    .accepted_2m_bytes
+                    .add(done.changed_pages * page);
+            }
         }
-        let page = PageSize::Size4K.bytes();
-        held.tally().accepted_bytes.add(done.changed_pages * page);
         if let Some(ready) = ready {
             held.tally().claimed_bytes.add(ready.len() * page);
         }

@@ -3,6 +3,8 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use crate::block::PageSize;
+
 /// One counter of a lock.
 #[derive(Default)]
 pub(crate) struct Count(AtomicU64);
@@ -34,8 +36,9 @@ impl Count {
 
 macro_rules! counters {
     ($($(#[$doc:meta])+ $name:ident,)+) => {
-        /// The counters of one lock.
+        /// The counters of one lock. In this order, so that those of most requests are beside it.
         #[derive(Default)]
+        #[repr(C)]
         pub(crate) struct Tally {
             $(pub(crate) $name: Count,)+
         }
@@ -54,6 +57,14 @@ macro_rules! counters {
         }
 
         impl Counters {
+            /// Bytes that became the guest's. A request for one page need not count them: it is accepted
+            /// only if that page changes hands.
+            #[must_use]
+            pub fn accepted_bytes(&self) -> u64 {
+                let small = self.accepted_4k.wrapping_mul(PageSize::Size4K.bytes());
+                small.wrapping_add(self.accepted_2m_bytes)
+            }
+
             /// Adds what one lock has counted.
             pub(crate) fn absorb(&mut self, tally: &Tally) {
                 $(self.$name = self.$name.wrapping_add(tally.$name.get());)+
@@ -67,9 +78,9 @@ counters! {
     accepted_4k,
     /// Requests for a 2 MiB block that were accepted.
     accepted_2m,
-    /// Bytes that became the guest's.
-    accepted_bytes,
-    /// Of these, bytes that had been made ready before the guest asked.
+    /// Bytes that became the guest's by these: pages of a block that already were are not counted.
+    accepted_2m_bytes,
+    /// Bytes that became the guest's, by requests of either size, and had been made ready before the guest asked.
     claimed_bytes,
     /// Bytes that were made ready before the guest asked.
     prepared_bytes,

@@ -9,8 +9,7 @@ use core::cell::Cell;
 use crate::backend::{Backend, NotFlushed, Operation, STATUS_SIZE_MISMATCH, Trouble};
 use crate::block::{Block, Frame, PageSize};
 use crate::counters::{Counters, Tally};
-use crate::given_back::Flag;
-use crate::lock::{Guard, RegionLocks};
+use crate::lock::{Guard, RegionLock, RegionLocks};
 use crate::map::{Map, Place};
 use crate::pages::{PageSet, PageState, StateSets};
 use crate::shape::Pages;
@@ -185,12 +184,12 @@ impl<'m, B: Backend> Engine<'m, B> {
         }
     }
 
-    /// The words and the counters of a block's region, without the lock.
+    /// The words and the lock of a block's region, before it is taken.
     pub(crate) fn look(&self, block: Block) -> Result<Glance<'m>, Error> {
         let place = self.map.place(block).ok_or(Error::OutOfRange)?;
         Ok(Glance {
             place,
-            tally: self.locks.tally(block.first()),
+            lock: self.locks.of(block.first()),
             block,
         })
     }
@@ -203,9 +202,9 @@ impl<'m, B: Backend> Engine<'m, B> {
     /// Locks the region of a block that was looked at.
     pub(crate) fn hold_seen(
         &self,
-        Glance { place, block, .. }: Glance<'m>,
+        Glance { place, lock, block }: Glance<'m>,
     ) -> Result<Held<'m>, Error> {
-        let guard = self.locks.lock(block.first()).ok_or(Error::Busy)?;
+        let guard = self.locks.take(lock).ok_or(Error::Busy)?;
         Ok(Held {
             place,
             region: block.first().region_start(),
@@ -230,7 +229,7 @@ impl<'m, B: Backend> Engine<'m, B> {
 /// A region seen without its lock.
 pub(crate) struct Glance<'m> {
     place: Place<'m>,
-    tally: &'m Tally,
+    lock: &'m RegionLock,
     block: Block,
 }
 
@@ -241,7 +240,7 @@ impl Glance<'_> {
     /// work is done and erased before any work of a rescind begins. Owned may be a page that is
     /// just leaving, Unaccepted one that is just arriving; both are looked at again under the lock.
     #[inline]
-    pub(crate) fn is_accepted(&self) -> bool {
+    fn is_accepted(&self) -> bool {
         match self.block.size() {
             PageSize::Size4K => {
                 self.place.words.state(self.block.first().index_in_region()) == PageState::Accepted
@@ -250,10 +249,20 @@ impl Glance<'_> {
         }
     }
 
-    /// Counts an answer that the test has given.
+    /// What a request to accept the block is answered without the lock, if it can be.
     #[inline]
-    pub(crate) fn count_no_change(&self) {
-        self.tally.no_change_fast.add_unlocked(1);
+    pub(crate) fn answer(&self, on_no_change: OnNoChange) -> Option<Result<Done, Error>> {
+        // With `Ignore` one page decides nothing about the other 511.
+        let one_page_decides =
+            on_no_change == OnNoChange::Fail || self.block.size() == PageSize::Size4K;
+        if !(one_page_decides && self.is_accepted()) {
+            return None;
+        }
+        self.lock.tally().no_change_fast.add_unlocked(1);
+        Some(match on_no_change {
+            OnNoChange::Fail => Err(Error::NoChange),
+            OnNoChange::Ignore => Ok(Done::NOTHING),
+        })
     }
 }
 
@@ -267,6 +276,12 @@ pub(crate) struct Held<'m> {
 }
 
 impl<'m> Held<'m> {
+    /// Whether `block` lies in what is locked: in the region, and in the same range.
+    #[inline]
+    pub(crate) fn has(&self, block: Block) -> bool {
+        block.first().region_start() == self.region && self.place.range.contains_block(block)
+    }
+
     /// The first frame of the region.
     #[inline]
     pub(crate) const fn region(&self) -> Frame {
@@ -307,14 +322,14 @@ impl<'m> Held<'m> {
 
     /// Remembers that the guest gives pages of the region back.
     pub(crate) fn remember_given_back(&self) {
-        if let Some(flag) = &self.place.given_back {
+        if let Some(flag) = self.place.given_back() {
             flag.set();
         }
     }
 
     /// Whether the guest may have given back a page of the region.
     pub(crate) fn maybe_given_back(&self) -> bool {
-        self.place.given_back.as_ref().is_none_or(Flag::is_set)
+        self.place.given_back().is_none_or(|flag| flag.is_set())
     }
 
     /// Turns the reason why a sweep stopped into the caller's error, and counts it.

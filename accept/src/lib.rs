@@ -23,6 +23,7 @@
 //! | `backend` | what the platform must be able to do, and how it may fail |
 //! | `sweep` | the one loop that tries 2 MiB and falls back to 4 KiB |
 //! | `engine`, `accepting`, `rescinding`, `withdrawing`, `owned` | the flows |
+//! | `list` | small pages of one region, one after the other, under one hold of its lock |
 //! | `ahead`, `given_back` | acceptance before the guest asks, and what it must keep off |
 //! | `view` | what others may see of the map: the EFI table's bits, totals |
 //! | `counters` | what happened, for reports |
@@ -40,7 +41,8 @@
 //! * **I4** A request never touches an [`PageState::Owned`] page.
 //! * **I5** "Already valid" on a page that the map calls Unaccepted means that the host lied: the
 //!   page is not granted, and the event is counted ([`Error::HostLied`]).
-//! * **I8** One call handles one block of at most 2 MiB.
+//! * **I8** One call handles one block of at most 2 MiB. Between the calls of a list the lock may stay
+//!   held, for [`Accepting::LONGEST`] pages at most.
 //! * **I9** After an error the block is as it was before, or, where that is impossible, every page
 //!   is recorded as what it really is.
 //! * **I12** Waiting for a lock is bounded ([`Error::Busy`]), and no lock is held across a flush.
@@ -90,6 +92,7 @@ mod block;
 mod counters;
 mod engine;
 mod given_back;
+mod list;
 mod lock;
 mod map;
 mod owned;
@@ -107,6 +110,7 @@ pub use block::{Block, Frame, Misaligned, PAGES_PER_REGION, PageSize};
 pub use counters::Counters;
 pub use engine::{Done, Engine, Error, FlushOwed, OnNoChange, Rescinded};
 pub use given_back::GivenBack;
+pub use list::Accepting;
 pub use lock::{BadLockCount, RegionLock, RegionLocks};
 pub use map::{BadMap, BadRange, Map, Range};
 pub use owned::{NotReturned, Role, Taken};

@@ -15,37 +15,42 @@ use crate::block::Frame;
 use crate::counters::Tally;
 use crate::sync::{AtomicBool, Ordering, spin_loop};
 
-/// One lock and the counters of the work done under it. Each has cache lines of its own.
+/// One lock and the counters of the work done under it, in a pair of cache lines of its own.
+///
+/// The counters of most requests are in the lock's line. Who waits reads that line in a loop, but the
+/// holder counts last: it takes the line back for the counter, and then has it for the release.
 #[derive(Default)]
-#[repr(align(64))]
+#[repr(C, align(128))]
 pub struct RegionLock {
-    held: Held,
+    held: AtomicBool,
     tally: Tally,
 }
 
-/// The lock word, kept off the counters' line: waiters read it in a loop.
-#[derive(Default)]
-#[repr(align(64))]
-struct Held(AtomicBool);
+const _: () = assert!(cfg!(loom) || size_of::<RegionLock>() == 128);
 
 impl RegionLock {
     /// A lock that nobody holds.
     #[must_use]
     pub const fn new() -> Self {
         Self {
-            held: Held(AtomicBool::new(false)),
+            held: AtomicBool::new(false),
             tally: Tally::new(),
         }
+    }
+
+    /// The counters that belong to its regions.
+    #[inline]
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.tally
     }
 
     /// Takes the lock if nobody holds it.
     #[inline]
     fn try_lock(&self) -> bool {
         // The plain read first: a failed exchange would take the line from the holder.
-        !self.held.0.load(Ordering::Relaxed)
+        !self.held.load(Ordering::Relaxed)
             && self
                 .held
-                .0
                 .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
                 .is_ok()
     }
@@ -55,6 +60,8 @@ impl RegionLock {
 #[derive(Clone, Copy)]
 pub struct RegionLocks<'m> {
     locks: &'m [RegionLock],
+    /// What is left of a hash after shifting by this is an index of a lock.
+    shift: u32,
     spin_limit: u32,
 }
 
@@ -69,7 +76,7 @@ impl<'m> RegionLocks<'m> {
 
     /// How often a waiter looks at a held lock before it gives up. Several times what a 2 MiB
     /// block costs when each of its pages is a trip to the host.
-    pub const SPIN_LIMIT: u32 = 1 << 20;
+    pub const SPIN_LIMIT: u32 = 0x10_0000;
 
     /// How many locks suit a VM of `vcpus`: a power of two, at least four per vCPU, so that two
     /// vCPUs at work on different regions seldom meet.
@@ -92,6 +99,7 @@ impl<'m> RegionLocks<'m> {
         }
         Ok(Self {
             locks,
+            shift: u64::BITS - locks.len().trailing_zeros(),
             spin_limit: Self::SPIN_LIMIT,
         })
     }
@@ -108,16 +116,15 @@ impl<'m> RegionLocks<'m> {
         self.locks.iter().map(|lock| &lock.tally)
     }
 
-    /// The counters that belong to the region around `frame`.
-    #[inline]
-    pub(crate) fn tally(&self, frame: Frame) -> &'m Tally {
-        &self.lock_of(frame).tally
-    }
-
     /// Locks the region around `frame`; `None` when the wait became too long.
     #[inline]
     pub(crate) fn lock(&self, frame: Frame) -> Option<Guard<'m>> {
-        let lock = self.lock_of(frame);
+        self.take(self.of(frame))
+    }
+
+    /// Takes a lock; `None` when the wait became too long.
+    #[inline]
+    pub(crate) fn take(&self, lock: &'m RegionLock) -> Option<Guard<'m>> {
         if lock.try_lock() {
             return Some(Guard { lock });
         }
@@ -132,18 +139,18 @@ impl<'m> RegionLocks<'m> {
         None
     }
 
+    /// The lock of the region around `frame`.
     #[inline]
-    fn lock_of(&self, frame: Frame) -> &'m RegionLock {
-        &self.locks[index(frame.region_number(), self.locks.len())]
+    pub(crate) fn of(&self, frame: Frame) -> &'m RegionLock {
+        &self.locks[(hash(frame.region_number()) >> self.shift) as usize]
     }
 }
 
-/// Chooses one of `count` (a power of two) locks for a region: the top bits of a product with
-/// 2^64 / golden ratio, which spreads neighbours as well as regions a large stride apart.
+/// Spreads neighbours as well as regions a large stride apart over the top bits: a product with
+/// 2^64 / golden ratio.
 #[inline]
-const fn index(region_number: u64, count: usize) -> usize {
-    let hash = region_number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (hash >> (u64::BITS - count.trailing_zeros())) as usize
+const fn hash(region_number: u64) -> u64 {
+    region_number.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 /// A held lock; dropping it releases the lock.
@@ -163,7 +170,7 @@ impl<'m> Guard<'m> {
 impl Drop for Guard<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.lock.held.0.store(false, Ordering::Release);
+        self.lock.held.store(false, Ordering::Release);
     }
 }
 
@@ -213,7 +220,7 @@ mod tests {
         );
         drop(guard);
         assert!(locks.lock(frame(0x20_0000)).is_some());
-        assert_eq!(locks.tally(frame(0x20_0000)).busy.get(), 1);
+        assert_eq!(locks.of(frame(0x20_0000)).tally().busy.get(), 1);
     }
 
     #[test]
@@ -221,7 +228,7 @@ mod tests {
         for stride in [1, 64, 512, 1 << 18] {
             let mut used = [false; 64];
             for n in 0..256 {
-                used[index(n * stride, 64)] = true;
+                used[(hash(n * stride) >> (u64::BITS - 6)) as usize] = true;
             }
             let spread = used.iter().filter(|used| **used).count();
             assert!(spread >= 48, "stride {stride}: {spread} of 64 locks");

@@ -119,6 +119,12 @@ impl<'m> Range<'m> {
         self.regions
     }
 
+    /// Whether all of `block` is in the range.
+    #[inline]
+    pub(crate) fn contains_block(&self, block: Block) -> bool {
+        self.contains(block.first()) && self.contains(block.last())
+    }
+
     /// Whether `frame` is in the range.
     #[inline]
     fn contains(&self, frame: Frame) -> bool {
@@ -129,8 +135,17 @@ impl<'m> Range<'m> {
 /// What is kept of one region.
 pub(crate) struct Place<'m> {
     pub(crate) words: &'m RegionWords,
-    /// Whether the guest gave back a page of it; none where nobody wants to know.
-    pub(crate) given_back: Option<Flag<'m>>,
+    /// The range, and the region's place in it.
+    pub(crate) range: &'m Range<'m>,
+    index: usize,
+}
+
+impl<'m> Place<'m> {
+    /// Whether the guest gave back a page of it; none where nobody wants to know. Found when it is
+    /// wanted, for most requests do not.
+    pub(crate) fn given_back(&self) -> Option<Flag<'m>> {
+        GivenBack::flag(self.range.given_back, self.index)
+    }
 }
 
 /// All memory that has a state.
@@ -182,14 +197,15 @@ impl<'m> Map<'m> {
             .ranges
             .iter()
             .find(|range| range.contains(block.first()))?;
-        if !range.contains(block.last()) {
+        if !range.contains_block(block) {
             return None;
         }
         let index = block.first().region_number() - range.first.region_number();
         let index = usize::try_from(index).ok()?;
         Some(Place {
             words: range.regions.get(index)?.words(),
-            given_back: GivenBack::flag(range.given_back, index),
+            range,
+            index,
         })
     }
 

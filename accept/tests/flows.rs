@@ -439,7 +439,7 @@ fn counters_tell_sizes_and_bytes() {
         let counters = engine.counters();
         assert_eq!((counters.accepted_2m, counters.accepted_4k), (1, 2));
         assert_eq!((counters.rescinded_2m, counters.rescinded_4k), (1, 1));
-        assert_eq!(counters.accepted_bytes, (2 << 20) + 8192);
+        assert_eq!(counters.accepted_bytes(), (2 << 20) + 8192);
         assert_eq!(counters.rescinded_bytes, (2 << 20) + 4096);
         assert_eq!(
             (counters.host_lies, counters.failures, counters.busy),

@@ -17,7 +17,7 @@ use igvm_build::image::{self, Options};
 use igvm_build::show::show;
 use igvm_build::sidecar::{Sidecar, hex};
 use igvm_build::td;
-use igvm_build::td_firmware::TdFirmware;
+use igvm_build::td_firmware::{TdFirmware, with_variables};
 use protocols::launch::Fault;
 
 #[derive(Parser)]
@@ -38,6 +38,17 @@ enum Command {
     Td {
         /// The ELF file
         elf: PathBuf,
+        /// Where to write the image
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Build the image of a trust domain whose firmware is its only software: no paravisor
+    TdFirmware {
+        /// The firmware, a TDVF .fd
+        firmware: PathBuf,
+        /// Take the variables from this image or variable store instead of the firmware's own
+        #[arg(long, value_name = "FILE")]
+        variables: Option<PathBuf>,
         /// Where to write the image
         #[arg(long)]
         out: PathBuf,
@@ -88,6 +99,9 @@ struct Build {
     fault: u32,
 }
 
+/// What is expected of a firmware for trust domains.
+const TDVF: &str = "OVMF.inteltdx.ms.fd of Debian's ovmf-inteltdx 2026.08 or newer";
+
 fn main() -> ExitCode {
     match run(Arguments::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -107,6 +121,22 @@ fn run(command: Command) -> Result<()> {
             let image = td::build(&program).map_err(FileError::content(&elf))?;
             write(&out, &image.bytes)?;
             println!("MRTD {}", hex(&image.mrtd));
+        }
+        Command::TdFirmware {
+            firmware,
+            variables,
+            out,
+        } => {
+            let mut bytes = read(&firmware, TDVF)?;
+            if let Some(file) = &variables {
+                let store = read(file, "an OVMF image or variable store")?;
+                bytes = with_variables(&bytes, &store).map_err(FileError::content(&firmware))?;
+            }
+            let parsed = TdFirmware::parse(&bytes).map_err(FileError::content(&firmware))?;
+            let built = td::build_firmware(&parsed).map_err(FileError::content(&firmware))?;
+            write(&out, &built.image.bytes)?;
+            println!("MRTD {}", hex(&built.image.mrtd));
+            println!("hand-off blocks {:#x}", built.hob);
         }
         Command::Show { file } => {
             let bytes = read(&file, "an IGVM file, build one with `igvm-build build`")?;
@@ -141,12 +171,7 @@ fn build(arguments: &Build) -> Result<()> {
     let td_bytes = arguments
         .td_firmware
         .as_deref()
-        .map(|file| {
-            read(
-                file,
-                "OVMF.inteltdx.fd of Debian's ovmf-inteltdx 2026.08 or newer",
-            )
-        })
+        .map(|file| read(file, TDVF))
         .transpose()?;
     let td_firmware = match (&arguments.td_firmware, &td_bytes) {
         (Some(file), Some(bytes)) => {

@@ -14,6 +14,7 @@ use x86_64::structures::gdt::{Descriptor, GlobalDescriptorTable, SegmentSelector
 use x86_64::structures::tss::TaskStateSegment;
 
 use crate::hypervisor::ghcb::Ghcb;
+use crate::tdx::vectors::Taken;
 
 /// Index of the stack (in the TSS) for exceptions that may hit while the normal one is unusable.
 pub const EMERGENCY_STACK: u16 = 0;
@@ -34,12 +35,15 @@ pub struct PerCpu {
     index: usize,
     /// Its channel to the host, once that is set up.
     ghcb: OnceCell<Ghcb>,
+    /// Interrupts that its handlers have taken (in a trust domain).
+    taken: Taken,
     tables: UnsafeCell<Tables>,
     emergency_stack: UnsafeCell<[u8; EMERGENCY_STACK_SIZE]>,
 }
 
 // SAFETY: a block is reached only through the GS base of the one processor it belongs to, which
-// runs with interrupts off; exception handlers only read cells that are set already.
+// runs with interrupts off; exception handlers only read cells that are set already, and `taken` is
+// atomic.
 unsafe impl Sync for PerCpu {}
 
 /// The block of the boot processor; the others get theirs from the carve-out.
@@ -52,6 +56,7 @@ impl PerCpu {
         Self {
             index,
             ghcb: OnceCell::new(),
+            taken: Taken::new(),
             tables: UnsafeCell::new(Tables {
                 gdt: GlobalDescriptorTable::new(),
                 tss: TaskStateSegment::new(),
@@ -75,6 +80,12 @@ impl PerCpu {
     /// Gives the processor its channel to the host. Only the first call counts.
     pub fn set_ghcb(&self, ghcb: Ghcb) -> &Ghcb {
         self.ghcb.get_or_init(|| ghcb)
+    }
+
+    /// The interrupts that its handlers have taken.
+    #[must_use]
+    pub const fn taken(&self) -> &Taken {
+        &self.taken
     }
 
     /// Makes this the block of the running processor: descriptor tables and GS base.

@@ -125,7 +125,8 @@ pub struct Shared {
     given_back: [GivenBack; REGIONS],
     /// A walk over all memory.
     pub walk: Walk,
-    locks: [RegionLock; RegionLocks::MINIMUM],
+    /// On the heap: the stacks of loom's threads are small.
+    locks: Vec<RegionLock>,
     /// The numbers of the two regions.
     numbers: [u64; REGIONS],
 }
@@ -137,7 +138,9 @@ impl Shared {
             regions: [const { Region::new() }; REGIONS],
             given_back: [const { GivenBack::new() }; REGIONS],
             walk: Walk::new(Order::LowFirst, u64::MAX),
-            locks: [const { RegionLock::new() }; RegionLocks::MINIMUM],
+            locks: (0..RegionLocks::MINIMUM)
+                .map(|_| RegionLock::new())
+                .collect(),
             numbers,
         }
     }

@@ -2,9 +2,11 @@
 
 use std::sync::{Arc, Mutex};
 
-use accept::{Error, OnNoChange};
+use accept::{Error, OnNoChange, PageState};
 
-use crate::hardware::{Guarded, NEIGHBOURS, Shared, accept, explore, explore_bounded, page};
+use crate::hardware::{
+    Guarded, LEAVING_IS_SEEN, NEIGHBOURS, Shared, accept, explore, explore_bounded, page, rescind,
+};
 
 /// How often one vCPU is interrupted for the other in the model of two lists.
 const PREEMPTIONS: usize = 4;
@@ -67,4 +69,51 @@ fn same_lock(a: u64, b: u64) -> bool {
         });
     });
     *same.lock().expect("no panic")
+}
+
+#[test]
+fn i2_a_list_of_two_pages_against_one_who_wants_the_second() {
+    explore(
+        NEIGHBOURS,
+        |_| {},
+        |engine| {
+            let mut list = engine.accepting();
+            let first = list.accept(page(0, 0), OnNoChange::Fail).map(drop);
+            let second = list.accept(page(0, 1), OnNoChange::Fail).map(drop);
+            Ok((first, second))
+        },
+        |engine| accept(engine, page(0, 1)),
+        |shared, list, other| {
+            let (first, second) = list.expect("a list");
+            // "Busy" is asked again by `explore` only where the whole answer is.
+            let accepted = |index| {
+                let state = shared.with_engine(|engine| engine.state(page(0, index).first()));
+                state == Some(PageState::Accepted)
+            };
+            assert_eq!(accepted(0), first.is_ok());
+            assert_eq!(accepted(1), second.is_ok() || other.is_ok());
+            assert!(second.is_err() || other.is_err(), "two winners");
+        },
+    );
+}
+
+#[test]
+fn i1_i3_a_list_against_the_rescind_of_its_first_page() {
+    explore(
+        NEIGHBOURS,
+        |_| {},
+        |engine| {
+            let mut list = engine.accepting();
+            list.accept(page(0, 0), OnNoChange::Fail)?;
+            list.accept(page(0, 1), OnNoChange::Fail).map(drop)
+        },
+        |engine| rescind(engine, page(0, 0)),
+        |shared, list, rescinded| {
+            if list.is_ok() && rescinded.is_ok() {
+                let state = shared.with_engine(|engine| engine.state(page(0, 0).first()));
+                assert_eq!(state, Some(PageState::Unaccepted));
+            }
+            assert!(!shared.hardware.is_stale());
+        },
+    );
 }

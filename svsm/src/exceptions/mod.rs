@@ -7,6 +7,7 @@
 //! | #VE for CPUID at an instruction with a landing pad | continue there: the host's to answer |
 //! | #VC 0x404, #VE for an access anywhere else | I6: the host replaced a page of ours; terminate |
 //! | NMI | ignored: nobody at VMPL0 waits for one |
+//! | interrupts in a trust domain | noted for the loop that lets them come ([`interrupts`]) |
 //! | everything else | a bug or an attack; terminate |
 //!
 //! Exceptions can be injected by the host at any instruction, so the handler believes neither
@@ -15,6 +16,7 @@
 #![expect(unsafe_code, reason = "interrupt stubs and descriptor table")]
 
 pub mod fixup;
+pub mod interrupts;
 
 use core::arch::naked_asm;
 
@@ -27,12 +29,16 @@ use x86_64::registers::control::Cr2;
 use x86_64::structures::idt::InterruptDescriptorTable;
 
 use crate::cpuid::CpuidTable;
+use crate::hypervisor::tdx;
 use crate::panic;
 use crate::percpu::EMERGENCY_STACK;
 use crate::platform::AccessFault;
 use crate::platform::tdx::module;
+use crate::tdx::l2::interrupts::FIRST_VECTOR;
 use crate::terminate::terminate;
 
+/// First vector of interrupts.
+const FIRST_INTERRUPT: u64 = FIRST_VECTOR as u64;
 /// Vector of NMI.
 const NMI: u64 = 2;
 /// Vector of #GP.
@@ -128,6 +134,10 @@ fn build_idt() -> InterruptDescriptorTable {
     gate!(idt.simd_floating_point, simd);
     gate!(idt.virtualization, virtualization);
     gate!(idt.vmm_communication_exception, vmm_communication);
+    // Elsewhere there are none, and one that the host injects all the same ends the machine.
+    if tdx::is_here() {
+        interrupts::install(&mut idt);
+    }
     idt
 }
 
@@ -225,6 +235,7 @@ extern "C" fn handle(frame: &mut Frame) {
     let vector = frame.vector;
     match vector {
         NMI => return,
+        FIRST_INTERRUPT.. if tdx::is_here() => return interrupts::note(vector as u8),
         GENERAL_PROTECTION | PAGE_FAULT | VMM_COMMUNICATION if land(frame) => return,
         // First of all the information: without it the next #VE would be a double fault.
         VIRTUALIZATION => {

@@ -9,7 +9,7 @@
 //!   smaller pages is split there, so a guest never sees a size mismatch.
 //! * INCOMPLETE and BUSY ask for the same call again.
 
-use accept::{Backend, Block, Error, FlushOwed, Frame, OnNoChange};
+use accept::{Accepting, Backend, Block, Error, FlushOwed, Frame, OnNoChange};
 use protocols::addr::{Gpa, PageSize};
 use protocols::svsm::{
     EntryError, LIST_ALIGNMENT, LIST_NEXT_OFFSET, PvalidateAction, PvalidateEntry, PvalidateHeader,
@@ -146,6 +146,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
 
     /// Does entry after entry; on return `progress.next` names the first that is not done.
     fn work_off(&self, list: &List<'_, B, M>, progress: &mut Progress) -> Result<(), Stop> {
+        let mut accepting = self.engine.accepting();
         while progress.next < list.entries {
             let done = list.entry(progress.next).and_then(|entry| {
                 let mut request = entry.decode().map_err(malformed)?;
@@ -153,7 +154,8 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
                 // another processor has made of the page since is undone: the guest may have lost
                 // interest in the old list, and means it now.
                 request.ignore_no_change |= progress.repeated.take() == Some(entry);
-                self.apply(&request, progress).map(|()| entry)
+                self.apply(&request, &mut accepting, progress)
+                    .map(|()| entry)
             });
             match done {
                 Ok(entry) => {
@@ -172,7 +174,12 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
     }
 
     /// Does one entry.
-    fn apply(&self, request: &PvalidateRequest, progress: &mut Progress) -> Result<(), Stop> {
+    fn apply(
+        &self,
+        request: &PvalidateRequest,
+        accepting: &mut Accepting<'_, '_, B>,
+        progress: &mut Progress,
+    ) -> Result<(), Stop> {
         // An entry is no larger than the budget, so a call does one at least.
         if progress.work + request.size.bytes() > WORK_BUDGET {
             return Err(ResultCode::INCOMPLETE.into());
@@ -189,15 +196,19 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
         };
         let changed_pages = match request.action {
             PvalidateAction::Validate => {
-                self.engine
+                accepting
                     .accept(block, on_no_change)
                     .map_err(|error| self.refused(request, error, TurnstileReason::ALREADY_VALID))?
                     .changed_pages
             }
             PvalidateAction::Rescind => {
-                let rescinded = self.engine.rescind(block, on_no_change).map_err(|error| {
-                    self.refused(request, error, TurnstileReason::NOT_VALIDATED)
-                })?;
+                let rescinded =
+                    accepting
+                        .engine()
+                        .rescind(block, on_no_change)
+                        .map_err(|error| {
+                            self.refused(request, error, TurnstileReason::NOT_VALIDATED)
+                        })?;
                 progress.owed = rescinded.flush.or(progress.owed.take());
                 rescinded.changed_pages
             }
@@ -205,7 +216,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
         progress.work += changed_pages * PageSize::Size4K.bytes();
         if request.action == PvalidateAction::Validate && request.size == PageSize::Size2M {
             let room = WORK_BUDGET - progress.work;
-            progress.work += self.ahead.prepare_behind(self.engine, block, room)?;
+            progress.work += self.ahead.prepare_behind(accepting.engine(), block, room)?;
         }
         Ok(())
     }

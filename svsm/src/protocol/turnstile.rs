@@ -103,7 +103,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P>
         Ok(match TurnstileCounter(number) {
             TurnstileCounter::ACCEPTED_4K => engine.accepted_4k,
             TurnstileCounter::ACCEPTED_2M => engine.accepted_2m,
-            TurnstileCounter::ACCEPTED_BYTES => engine.accepted_bytes,
+            TurnstileCounter::ACCEPTED_BYTES => engine.accepted_bytes(),
             TurnstileCounter::CLAIMED_BYTES => engine.claimed_bytes,
             TurnstileCounter::PREPARED_BYTES => engine.prepared_bytes,
             TurnstileCounter::RESCINDED_BYTES => engine.rescinded_bytes,

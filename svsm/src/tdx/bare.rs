@@ -20,11 +20,13 @@ use protocols::tdx::metadata::FieldId;
 use protocols::tdx::shared_bit;
 use protocols::terminate::TurnstileReason;
 
+use super::apic::Ipi;
 use super::entry::{self, Start};
 use super::hob;
+use super::l2::interrupts::VirtualApic;
 use super::l2::{GuestTd, Touch};
 use super::run::{self, System, VcpuPages};
-use super::runners::Runner;
+use super::runners::{Others, Runner};
 use crate::boot::{harden_processor, make_engine, map_guest_memory, publish_map, read_host_map};
 use crate::entry::boot_stack_guard;
 use crate::host_map::HostMap;
@@ -108,7 +110,11 @@ fn start(params: &'static LaunchParams) -> Result<&'static System, TurnstileReas
 
     let (_, runners) = pool.slice(vcpus, |_| Runner::new())?;
     let runners: &'static [Runner] = runners;
-    let backend = TdxBackend::new(Module, runners);
+    let others = Others {
+        runners,
+        sender: Ipi,
+    };
+    let backend = TdxBackend::new(Module, others);
     let engine = make_engine(backend, &launch, &plan, locks, &mut pool)?;
 
     replace_reset_page(&launch, vcpus)?;
@@ -139,14 +145,18 @@ fn start(params: &'static LaunchParams) -> Result<&'static System, TurnstileReas
 
 /// What the module works on for each processor.
 fn make_pages(vcpus: usize, pool: &mut Pool) -> Result<&'static [VcpuPages], TurnstileReason> {
-    let first = pool.bytes(2 * PAGE_SIZE * vcpus as u64)?;
-    let address = pool.address(first);
+    let shared = pool.bytes(PAGE_SIZE * vcpus as u64)?;
+    let address = pool.address(shared);
+    let (first_apic, apics) = pool.slice(vcpus, |_| VirtualApic::new())?;
+    let apics: &'static [VirtualApic] = apics;
+    let first = apics.first().ok_or(TurnstileReason::INTERNAL)?;
     let (_, pages) = pool.slice(vcpus, |index| {
-        let offset = 2 * PAGE_SIZE * index as u64;
+        let offset = PAGE_SIZE * index as u64;
         VcpuPages {
-            shared: Gpa::new(first.get() + offset),
+            shared: Gpa::new(shared.get() + offset),
             address: address + offset,
-            virtual_apic: Gpa::new(first.get() + offset + PAGE_SIZE),
+            apic: apics.get(index).unwrap_or(first),
+            virtual_apic: Gpa::new(first_apic.get() + offset),
         }
     })?;
     Ok(pages)

@@ -15,10 +15,14 @@
 //! |---|---|
 //! | `entry` | the first instructions, and the wait of the other processors |
 //! | `run` | the loop of entries and exits on one processor |
-//! | [`runners`] | who is in the guest, and who owes a flush |
+//! | `apic` | L1's interrupt controller: switched on, and how another processor is called out |
+//! | [`vectors`] | the interrupts that a processor has taken |
+//! | [`runners`] | who is in the guest, who owes a flush, and who is called out for one |
 //! | [`hob`] | the list of hand-off blocks the firmware finds |
 //! | [`l2`] | the guest in its L2 VM |
 
+#[cfg(target_os = "none")]
+mod apic;
 #[cfg(target_os = "none")]
 mod bare;
 #[cfg(target_os = "none")]
@@ -28,3 +32,4 @@ pub mod l2;
 #[cfg(target_os = "none")]
 mod run;
 pub mod runners;
+pub mod vectors;

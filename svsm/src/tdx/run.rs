@@ -7,17 +7,22 @@ use protocols::tdx::l2::EnterState;
 use protocols::tdx::metadata::{FieldId, L2Controls};
 use protocols::tdx::vmcall::SubFunction;
 use protocols::tdx::vmcall::register::{R8, RBX, RCX, RDX, RSI};
-use protocols::tdx::vmcs::{EntryControls, Field, PrimaryControls, SecondaryControls, msr_bitmaps};
+use protocols::tdx::vmcs::{
+    EntryControls, Field, Interruptibility, PrimaryControls, SecondaryControls, msr_bitmaps,
+};
 use protocols::tdx::{Leaf, MAPPING_PENDING, Status};
 use protocols::terminate::TurnstileReason;
 use spin::Once;
 
+use super::apic::{self, Ipi};
+use super::l2::interrupts::VirtualApic;
 use super::l2::vp::{Injection, Vp};
 use super::l2::{
     Domain, GuestTd, HostRegisters, MEASUREMENT, Mapping, Next, REPORT, REPORT_DATA, Service,
     Touch, Unreachable, msr,
 };
-use super::runners::Runner;
+use super::runners::{Others, Runner};
+use crate::exceptions::interrupts;
 use crate::hypervisor::tdx;
 use crate::memory::{access, guest_map};
 use crate::platform::tdx::module::{self, Module};
@@ -25,7 +30,7 @@ use crate::platform::tdx::{GUEST, Operands, Tdcall, TdxBackend};
 use crate::terminate::terminate;
 
 /// The engine on the guest's memory.
-pub type GuestEngine = Engine<'static, TdxBackend<Module, &'static [Runner]>>;
+pub type GuestEngine = Engine<'static, TdxBackend<Module, Others<'static, Ipi>>>;
 
 /// What all processors share.
 pub struct System {
@@ -56,13 +61,15 @@ pub fn get() -> Option<&'static System> {
 }
 
 /// Memory of ours that the module works on for one processor.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct VcpuPages {
     /// Guest-physical address of a page laid out as [`Shared`].
     pub shared: Gpa,
     /// Where that is mapped.
     pub address: u64,
-    /// The virtual-APIC page.
+    /// The virtual APIC.
+    pub apic: &'static VirtualApic,
+    /// Guest-physical address of its page.
     pub virtual_apic: Gpa,
 }
 
@@ -209,11 +216,15 @@ pub fn run(system: &'static System, index: usize) -> ! {
     if set_fields(pages).is_err() {
         terminate(TurnstileReason::TD_FIELD);
     }
-    let mut vp = Vp::new(index as u32, first_state(index as u32, system.hob));
+    match apic::switch_on() {
+        Ok(id) => runner.set_apic_id(id),
+        Err(reason) => terminate(reason),
+    }
+    let state = first_state(index as u32, system.hob);
+    let mut vp = Vp::new(index as u32, state, pages.apic, apic::SPURIOUS);
     loop {
-        if let Some(injection) = vp.injection
-            && inject(injection).is_err()
-        {
+        runner.set_spurious(vp.spurious);
+        if prepare_entry(&mut vp).is_err() {
             terminate(TurnstileReason::TD_FIELD);
         }
         let state = service.domain.shared().cast::<EnterState>();
@@ -229,24 +240,70 @@ pub fn run(system: &'static System, index: usize) -> ! {
         // Without an entry nothing was delivered.
         if exit.status != Status::PENDING_INTERRUPT {
             vp.injection = None;
+            vp.stepped = false;
+        }
+        if matches!(
+            exit.status,
+            Status::PENDING_INTERRUPT | Status::L2_EXIT_PENDING_INTERRUPT
+        ) {
+            take_interrupts(&mut vp, runner);
         }
         match service.handle(&mut vp, &exit) {
             Next::Resume => {}
-            Next::Wait { blocked } => {
-                let request = [0, SubFunction::HLT.0, blocked.into(), 0, 0, 0];
-                if module::vmcall(request).is_err() {
-                    terminate(TurnstileReason::TD_VMCALL);
-                }
-            }
+            Next::Wait { blocked } => wait(&mut vp, runner, blocked),
             Next::End(reason) => terminate(reason),
         }
     }
 }
 
-/// The event that the VM goes on with.
-fn inject(injection: Injection) -> Result<(), Status> {
-    set(Field::ENTRY_ERROR_CODE, injection.error.into())?;
-    set(Field::ENTRY_INTERRUPTION, injection.information.into())
+/// Makes the interrupts that wait for this processor the guest's, but for those by which another
+/// processor calls it out.
+fn take_interrupts(vp: &mut Vp, runner: &Runner) {
+    for vector in interrupts::take().iter() {
+        if !runner.is_call(vector) {
+            // Only exceptions are refused, and no vector of theirs is among those that are taken.
+            let _ = vp.post(vector);
+        }
+    }
+}
+
+/// The guest waits for an interrupt; unless it is `blocked`, one that it has already or that came first
+/// is one. The host ends the wait for an interrupt of L1's even if that came before the request, and it
+/// may end it for nothing, as in any trust domain.
+fn wait(vp: &mut Vp, runner: &Runner, blocked: bool) {
+    if !blocked {
+        take_interrupts(vp, runner);
+        if vp.is_interrupted() {
+            return;
+        }
+    }
+    let request = [0, SubFunction::HLT.0, blocked.into(), 0, 0, 0];
+    if module::vmcall(request).is_err() {
+        terminate(TurnstileReason::TD_VMCALL);
+    }
+    take_interrupts(vp, runner);
+}
+
+/// What the VM goes on with: an event, and no shadow of an instruction that is behind it.
+fn prepare_entry(vp: &mut Vp) -> Result<(), Status> {
+    if let Some(Injection {
+        information,
+        error,
+        length,
+    }) = vp.injection
+    {
+        set(Field::ENTRY_ERROR_CODE, error.into())?;
+        if length != 0 {
+            set(Field::ENTRY_INSTRUCTION_LENGTH, length.into())?;
+        }
+        set(Field::ENTRY_INTERRUPTION, information.into())?;
+    }
+    // The module keeps the shadow of STI and MOV SS as it was at the exit. It matters to an interrupt.
+    if vp.stepped && vp.is_interrupted() {
+        let shadows = u64::from((Interruptibility::STI | Interruptibility::MOV_SS).bits());
+        module::write_vp(Field::INTERRUPTIBILITY.id(GUEST), 0, shadows)?;
+    }
+    Ok(())
 }
 
 fn set(field: Field, value: u64) -> Result<(), Status> {

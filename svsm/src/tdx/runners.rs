@@ -1,11 +1,19 @@
-//! Which processors are in the guest, and the flush that each of them owes before it goes there again.
+//! Which processors are in the guest, the flush that each of them owes before it goes there again, and how
+//! one that is in the guest is called out.
 //!
 //! An entry and an exit each count a processor's word up by one, so it is odd while the guest runs. Who
 //! wants a flush first says so to each processor and then looks at its word: a processor that was seen
 //! outside meets the wish before its next entry, and one that was inside has met it once its word has
 //! changed. Both sides use sequentially consistent operations; with less, each could miss the other's.
+//!
+//! Who is inside is called out by an interrupt. Interrupts of L1 and of the guest share the vectors of one
+//! APIC, and one that waits there is one whether it was sent once or twice. So the call has the vector that
+//! carries no message: the one that the guest has chosen for spurious interrupts, which may come at any
+//! time and say nothing. It is the guest's unless the mark says that it is a call; the mark is set before
+//! the interrupt is sent, by one sender alone, and taken back by the processor that takes it, so each
+//! call is taken for one call (decision 026).
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use accept::NotFlushed;
 use protocols::tdx::l2::Flush;
@@ -13,7 +21,16 @@ use protocols::tdx::l2::Flush;
 use crate::platform::tdx::FlushOthers;
 
 /// How often a flush looks at one processor before it gives up (I12).
-const FLUSH_LOOKS: u32 = 1 << 16;
+const FLUSH_LOOKS: u32 = 1 << 20;
+
+/// The spurious-interrupt vector register: the APIC is on. The vector is in bits 7:0.
+pub const APIC_ON: u32 = 1 << 8;
+
+/// Sends interrupts.
+pub trait CallOut {
+    /// Sends an interrupt to a processor. It may get lost.
+    fn call_out(&self, apic_id: u32, vector: u8);
+}
 
 /// One processor.
 #[derive(Debug, Default)]
@@ -21,16 +38,34 @@ const FLUSH_LOOKS: u32 = 1 << 16;
 pub struct Runner {
     passages: AtomicU64,
     flush: AtomicBool,
+    apic_id: AtomicU32,
+    /// The spurious-interrupt vector register of its APIC; off until it is known.
+    spurious: AtomicU32,
+    /// The vector that it is called out by, with [`APIC_ON`]; 0 if it is not.
+    called: AtomicU32,
 }
 
 impl Runner {
-    /// Outside, owing nothing.
+    /// Outside, owing nothing, not to be called.
     #[must_use]
     pub const fn new() -> Self {
         Self {
             passages: AtomicU64::new(0),
             flush: AtomicBool::new(false),
+            apic_id: AtomicU32::new(0),
+            spurious: AtomicU32::new(0),
+            called: AtomicU32::new(0),
         }
+    }
+
+    /// How it can be called: the identifier of its APIC.
+    pub fn set_apic_id(&self, id: u32) {
+        self.apic_id.store(id, Ordering::SeqCst);
+    }
+
+    /// What its spurious-interrupt vector register holds now.
+    pub fn set_spurious(&self, register: u32) {
+        self.spurious.store(register, Ordering::SeqCst);
     }
 
     /// The processor is about to enter the guest: with this flush.
@@ -48,18 +83,49 @@ impl Runner {
         self.passages.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// Whether an interrupt that the processor has taken was a call, which is answered with this; if not
+    /// it is the guest's.
+    #[must_use]
+    pub fn is_call(&self, vector: u8) -> bool {
+        let mark = APIC_ON | u32::from(vector);
+        self.called
+            .compare_exchange(mark, 0, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
+
     fn wish(&self) {
         self.flush.store(true, Ordering::SeqCst);
     }
 
-    /// Waits until it has been outside since the wish.
+    fn is_inside(&self) -> bool {
+        !self.passages.load(Ordering::SeqCst).is_multiple_of(2)
+    }
+
+    /// Calls the processor out, if it is inside, can be called, and no call is on its way.
+    fn call_out(&self, sender: &impl CallOut) {
+        let register = self.spurious.load(Ordering::SeqCst);
+        if !self.is_inside() || register & APIC_ON == 0 {
+            return;
+        }
+        let vector = register as u8;
+        let mark = APIC_ON | u32::from(vector);
+        let marked = self
+            .called
+            .compare_exchange(0, mark, Ordering::SeqCst, Ordering::SeqCst);
+        if marked.is_ok() {
+            sender.call_out(self.apic_id.load(Ordering::SeqCst), vector);
+        }
+    }
+
+    /// Waits until it has been outside since the wish, or has met it.
     fn await_outside(&self) -> Result<(), NotFlushed> {
         let seen = self.passages.load(Ordering::SeqCst);
-        if seen.is_multiple_of(2) {
-            return Ok(());
-        }
+        let is_met = || {
+            let now = self.passages.load(Ordering::SeqCst);
+            now.is_multiple_of(2) || now != seen || !self.flush.load(Ordering::SeqCst)
+        };
         for _ in 0..FLUSH_LOOKS {
-            if self.passages.load(Ordering::SeqCst) != seen {
+            if is_met() {
                 return Ok(());
             }
             core::hint::spin_loop();
@@ -68,21 +134,59 @@ impl Runner {
     }
 }
 
-impl FlushOthers for &[Runner] {
+/// All processors, and how they are called.
+pub struct Others<'a, S> {
+    /// The processors.
+    pub runners: &'a [Runner],
+    /// Sends the calls.
+    pub sender: S,
+}
+
+impl<S: CallOut> FlushOthers for Others<'_, S> {
     fn flush_others(&self) -> Result<(), NotFlushed> {
-        self.iter().for_each(Runner::wish);
-        self.iter().try_for_each(Runner::await_outside)
+        self.runners.iter().for_each(Runner::wish);
+        self.runners
+            .iter()
+            .for_each(|runner| runner.call_out(&self.sender));
+        self.runners.iter().try_for_each(Runner::await_outside)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::vec::Vec;
+
     use super::*;
+
+    /// Notes what it is to send.
+    #[derive(Default)]
+    struct Sent(RefCell<Vec<(u32, u8)>>);
+
+    impl CallOut for &Sent {
+        fn call_out(&self, apic_id: u32, vector: u8) {
+            self.0.borrow_mut().push((apic_id, vector));
+        }
+    }
+
+    /// Two processors that can be called by 0xFF and 0xEF.
+    fn runners() -> [Runner; 2] {
+        let runners = [Runner::new(), Runner::new()];
+        for (runner, (id, register)) in runners.iter().zip([(0, 0x1FF), (7, 0x1EF)]) {
+            runner.set_apic_id(id);
+            runner.set_spurious(register);
+        }
+        runners
+    }
 
     #[test]
     fn a_wish_is_met_by_the_next_entry_and_by_that_alone() {
-        let runners = [Runner::new(), Runner::new()];
-        let all: &[Runner] = &runners;
+        let runners = runners();
+        let sent = Sent::default();
+        let all = Others {
+            runners: &runners,
+            sender: &sent,
+        };
         assert_eq!(runners[0].enter(), Flush::None);
         runners[0].leave();
         assert_eq!(all.flush_others(), Ok(()));
@@ -90,17 +194,66 @@ mod tests {
         runners[0].leave();
         assert_eq!(runners[0].enter(), Flush::None);
         assert_eq!(runners[1].enter(), Flush::Ept);
+        assert!(sent.0.borrow().is_empty(), "nobody was inside");
     }
 
     /// I12: who stays in the guest is waited for so long and no longer.
     #[test]
     fn a_processor_that_stays_inside_is_no_flush() {
-        let runners = [Runner::new(), Runner::new()];
-        let all: &[Runner] = &runners;
+        let runners = runners();
+        let sent = Sent::default();
+        let all = Others {
+            runners: &runners,
+            sender: &sent,
+        };
         let _ = runners[1].enter();
         assert_eq!(all.flush_others(), Err(NotFlushed));
+        assert_eq!(*sent.0.borrow(), [(7, 0xEF)], "it was called by its vector");
+        // The call is on its way: no second one, which could be taken for the guest's.
+        assert_eq!(all.flush_others(), Err(NotFlushed));
+        assert_eq!(sent.0.borrow().len(), 1);
         runners[1].leave();
+        assert!(runners[1].is_call(0xEF));
         assert_eq!(all.flush_others(), Ok(()));
         assert_eq!(runners[1].enter(), Flush::Ept);
+        assert_eq!(sent.0.borrow().len(), 1);
+    }
+
+    #[test]
+    fn a_call_is_taken_once_and_by_its_vector_alone() {
+        let [_, runner] = runners();
+        let sent = Sent::default();
+        assert!(!runner.is_call(0xEF), "nobody called");
+        let _ = runner.enter();
+        runner.call_out(&&sent);
+        assert!(!runner.is_call(0x30));
+        // The guest chooses another vector while the call is on its way.
+        runner.set_spurious(APIC_ON | 0x30);
+        assert!(!runner.is_call(0x30));
+        assert!(runner.is_call(0xEF));
+        assert!(!runner.is_call(0xEF));
+    }
+
+    #[test]
+    fn who_has_switched_the_apic_off_is_not_called() {
+        let [_, runner] = runners();
+        let sent = Sent::default();
+        let _ = runner.enter();
+        runner.set_spurious(0xFF);
+        runner.call_out(&&sent);
+        assert!(sent.0.borrow().is_empty());
+        // No mark is left that would swallow an interrupt of the guest's.
+        assert!(!runner.is_call(0xFF));
+    }
+
+    /// A processor that comes back inside at once has met the wish, and is not waited for.
+    #[test]
+    fn an_entry_meets_the_wish_while_somebody_waits() {
+        let runner = Runner::new();
+        let _ = runner.enter();
+        runner.wish();
+        runner.leave();
+        assert_eq!(runner.enter(), Flush::Ept);
+        assert_eq!(runner.await_outside(), Ok(()));
     }
 }

@@ -247,6 +247,79 @@ pub fn open_interrupts() {
     unsafe { asm!("sti", "nop", "nop", "cli") };
 }
 
+/// Takes interrupts while `more` says so.
+pub fn open_interrupts_while(mut more: impl FnMut() -> bool) {
+    // SAFETY: the handlers are installed; interrupts are off before and after.
+    unsafe { asm!("sti") };
+    while more() {
+        core::hint::spin_loop();
+    }
+    // SAFETY: as above.
+    unsafe { asm!("cli") };
+}
+
+/// STI and, in its shadow, TDG.VP.INFO; the address behind that instruction.
+pub fn tdcall_behind_sti() -> u64 {
+    let behind: u64;
+    // SAFETY: the handlers are installed, interrupts are off before and after; the leaf changes the
+    // registers that are named and no memory.
+    unsafe {
+        asm!(
+            "sti",
+            ".byte 0x66, 0x0F, 0x01, 0xCC",
+            "2: nop",
+            "cli",
+            "lea rax, [rip + 2b]",
+            inout("rax") 1_u64 => behind, out("rcx") _, out("rdx") _,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    behind
+}
+
+/// STI and, in its shadow, HLT that raises an exception.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn halt_behind_sti() -> Result<(), Trap> {
+    // SAFETY: the handlers are installed, interrupts are off before and after; HLT is reflected.
+    unsafe {
+        asm!(
+            "sti",
+            "2: hlt",
+            "3: cli",
+            ".pushsection .fixups, \"a\"",
+            ".balign 8",
+            ".quad 2b, 3b",
+            ".popsection",
+        );
+    }
+    trap::result(())
+}
+
+/// NOP with interrupts on where one waits, which may raise an exception on its way.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn open_interrupts_guarded() -> Result<(), Trap> {
+    // SAFETY: the handlers are installed; interrupts are off before and after.
+    unsafe {
+        asm!(
+            "sti",
+            "nop",
+            "2: nop",
+            "3: cli",
+            ".pushsection .fixups, \"a\"",
+            ".balign 8",
+            ".quad 2b, 3b",
+            ".popsection",
+        );
+    }
+    trap::result(())
+}
+
 /// The four registers CPUID answers in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuidResult {

@@ -15,7 +15,7 @@
 
 use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use protocols::exit_code::ExitCode;
 use protocols::snp::VC_VECTOR;
@@ -180,6 +180,33 @@ pub fn interrupts() -> u32 {
 
 static INTERRUPTS: AtomicU32 = AtomicU32::new(0);
 
+/// What is called for every interrupt before its end, with the vector and where it came: interrupts are
+/// off. `None` ends it.
+pub fn on_interrupt(hook: Option<fn(u8, u64)>) {
+    let hook = hook.map_or(core::ptr::null_mut(), |hook| hook as *mut ());
+    HOOK.store(hook, Ordering::SeqCst);
+}
+
+/// Whether interrupts are off behind an instruction that raised an exception with interrupts on.
+pub fn keep_interrupts_off(off: bool) {
+    STAY_OFF.store(off, Ordering::SeqCst);
+}
+
+static STAY_OFF: AtomicBool = AtomicBool::new(false);
+const RFLAGS_IF: u64 = 1 << 9;
+
+/// A function of [`on_interrupt`], or null.
+static HOOK: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
+
+fn call_hook(vector: u8, rip: u64) {
+    let hook = HOOK.load(Ordering::SeqCst);
+    if !hook.is_null() {
+        // SAFETY: `on_interrupt` alone stores here, and only functions of this type.
+        let hook: fn(u8, u64) = unsafe { core::mem::transmute(hook) };
+        hook(vector, rip);
+    }
+}
+
 /// End of interrupt, x2APIC.
 const X2APIC_EOI: u32 = 0x80B;
 
@@ -188,6 +215,7 @@ extern "C" fn on_exception(frame: &mut Frame) {
     if vector >= FIRST_INTERRUPT {
         let bit = 1_u32.checked_shl(u32::from(vector - FIRST_INTERRUPT));
         INTERRUPTS.fetch_or(bit.unwrap_or(0), Ordering::Relaxed);
+        call_hook(vector, frame.rip);
         // SAFETY: the interrupt came from this APIC, which is in x2APIC mode.
         unsafe { x86_64::registers::model_specific::Msr::new(X2APIC_EOI).write(0) };
         return;
@@ -214,6 +242,9 @@ extern "C" fn on_exception(frame: &mut Frame) {
     ADDRESS.store(address, Ordering::Relaxed);
     KEPT.store(true, Ordering::Relaxed);
     frame.rip = resume;
+    if STAY_OFF.load(Ordering::SeqCst) {
+        frame.rflags &= !RFLAGS_IF;
+    }
 }
 
 /// The first vector of interrupts.
@@ -299,6 +330,23 @@ pub fn install() {
     // SAFETY: no other reference to the table exists, see `Table`.
     unsafe { IDT.0.get().write(gates) };
     load();
+}
+
+/// One of the gates that [`install`] made.
+pub fn gate(vector: u8) -> [u64; 2] {
+    // SAFETY: the table is not written any more.
+    let Gate { low, high } = unsafe { (*IDT.0.get())[usize::from(vector)] };
+    [low, high]
+}
+
+/// Takes the gates from a table elsewhere until [`load`] is called.
+pub fn load_gates_at(base: u64) {
+    let idt = DescriptorTablePointer {
+        limit: (size_of::<[Gate; VECTORS]>() - 1) as u16,
+        base: VirtAddr::new(base),
+    };
+    // SAFETY: the caller has put copies of the gates there; one that is missing ends the program.
+    unsafe { x86_64::instructions::tables::lidt(&idt) };
 }
 
 /// Loads the tables that [`install`] made, for a second context (another VMPL) of the guest.

@@ -19,24 +19,19 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// Answers an exit.
     pub fn handle(&self, vp: &mut Vp, exit: &Exit) -> Next {
         self.pay(vp);
-        match exit.status {
-            // A device is the host's to route to us: the same to the guest.
-            Status::SUCCESS | Status::L2_EXIT_HOST_ROUTED_ASYNC => {}
-            Status::L2_EXIT_PENDING_INTERRUPT
-            | Status::PENDING_INTERRUPT
-            | Status::L2_EXIT_HOST_ROUTED_TDVMCALL => return Next::Resume,
-            _ => return Next::End(TurnstileReason::TD_ENTER),
-        }
         let vectoring = Event::decode(exit.idt_vectoring as u32);
         vp.vectoring = vectoring.map(|event| event.kind == Kind::EXCEPTION);
-        let next = self.handle_reason(vp, exit);
-        if vp.injection.is_none() && vectoring.is_some() {
-            // What was being delivered is delivered again.
-            vp.injection = Some(Injection {
-                information: exit.idt_vectoring as u32,
-                error: (exit.idt_vectoring >> 32) as u32,
-            });
-        }
+        let next = match exit.status {
+            // A device is the host's to route to us: the same to the guest.
+            Status::SUCCESS | Status::L2_EXIT_HOST_ROUTED_ASYNC => self.handle_reason(vp, exit),
+            Status::L2_EXIT_PENDING_INTERRUPT | Status::L2_EXIT_HOST_ROUTED_TDVMCALL => {
+                Next::Resume
+            }
+            // The guest was not entered, and the other registers say nothing.
+            Status::PENDING_INTERRUPT => return Next::Resume,
+            _ => return Next::End(TurnstileReason::TD_ENTER),
+        };
+        vp.interrupted(exit.idt_vectoring, exit.instruction_length());
         next
     }
 
@@ -83,6 +78,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 vp.injection = Some(Injection {
                     information: exit.interruption as u32,
                     error: (exit.interruption >> 32) as u32,
+                    length: 0,
                 });
                 Next::Resume
             }

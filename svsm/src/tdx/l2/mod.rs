@@ -6,6 +6,7 @@
 //! | module | owns |
 //! |---|---|
 //! | [`vp`] | what is kept of one of the guest's processors while it does not run |
+//! | [`interrupts`] | the virtual APIC of one of them |
 //! | `exits` | what each exit means |
 //! | `tdcall` | the guest's TDCALLs |
 //! | `memory` | acceptance and conversion of pages, accesses to pages that are not accepted |
@@ -25,6 +26,7 @@ use protocols::tdx::metadata::{FieldId, TdControls};
 use protocols::terminate::TurnstileReason;
 
 mod exits;
+pub mod interrupts;
 mod memory;
 pub mod msr;
 mod tdcall;

@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 
+use std::boxed::Box;
 use std::vec::Vec;
 
 use accept::{
@@ -17,6 +18,7 @@ use protocols::tdx::vmcall::{Status as HostStatus, SubFunction};
 use protocols::tdx::{Leaf, Operand, Status};
 use protocols::terminate::TurnstileReason;
 
+use super::interrupts::VirtualApic;
 use super::memory::CONVERTED_AT_ONCE;
 use super::vp::Vp;
 use super::{
@@ -158,7 +160,9 @@ fn with<T>(
         td: &td,
         touch,
     };
-    test(&service, &mut Vp::new(1, EnterState::default()))
+    let apic = Box::leak(Box::new(VirtualApic::new()));
+    let mut vp = Vp::new(1, EnterState::default(), apic, 0x1FF);
+    test(&service, &mut vp)
 }
 
 /// TDCALL from 64-bit code.
@@ -314,7 +318,8 @@ fn what_is_on_its_way_to_the_host_is_nobodys() {
     let (sept, quiet) = (Sept::default(), Model::default());
     with(&sept, &quiet, Touch::Strict, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_0000), 0);
-        let other = RefCell::new(Vp::new(0, EnterState::default()));
+        let apic = Box::leak(Box::new(VirtualApic::new()));
+        let other = RefCell::new(Vp::new(0, EnterState::default(), apic, 0x1FF));
         let answers = RefCell::new(Vec::new());
         let racing = Model {
             asked: RefCell::default(),
@@ -641,5 +646,104 @@ fn an_interrupted_delivery_is_repeated() {
         let exit = Exit { gpa: OWNED, ..exit };
         assert_eq!(service.handle(vp, &exit), Next::Resume);
         assert_eq!(injected(vp), Some(DOUBLE_FAULT));
+    });
+}
+
+/// An interrupt whose delivery ends in #VE has been taken from its source: it waits again.
+#[test]
+fn an_interrupt_that_an_exception_displaces_waits_again() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::Strict, |service, vp| {
+        vp.post(0x61).unwrap();
+        vp.post(0x45).unwrap();
+        // As the processor leaves it when it has delivered the first.
+        vp.state.interrupt_status = 0x6145;
+        let exit = Exit {
+            gpa: 0x5000,
+            idt_vectoring: 0x8000_0061,
+            extended: 6,
+            ..Exit::new(ExitReason::EPT_VIOLATION)
+        };
+        assert_eq!(service.handle(vp, &exit), Next::Resume);
+        assert_eq!(injected(vp), Some(VE));
+        assert_eq!(vp.state.interrupt_status, 0x0061);
+        assert!(vp.is_interrupted());
+    });
+}
+
+/// Where nothing else is due it is delivered again, with an interrupt of L1's as well; INT n with the
+/// length of its instruction, and bits that an entry does not take are left out.
+#[test]
+fn interrupts_are_delivered_again_after_any_exit() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::Strict, |service, vp| {
+        for (status, vectoring, information, length) in [
+            (Status::SUCCESS, 0x8000_1061, 0x8000_0061, 0),
+            (
+                Status::L2_EXIT_PENDING_INTERRUPT,
+                0x8000_0061,
+                0x8000_0061,
+                0,
+            ),
+            (
+                Status::L2_EXIT_HOST_ROUTED_ASYNC,
+                0x8000_0480,
+                0x8000_0480,
+                2,
+            ),
+        ] {
+            vp.injection = None;
+            let exit = Exit {
+                status,
+                idt_vectoring: vectoring,
+                instruction: 2 << 32,
+                ..Exit::new(ExitReason::EXTERNAL_INTERRUPT)
+            };
+            assert_eq!(service.handle(vp, &exit), Next::Resume);
+            let again = vp.injection.unwrap();
+            assert_eq!((again.information, again.length), (information, length));
+        }
+    });
+}
+
+/// VP.ENTER that was refused because of an interrupt says nothing else, and what is due stays due.
+#[test]
+fn an_entry_that_was_refused_changes_nothing() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::Strict, |service, vp| {
+        vp.undefined_opcode();
+        let due = vp.injection;
+        let exit = Exit {
+            status: Status::PENDING_INTERRUPT,
+            idt_vectoring: 0x8000_0061,
+            ..Exit::new(ExitReason::CPUID)
+        };
+        assert_eq!(service.handle(vp, &exit), Next::Resume);
+        assert_eq!((vp.injection, vp.state.rip), (due, 0));
+    });
+}
+
+/// Processors are called out by the vector that the guest has chosen for interrupts that say nothing.
+#[test]
+fn the_guests_choice_of_a_spurious_vector_is_known() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::Strict, |service, vp| {
+        for (function, number, value, noted) in [
+            (SubFunction::WRMSR, 0x832, 0x155, 0x1FF),
+            (SubFunction::RDMSR, 0x80F, 0x1EE, 0x1FF),
+            (SubFunction::WRMSR, 0x80F, 0x1EE, 0x1EE),
+            (SubFunction::WRMSR, 0x80F, 0xEE, 0xEE),
+        ] {
+            assert!(ask(service, vp, function, [number, value]).is_ok());
+            assert_eq!(vp.spurious, noted, "{function:?} {number:#x}");
+        }
+    });
+    let model = Model {
+        answer: (HostStatus::INVALID_OPERAND, 0),
+        ..Model::default()
+    };
+    with(&sept, &model, Touch::Strict, |service, vp| {
+        assert!(ask(service, vp, SubFunction::WRMSR, [0x80F, 0x1EE]).is_ok());
+        assert_eq!(vp.spurious, 0x1FF, "the host did not take it");
     });
 }

@@ -11,8 +11,9 @@ use protocols::tdx::vmcall::{PASSABLE, Status as HostStatus, SubFunction};
 use protocols::tdx::{Operand, Status};
 use protocols::terminate::TurnstileReason;
 
+use super::msr::x2apic;
 use super::vp::Vp;
-use super::{Domain, Next, Service};
+use super::{Domain, HostRegisters, Next, Service};
 
 /// R10 where there is no such hypercall (Linux, KVM_ENOSYS).
 const NO_HYPERCALL: u64 = 1000_i64.wrapping_neg().cast_unsigned();
@@ -62,7 +63,10 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 | SubFunction::GET_TD_VMCALL_INFO
                 | SubFunction::GET_QUOTE
                 | SubFunction::REPORT_FATAL_ERROR => match self.domain.ask_host(request) {
-                    Ok(registers) => answer = registers,
+                    Ok(registers) => {
+                        answer = registers;
+                        note_spurious_vector(vp, request, answer);
+                    }
                     Err(_) => return Next::End(TurnstileReason::TD_VMCALL),
                 },
                 _ => answer[0] = HostStatus::SUBFUNCTION_UNSUPPORTED.0,
@@ -76,5 +80,18 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         vp.gprs()[RAX] = Status::SUCCESS.with(0);
         vp.skip(length);
         next
+    }
+}
+
+/// What the guest writes to the spurious-interrupt vector register of L1's APIC, which is its own, too:
+/// the vector that means nothing to it is the one that calls its processors out (decision 026).
+fn note_spurious_vector(vp: &mut Vp, request: HostRegisters, answer: HostRegisters) {
+    let [_, function, number, value, ..] = request;
+    let [status, ..] = answer;
+    if SubFunction(function) == SubFunction::WRMSR
+        && number == u64::from(x2apic::SPURIOUS)
+        && HostStatus(status) == HostStatus::SUCCESS
+    {
+        vp.spurious = value as u32;
     }
 }

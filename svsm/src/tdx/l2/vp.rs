@@ -6,6 +6,8 @@ use protocols::tdx::ve::{self, ExitReason, VeInfo};
 use protocols::tdx::vmcall::register::COUNT;
 use protocols::tdx::vmcs::interruption::{Event, Kind};
 
+use super::interrupts::{IsException, VirtualApic};
+
 /// Vector of #DF.
 const DOUBLE_FAULT: u8 = 8;
 /// Vector of #UD.
@@ -20,6 +22,8 @@ pub struct Injection {
     pub information: u32,
     /// Error code, if the event has one.
     pub error: u32,
+    /// Length of the instruction that it is an event of; 0 if it is not an instruction's.
+    pub length: u32,
 }
 
 /// What is to become of a block that the guest has no access to any more.
@@ -38,6 +42,12 @@ pub struct Vp {
     pub index: u32,
     /// Its registers, as the module takes and gives them.
     pub state: EnterState,
+    /// Its virtual APIC.
+    pub apic: &'static VirtualApic,
+    /// What it has last written to the spurious-interrupt vector register.
+    pub spurious: u32,
+    /// It goes on behind an instruction that was carried out for it.
+    pub stepped: bool,
     /// The event that it goes on with.
     pub injection: Option<Injection>,
     /// The information of a #VE that it has not asked for yet.
@@ -51,17 +61,67 @@ pub struct Vp {
 }
 
 impl Vp {
-    /// A processor with these registers.
+    /// A processor with these registers and this APIC, on which the spurious-interrupt vector register
+    /// has this value.
     #[must_use]
-    pub const fn new(index: u32, state: EnterState) -> Self {
+    pub const fn new(
+        index: u32,
+        state: EnterState,
+        apic: &'static VirtualApic,
+        spurious: u32,
+    ) -> Self {
         Self {
             index,
             state,
+            apic,
+            spurious,
+            stepped: false,
             injection: None,
             ve: None,
             cpuid_ve: [false; 2],
             debt: None,
             vectoring: None,
+        }
+    }
+
+    /// Gives it an interrupt.
+    ///
+    /// # Errors
+    ///
+    /// [`IsException`].
+    pub fn post(&mut self, vector: u8) -> Result<(), IsException> {
+        self.state.interrupt_status = self.apic.post(self.state.interrupt_status, vector)?;
+        Ok(())
+    }
+
+    /// Whether it has an interrupt that ends a HLT.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        self.apic.is_deliverable(self.state.interrupt_status)
+    }
+
+    /// An event whose delivery the exit interrupted, with the length of its instruction: it is delivered
+    /// again, unless another one is due. Then an interrupt waits once more; an exception has become a
+    /// double fault, or comes again with the instruction that raised it, and so does INT n.
+    pub(super) fn interrupted(&mut self, field: u64, length: u32) {
+        let Some(event) = Event::decode(field as u32) else {
+            return;
+        };
+        if self.injection.is_none() {
+            self.injection = Some(Injection {
+                information: event.encode(),
+                error: (field >> 32) as u32,
+                length: match event.kind {
+                    Kind::SOFTWARE_INTERRUPT
+                    | Kind::PRIVILEGED_SOFTWARE
+                    | Kind::SOFTWARE_EXCEPTION => length,
+                    _ => 0,
+                },
+            });
+        } else if event.kind == Kind::EXTERNAL {
+            self.state.interrupt_status = self
+                .apic
+                .take_back(self.state.interrupt_status, event.vector);
         }
     }
 
@@ -73,6 +133,7 @@ impl Vp {
     /// Goes on behind an instruction.
     pub(super) const fn skip(&mut self, length: u32) {
         self.state.rip = self.state.rip.wrapping_add(length as u64);
+        self.stepped = true;
     }
 
     /// #UD.
@@ -126,6 +187,7 @@ impl Vp {
             }
             .encode(),
             error: error.unwrap_or(0),
+            length: 0,
         });
     }
 }

@@ -72,6 +72,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 }
                 None => Status::INVALID_OPERAND,
             },
+            SubFunction::WRMSR if never_arrives(seen[R12], seen[R13]) => Status::SUCCESS,
             SubFunction::WRMSR => match cpu.wrmsr(seen[R12] as u32, seen[R13]) {
                 true => Status::SUCCESS,
                 false => Status::INVALID_OPERAND,
@@ -196,6 +197,16 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 }
 
+/// Whether a write is an interrupt command whose vector is an exception's. A host may send it; the module
+/// keeps such vectors from a trust domain, for which exceptions are the processor's alone.
+fn never_arrives(number: u64, value: u64) -> bool {
+    const X2APIC_ICR: u64 = 0x830;
+    const FIRST_VECTOR: u64 = 32;
+    /// Delivery modes that have a vector: fixed and lowest priority.
+    const LOWEST_PRIORITY: u64 = 1;
+    number == X2APIC_ICR && value >> 8 & 7 <= LOWEST_PRIORITY && value & 0xFF < FIRST_VECTOR
+}
+
 /// IN and OUT.
 fn port_access(seen: &mut Gprs, cpu: &mut dyn Cpu) -> Status {
     let bytes = seen[R12];
@@ -257,5 +268,29 @@ fn fatal_error(seen: &[u64; COUNT]) -> End {
         vmpl: Vmpl::VMPL0,
         code: seen[R12],
         text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::never_arrives;
+
+    #[test]
+    fn vectors_of_exceptions_are_kept_back_and_nothing_else_is() {
+        // Fixed and lowest priority; for all, and for one.
+        for value in [0, 20, 31, 1 << 8 | 14, 2 << 18 | 16, 7 << 32 | 31] {
+            assert!(never_arrives(0x830, value), "{value:#x}");
+        }
+        // Interrupts, NMI, INIT, start-up, and other registers.
+        for (number, value) in [
+            (0x830, 32),
+            (0x830, 255),
+            (0x830, 4 << 8),
+            (0x830, 5 << 8),
+            (0x830, 6 << 8 | 8),
+            (0x832, 20),
+        ] {
+            assert!(!never_arrives(number, value), "{number:#x} {value:#x}");
+        }
     }
 }

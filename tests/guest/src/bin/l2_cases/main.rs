@@ -24,6 +24,8 @@ mod host;
 #[cfg(target_os = "none")]
 mod hostile;
 #[cfg(target_os = "none")]
+mod interrupts;
+#[cfg(target_os = "none")]
 mod launch;
 #[cfg(target_os = "none")]
 #[path = "../tdx_cases/metadata.rs"]
@@ -34,6 +36,8 @@ mod pair;
 mod paravisor;
 #[cfg(target_os = "none")]
 mod reset;
+#[cfg(target_os = "none")]
+mod second;
 #[cfg(target_os = "none")]
 mod start;
 #[cfg(target_os = "none")]
@@ -66,8 +70,6 @@ const LEFT_OUT: &[&str] = &[
     "sys_rd",
     // Only private memory: L1 maps nothing of the guest's that is shared.
     "report_to_shared_memory",
-    // Interrupts do not reach an L2 VM yet.
-    "hlt_ends_with_an_interrupt",
 ];
 
 #[cfg(target_os = "none")]
@@ -96,6 +98,7 @@ extern "C" fn main() -> ! {
         ve::CASES,
         metadata::CASES,
         host::CASES,
+        interrupts::CASES,
     ];
     let is_left_out = |case: &&harness::Case| LEFT_OUT.contains(&case.name);
     let left_out = all.into_iter().flatten().filter(is_left_out).count();
@@ -123,12 +126,11 @@ fn finish(tally: guest::harness::Tally) -> ! {
     })
 }
 
-/// Where the second processor ends up. It says who it is, does what the first wants done, and sleeps.
+/// Where the second processor ends up. It says who it is and waits for work.
 #[cfg(target_os = "none")]
-extern "C" fn second(index: u64) -> ! {
+extern "C" fn second_start(index: u64) -> ! {
     start::second(index);
-    pair::serve();
-    guest::tdcall::sleep()
+    second::serve()
 }
 
 #[cfg(not(target_os = "none"))]

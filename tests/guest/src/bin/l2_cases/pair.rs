@@ -15,8 +15,11 @@ use protocols::tdx::metadata::FieldId;
 use protocols::tdx::vmcall::Status as HostStatus;
 use protocols::tdx::{Operand, Status, page_operand};
 
-/// The last one sends the second processor to sleep.
+use crate::second::{self, work};
+
+/// The first one wakes the second processor, the last one sends it back to sleep.
 pub const CASES: &[Case] = &[
+    case("the_second_wakes", "", wake),
     case("one_page_for_both", "design.md I1, I2", one_page_for_both),
     case("one_region_in_two_sizes", "design.md I1, I2", two_sizes),
     case(
@@ -57,7 +60,7 @@ const SLEEP: u64 = 2;
 /// No status of module or host.
 const FAULTED: u64 = u64::MAX;
 
-/// The second processor's life until it is to sleep.
+/// The second processor's work until it is to sleep.
 pub fn serve() {
     let mut last = 0;
     loop {
@@ -237,7 +240,11 @@ fn neighbours() -> Verdict {
     })
 }
 
+fn wake() -> Verdict {
+    second::ask(work::PAIR)
+}
+
 fn sleep() -> Verdict {
-    let job = begin(SLEEP, 0);
-    end(job).map(drop)
+    end(begin(SLEEP, 0))?;
+    second::await_answer()
 }

@@ -129,6 +129,6 @@ global_asm!(
     extend = const Attributes::EXTEND.bits(),
     footer_size = const FOOTER_SIZE,
     main = sym crate::main,
-    second = sym crate::second,
+    second = sym crate::second_start,
     options(att_syntax),
 );

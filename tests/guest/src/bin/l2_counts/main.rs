@@ -51,7 +51,7 @@ extern "C" fn main() -> ! {
 
 /// A second processor has nothing to do.
 #[cfg(target_os = "none")]
-extern "C" fn second(_: u64) -> ! {
+extern "C" fn second_start(_: u64) -> ! {
     guest::tdcall::sleep()
 }
 

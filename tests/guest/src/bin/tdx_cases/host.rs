@@ -43,6 +43,11 @@ pub const CASES: &[Case] = &[
         map_hole,
     ),
     case("hlt_ends_with_an_interrupt", "tdx.md §4 0x0C", hlt),
+    case(
+        "vectors_of_exceptions_never_arrive",
+        "docs/machine.md, TDX: host",
+        exception_vectors,
+    ),
 ];
 
 const INVALID: u64 = Status::INVALID_OPERAND.0;
@@ -295,4 +300,20 @@ fn hlt() -> Verdict {
     let after = ask_host(SubFunction::HLT, &[(R12, 0)])?;
     expect("R10", after[R10], 0)?;
     expect("pending", insn::rdmsr(PENDING_40), Ok(1))
+}
+
+fn exception_vectors() -> Verdict {
+    const ICR: u64 = 0x830;
+    /// The requested vectors below 32, and those with 0x41.
+    const REQUESTED: [u32; 2] = [0x820, 0x822];
+    expect("spurious vector", host_wrmsr(SPURIOUS, APIC_ON | 0xFF)?, 0)?;
+    let (_, id) = host_rdmsr(0x802)?;
+    for command in [16, 20, 31, 1 << 8 | 18, 0x41] {
+        expect("ICR", host_wrmsr(ICR, id << 32 | command)?, 0)?;
+    }
+    let arrived = (0..1_000_000).any(|_| insn::rdmsr(REQUESTED[1]) == Ok(3));
+    expect("0x40, 0x41 arrived", arrived, true)?;
+    expect("below 32", insn::rdmsr(REQUESTED[0]), Ok(0))?;
+    insn::open_interrupts();
+    expect("taken", insn::rdmsr(REQUESTED[1]), Ok(0))
 }
