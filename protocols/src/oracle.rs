@@ -99,10 +99,14 @@ open_enum! {
         /// TDG.MEM.PAGE.ACCEPT of 2 MiB by L1, any result.
         ACCEPT_2M = 15,
         /// Keys (VMPCK0 to 3) that are still where the launch put them: in its secrets page.
-        KEYS_IN_LAUNCH_PAGE = 17,
+        KEYS_IN_LAUNCH_PAGE = 19,
         /// Exits of a trust domain to its host that the module made in the midst of an instruction
         /// of L1's.
         TD_EXIT = 16,
+        /// TDCALLs of L1, VP.ENTER and requests to the host among them.
+        TDCALL = 17,
+        /// TDG.MEM.PAGE.ATTR.WR by L1.
+        ATTR_WR = 18,
     }
 }
 
@@ -140,6 +144,8 @@ open_enum! {
         TOO_MANY_CERTIFICATES = 12,
         /// The next guest request is said to have failed in the firmware, which was not asked.
         SAY_FAILED = 13,
+        /// Keeps the page's entry in the secure EPT of a trust domain busy; asked again, lets go of it.
+        HOLD = 14,
     }
 }
 

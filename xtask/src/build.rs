@@ -74,6 +74,12 @@ const L2_CASES: Program = Program {
     features: &[],
     artefact: "l2_cases.elf",
 };
+const L2_COUNTS: Program = Program {
+    package: "guest",
+    bin: "l2_counts",
+    features: &[],
+    artefact: "l2_counts.elf",
+};
 const FAULTY_PARAVISOR: Program = Program {
     package: "svsm",
     bin: "svsm",
@@ -155,6 +161,8 @@ pub struct ForTests {
     pub tdx_cases: PathBuf,
     /// The test guest for an L2 VM, packed as a firmware.
     pub l2_cases: PathBuf,
+    /// The guest for an L2 VM that counts, packed as a firmware.
+    pub l2_counts: PathBuf,
 }
 
 /// Builds what only the scenarios need.
@@ -165,6 +173,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let counts = compile(layout, target, &SVSM_COUNTS, &step)?;
     let tdx_cases = compile(layout, target, &TDX_CASES, &step)?;
     let l2_guest = compile(layout, target, &L2_CASES, &step)?;
+    let l2_counting = compile(layout, target, &L2_COUNTS, &step)?;
     step.done("");
     let svsm_cases = layout.artefacts.join("svsm_cases.fd");
     write_flat(&guest, GUEST_ROM_SIZE, &svsm_cases)?;
@@ -172,6 +181,8 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     write_flat(&counts, GUEST_ROM_SIZE, &svsm_counts)?;
     let l2_cases = layout.artefacts.join("l2_cases.fd");
     write_flat(&l2_guest, L2_ROM_SIZE, &l2_cases)?;
+    let l2_counts = layout.artefacts.join("l2_counts.fd");
+    write_flat(&l2_counting, L2_ROM_SIZE, &l2_counts)?;
     let step = progress::step("build the paravisor with deliberate faults");
     let faulty_paravisor = compile(layout, target, &FAULTY_PARAVISOR, &step)?;
     step.done("");
@@ -182,6 +193,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         svsm_counts,
         tdx_cases,
         l2_cases,
+        l2_counts,
     })
 }
 

@@ -8,8 +8,10 @@ use alloc::format;
 use protocols::oracle::{Call, Counter, HOST_ACT_DONE, HOST_ACT_NOT_POSSIBLE, HostAct, PageFlags};
 use protocols::report::PvalidateResults;
 use protocols::secrets::SecretsPage;
+use protocols::tdx::Leaf;
 use zerocopy::{FromZeros, IntoBytes};
 
+use crate::counters::Tdcall;
 use crate::ghcb::guest_request::Lie;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
@@ -111,6 +113,10 @@ impl<P: PhysicalMemory> Platform<P> {
             Counter::IN_USE_RESCIND => violations.in_use_rescind,
             Counter::ACCEPT_4K => level.accept.size_4k.total(),
             Counter::ACCEPT_2M => level.accept.size_2m.total(),
+            Counter::TDCALL => self.counters.tdcalls(Vmpl::VMPL0, |_| true),
+            Counter::ATTR_WR => self.counters.tdcalls(Vmpl::VMPL0, |call| {
+                *call == Tdcall::Module(Leaf::MEM_PAGE_ATTR_WR)
+            }),
             Counter::TD_EXIT => self.counters.td_exits(Vmpl::VMPL0),
             Counter::KEYS_IN_LAUNCH_PAGE => self.keys_in_launch_page(),
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
@@ -142,7 +148,7 @@ impl<P: PhysicalMemory> Platform<P> {
             HostAct::EXCHANGE => {
                 self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Remap)
             }
-            HostAct::BLOCK => self.kind() == PlatformKind::Tdx,
+            HostAct::BLOCK | HostAct::HOLD => self.kind() == PlatformKind::Tdx,
             HostAct::TAMPER_ANSWER => self.settings.is_hostile(Hostile::MessagesTampered),
             HostAct::REPLAY_ANSWER => self.settings.is_hostile(Hostile::MessagesReplayed),
             HostAct::LOSE_ANSWER => self.settings.is_hostile(Hostile::MessagesLost),
@@ -169,6 +175,9 @@ impl<P: PhysicalMemory> Platform<P> {
         if let Some(lie) = Lie::of(act) {
             self.courier.lie = Some(lie);
             return Some(());
+        }
+        if act == HostAct::HOLD {
+            return self.hold(gpa);
         }
         let memory = &self.memory;
         let result = match act {
@@ -234,6 +243,18 @@ mod tests {
         let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
         assert_eq!(count(Counter::INSTRUCTIONS), 7);
         assert_eq!(count(Counter::INSTRUCTIONS_OF_GUEST), 8);
+        let leaves = [Leaf::MEM_PAGE_ATTR_WR, Leaf::VP_ENTER];
+        for (level, leaf) in [Vmpl::VMPL0, Vmpl::VMPL0, Vmpl::VMPL1]
+            .into_iter()
+            .zip(leaves.into_iter().cycle())
+        {
+            platform
+                .counters()
+                .count_tdcall(level, Tdcall::Module(leaf));
+        }
+        let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
+        assert_eq!(count(Counter::TDCALL), 2);
+        assert_eq!(count(Counter::ATTR_WR), 1);
     }
 
     #[test]
@@ -257,7 +278,7 @@ mod tests {
         );
         assert_eq!(flags(&mut platform), PageFlags::empty());
         // SEV-SNP has no secure EPT.
-        for unknown in [HostAct::BLOCK, HostAct(9)] {
+        for unknown in [HostAct::BLOCK, HostAct::HOLD, HostAct(9)] {
             assert_eq!(act(&mut platform, unknown), HOST_ACT_NOT_POSSIBLE);
         }
     }

@@ -180,6 +180,7 @@ fn artefacts(
         svsm_counts: tests.svsm_counts,
         tdx_cases: tests.tdx_cases,
         l2_cases: tests.l2_cases,
+        l2_counts: tests.l2_counts,
         ovmf,
         td_firmware,
         firmwares,

@@ -22,12 +22,16 @@ mod accept;
 #[path = "../tdx_cases/host.rs"]
 mod host;
 #[cfg(target_os = "none")]
+mod hostile;
+#[cfg(target_os = "none")]
 mod interrupts;
 #[cfg(target_os = "none")]
 mod launch;
 #[cfg(target_os = "none")]
 #[path = "../tdx_cases/metadata.rs"]
 mod metadata;
+#[cfg(target_os = "none")]
+mod pair;
 #[cfg(target_os = "none")]
 mod paravisor;
 #[cfg(target_os = "none")]
@@ -70,27 +74,31 @@ const LEFT_OUT: &[&str] = &[
 
 #[cfg(target_os = "none")]
 extern "C" fn main() -> ! {
-    use guest::console::{self, Console, Exit};
+    use guest::console::{self, Console};
     use guest::{harness, oracle, tdcall, trap};
     use protocols::oracle::HostAct;
 
     trap::install();
     console::attach(tdcall::port_out);
     let mut tables: [&[harness::Case]; MOST_CASES] = [&[]; MOST_CASES];
-    let last: &[harness::Case] = if oracle::host_would(HostAct::RE_ADD) {
-        paravisor::ENDS
-    } else {
-        &[]
-    };
+    if oracle::host_would(HostAct::RE_ADD) {
+        let tables = [hostile::RE_ADD, hostile::end()];
+        finish(harness::run(
+            &tables,
+            paravisor::map_and_sept_agree,
+            &mut Console,
+        ));
+    }
     let all = [
         start::CASES,
+        pair::CASES,
+        hostile::CASES,
         paravisor::CASES,
         accept::CASES,
         ve::CASES,
         metadata::CASES,
         host::CASES,
         interrupts::CASES,
-        last,
     ];
     let is_left_out = |case: &&harness::Case| LEFT_OUT.contains(&case.name);
     let left_out = all.into_iter().flatten().filter(is_left_out).count();
@@ -100,7 +108,17 @@ extern "C" fn main() -> ! {
     for (slot, case) in tables.iter_mut().zip(chosen) {
         *slot = core::slice::from_ref(case);
     }
-    let tally = harness::run(&tables, paravisor::map_and_sept_agree, &mut Console);
+    finish(harness::run(
+        &tables,
+        paravisor::map_and_sept_agree,
+        &mut Console,
+    ))
+}
+
+#[cfg(target_os = "none")]
+fn finish(tally: guest::harness::Tally) -> ! {
+    use guest::console::{self, Exit};
+
     console::exit(if tally.failed == 0 {
         Exit::Passed
     } else {
