@@ -327,3 +327,37 @@ fn the_regions_of_a_walk_are_told_in_its_order() {
         assert_eq!(regions, [large(0), large(1), large(2), large(3)]);
     });
 }
+
+#[test]
+fn a_touch_takes_the_region_but_where_pages_were_given_back_one_page() {
+    let model = Model::new(REGIONS as usize, true);
+    with_memory(&model, |engine| {
+        let done = engine.accept_around(frame(7)).expect("accepted");
+        assert_eq!(done.changed_pages, 512);
+        assert_eq!(validated(&model), [0]);
+        // Nothing is new there.
+        assert_eq!(engine.accept_around(frame(8)).expect("nothing").changed_pages, 0);
+
+        let owed = engine
+            .rescind(page(512 + 9), OnNoChange::Ignore)
+            .expect("given back");
+        assert_eq!(owed.flush, None);
+        let done = engine.accept_around(frame(512 + 3)).expect("accepted");
+        assert_eq!((done.changed_pages, validated(&model)), (1, vec![STEP + 3 * 4096]));
+
+        engine
+            .record_launch(frame(2 * 512 + 1), 1, PageState::Owned)
+            .expect("recorded");
+        assert_eq!(engine.accept_around(frame(2 * 512)), Err(Error::Owned));
+        assert_eq!(
+            engine.accept_around(frame(REGIONS * 512)),
+            Err(Error::OutOfRange)
+        );
+        engine.prepare(large(3)).expect("ready");
+        assert!(!validated(&model).is_empty());
+        let done = engine.accept_around(frame(3 * 512)).expect("claimed");
+        assert_eq!((done.scrubbed_bytes, done.changed_pages), (0, 512));
+        assert!(validated(&model).is_empty());
+    });
+    model.assert_lawful();
+}

@@ -57,6 +57,17 @@ open_enum! {
 }
 
 open_enum! {
+    /// What becomes of a guest that touches memory which it has not accepted, where the paravisor is
+    /// asked: in a trust domain.
+    pub struct Touch(u32) {
+        /// The fault that the platform gives.
+        FAULT = 0,
+        /// The memory is accepted: for guests that cannot do so themselves.
+        ACCEPT = 1,
+    }
+}
+
+open_enum! {
     /// A deliberate fault of the paravisor's platform layer, to prove that the machine and
     /// the referee notice. Only test builds of the paravisor obey it.
     pub struct Fault(u32) {
@@ -183,8 +194,11 @@ pub struct LaunchParams {
     /// In a trust domain: where the firmware's last page lies until no processor needs the
     /// paravisor's reset vector any more ([`ResetPage`]); 0 elsewhere.
     pub firmware_last_page: u64,
+    /// In a trust domain: what becomes of a guest that touches memory which it has not accepted;
+    /// [`Touch::FAULT`] elsewhere.
+    pub touch: Touch,
     /// Zero.
-    pub reserved: [u8; 3160],
+    pub reserved: [u8; 3156],
 }
 
 const _: () = {
@@ -200,7 +214,8 @@ const _: () = {
     assert!(offset_of!(LaunchParams, read_ahead) == 0x398);
     assert!(offset_of!(LaunchParams, platform) == 0x39C);
     assert!(offset_of!(LaunchParams, firmware_last_page) == 0x3A0);
-    assert!(offset_of!(LaunchParams, reserved) == 0x3A8);
+    assert!(offset_of!(LaunchParams, touch) == 0x3A8);
+    assert!(offset_of!(LaunchParams, reserved) == 0x3AC);
 };
 
 /// The page with the reset vector of a trust domain, as `igvm-build` makes it.
@@ -262,7 +277,7 @@ impl LaunchParams {
     /// First bytes of the page.
     pub const MAGIC: [u8; 8] = *b"TSLAUNCH";
     /// Version of the layout above.
-    pub const VERSION: u32 = 2;
+    pub const VERSION: u32 = 3;
     /// Room for firmware areas.
     pub const MAX_SECTIONS: usize = 32;
 
@@ -316,6 +331,7 @@ impl LaunchParams {
                 amount: self.budget,
             },
             read_ahead: self.read_ahead,
+            touch: self.touch,
         }
     }
 
@@ -326,6 +342,7 @@ impl LaunchParams {
         self.budget_unit = acceptance.budget.unit;
         self.budget = acceptance.budget.amount;
         self.read_ahead = acceptance.read_ahead;
+        self.touch = acceptance.touch;
     }
 }
 
@@ -359,6 +376,7 @@ mod tests {
                 amount: 50,
             },
             read_ahead: 3,
+            touch: Touch::ACCEPT,
         };
         params.set_acceptance(acceptance);
         assert!(params.push_section(SECTION));
