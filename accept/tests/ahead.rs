@@ -336,14 +336,23 @@ fn a_touch_takes_the_region_but_where_pages_were_given_back_one_page() {
         assert_eq!(done.changed_pages, 512);
         assert_eq!(validated(&model), [0]);
         // Nothing is new there.
-        assert_eq!(engine.accept_around(frame(8)).expect("nothing").changed_pages, 0);
+        assert_eq!(
+            engine
+                .accept_around(frame(8))
+                .expect("nothing")
+                .changed_pages,
+            0
+        );
 
         let owed = engine
             .rescind(page(512 + 9), OnNoChange::Ignore)
             .expect("given back");
         assert_eq!(owed.flush, None);
         let done = engine.accept_around(frame(512 + 3)).expect("accepted");
-        assert_eq!((done.changed_pages, validated(&model)), (1, vec![STEP + 3 * 4096]));
+        assert_eq!(
+            (done.changed_pages, validated(&model)),
+            (1, vec![STEP + 3 * 4096])
+        );
 
         engine
             .record_launch(frame(2 * 512 + 1), 1, PageState::Owned)

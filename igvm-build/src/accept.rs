@@ -282,7 +282,10 @@ mod tests {
         let on_touch = Accept::default().with(touching).unwrap();
         assert_eq!(describe(&on_touch), "lazy, on touch");
         let error = parse_touch("yes").unwrap_err().to_string();
-        assert!(error.contains("\"yes\"") && error.contains("fault"), "{error}");
+        assert!(
+            error.contains("\"yes\"") && error.contains("fault"),
+            "{error}"
+        );
         let error = ahead.with(far).unwrap_err().to_string();
         assert!(
             error.contains("16 regions") && error.contains("at most 15"),

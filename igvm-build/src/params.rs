@@ -1,6 +1,8 @@
 //! The launch parameters: what the paravisor is told about its own image.
 
-use protocols::launch::{Acceptance, LaunchParams, Touch, MEMORY_MAP_SIZE, PlatformKind, REGION_GPA, REGION_SIZE};
+use protocols::launch::{
+    Acceptance, LaunchParams, MEMORY_MAP_SIZE, PlatformKind, REGION_GPA, REGION_SIZE, Touch,
+};
 
 use crate::firmware::Firmware;
 use crate::image::Options;

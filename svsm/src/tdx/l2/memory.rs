@@ -70,8 +70,17 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             // Nothing that the guest could accept: no memory, or not the guest's (I4).
             Err(Error::Owned | Error::OutOfRange | Error::NotAccepted) => Operand::RCX.into(),
             Err(Error::Busy) => busy(),
-            Err(Error::HostLied) => Done::End(TurnstileReason::ALREADY_VALID),
+            Err(Error::HostLied) => Done::End(self.lie_about(block)),
             Err(Error::Backend { status, .. }) => Status(status).into(),
+        }
+    }
+
+    /// What the host lied in, by the block's first page: it was accepted before we did so, or it was
+    /// ready and is another page now.
+    fn lie_about(&self, block: Block) -> TurnstileReason {
+        match self.domain.mapping(Gpa::new(block.gpa())) {
+            Ok(mapping) if mapping.pending => TurnstileReason::NOT_VALIDATED,
+            _ => TurnstileReason::ALREADY_VALID,
         }
     }
 
