@@ -17,10 +17,10 @@ use crate::trap::Trap;
 pub const SHARED_ALIAS: u64 = 1 << 39;
 /// First byte of the memory the cases use. Everything below belongs to the programs, the
 /// paravisor, the firmware areas and the legacy devices.
-const POOL_START: u64 = REGION_GPA + REGION_SIZE;
+pub const POOL_START: u64 = REGION_GPA + REGION_SIZE;
 /// End of that memory; the smallest machine the tests are run on has 2 GiB below 4 GiB, of
 /// which the machine keeps less than 256 MiB.
-pub const POOL_END: u64 = 0x7000_0000;
+const POOL_END: u64 = 0x7000_0000;
 
 /// The granularity in which contents are compared: the scramble pattern differs in every
 /// cache line.
@@ -41,11 +41,6 @@ pub fn fresh_regions(count: u64) -> Gpa {
 /// A 2 MiB region that no case has touched.
 pub fn fresh_region() -> Gpa {
     fresh_regions(1)
-}
-
-/// The region that lies so many bytes above the next that no case has touched.
-pub fn fresh_region_after(bytes: u64) -> Gpa {
-    Gpa::new(NEXT.load(Ordering::Relaxed) + bytes)
 }
 
 /// A page in the middle of a region of its own.

@@ -217,9 +217,12 @@ impl<P: PhysicalMemory> Platform<P> {
         self.counters.start_is_awaited();
     }
 
-    /// A trust domain has sent this interrupt command: the guest of the vCPU that it is for goes on.
+    /// A trust domain has sent this interrupt command: the guest of the vCPU that it is for goes on, if
+    /// L1 has that vCPU. A guest that runs is interrupted; it may run because of this interrupt already.
     pub fn count_interrupt(&mut self, command: u64) {
-        if let Some(to) = crate::tdx::vmcall::interrupts(command) {
+        if let Some(to) = crate::tdx::vmcall::interrupts(command)
+            && self.running_l2(to).is_none()
+        {
             self.counters.entry_is_awaited_on(to.index());
         }
     }
