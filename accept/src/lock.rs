@@ -76,7 +76,7 @@ impl<'m> RegionLocks<'m> {
 
     /// How often a waiter looks at a held lock before it gives up. Several times what a 2 MiB
     /// block costs when each of its pages is a trip to the host.
-    pub const SPIN_LIMIT: u32 = 1 << 20;
+    pub const SPIN_LIMIT: u32 = 0x10_0000;
 
     /// How many locks suit a VM of `vcpus`: a power of two, at least four per vCPU, so that two
     /// vCPUs at work on different regions seldom meet.
