@@ -24,6 +24,23 @@ open_enum! {
         HOST_ACT = 4,
         /// RCX = [`HostAct`]. RAX = 1 if this host is one that does it, 0 if not.
         HOST_WOULD = 5,
+        /// RAX = [`Table`].
+        TABLE = 6,
+    }
+}
+
+open_enum! {
+    /// Which of its tables of cases a test guest goes through, where it cannot see for itself what it is
+    /// run for (settings key `table`).
+    pub struct Table(u64) {
+        /// That for any image.
+        ANY = 0,
+        /// That for memory which is accepted before the guest starts.
+        EAGER = 1,
+        /// That for memory which is accepted in the background.
+        AHEAD = 2,
+        /// That for memory which is accepted on touch.
+        TOUCH = 3,
     }
 }
 
@@ -98,9 +115,15 @@ open_enum! {
         ACCEPT_4K = 14,
         /// TDG.MEM.PAGE.ACCEPT of 2 MiB by L1, any result.
         ACCEPT_2M = 15,
+        /// Keys (VMPCK0 to 3) that are still where the launch put them: in its secrets page.
+        KEYS_IN_LAUNCH_PAGE = 19,
         /// Exits of a trust domain to its host that the module made in the midst of an instruction
         /// of L1's.
         TD_EXIT = 16,
+        /// TDCALLs of L1, VP.ENTER and requests to the host among them.
+        TDCALL = 17,
+        /// TDG.MEM.PAGE.ATTR.WR by L1.
+        ATTR_WR = 18,
     }
 }
 
@@ -122,6 +145,24 @@ open_enum! {
         RE_ADD_2M = 5,
         /// Blocks the page's entry in the secure EPT of a trust domain.
         BLOCK = 6,
+        /// The next guest request gets the answer to an earlier one; the address counts for nothing, here and
+        /// below. Only with `hostile=messages-replayed`.
+        REPLAY_ANSWER = 7,
+        /// The next guest request gets its answer with a bit changed. Only with `hostile=messages-tampered`.
+        TAMPER_ANSWER = 8,
+        /// The next guest request is answered, and the answer does not come back. Only with
+        /// `hostile=messages-lost`.
+        LOSE_ANSWER = 9,
+        /// The next guest request does not get to the firmware. This and the rest with each of the three.
+        DROP_MESSAGE = 10,
+        /// The next guest request is put off.
+        SAY_BUSY = 11,
+        /// The next extended guest request meets a host that wants more room than there is.
+        TOO_MANY_CERTIFICATES = 12,
+        /// The next guest request is said to have failed in the firmware, which was not asked.
+        SAY_FAILED = 13,
+        /// Keeps the page's entry in the secure EPT of a trust domain busy; asked again, lets go of it.
+        HOLD = 14,
     }
 }
 
@@ -139,7 +180,7 @@ mod tests {
         assert_eq!(Call::PAGE.rax(), 0x5453_0001);
         assert_eq!(Call::from_rax(0x5453_0004), Some(Call::HOST_ACT));
         assert_eq!(Call::from_rax(0x5453_0000), None);
-        assert_eq!(Call::from_rax(0x5453_0006), None);
+        assert_eq!(Call::from_rax(0x5453_0007), None);
         assert_eq!(Call::from_rax(3), None);
     }
 }

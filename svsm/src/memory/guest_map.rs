@@ -105,4 +105,14 @@ impl GuestMemory for Window {
             .and_then(|at| access::store_u16(at, value))
             .map_err(|_| Unreachable)
     }
+
+    fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Unreachable> {
+        address(gpa, bytes.len() as u64)
+            .and_then(|at| access::copy_in(at, bytes))
+            .map_err(|_| Unreachable)
+    }
+
+    fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Unreachable> {
+        write(gpa, bytes).map_err(|_| Unreachable)
+    }
 }

@@ -3,6 +3,9 @@
 //! Owns everything between an image on disk and a verdict about a run:
 //!
 //! - [`vm`]: one run of the machine, also used by `xtask run`;
+//! - [`attestation`]: how a Linux guest gathers its evidence;
+//! - [`chip`]: the chip of the emulated security processor, and its certificates;
+//! - [`verify`]: what a verifier does with a report;
 //! - [`image`]: the images that are run;
 //! - [`guests`]: the kernels and firmware that are booted, by name;
 //! - [`initramfs`]: the guest's userspace;
@@ -18,7 +21,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod attestation;
 pub mod bench;
+pub mod chip;
 pub mod guests;
 pub mod image;
 pub mod initramfs;
@@ -27,4 +32,5 @@ pub mod scenario;
 pub mod scenarios;
 pub mod stress;
 pub mod uki;
+pub mod verify;
 pub mod vm;

@@ -10,6 +10,7 @@ use igvm_build::sidecar::Sidecar;
 use protocols::launch::{Acceptance, Fault};
 use protocols::report::{Event, Outcome, Report};
 
+use crate::chip::Chip;
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
@@ -37,6 +38,8 @@ pub struct Artefacts {
     pub tdx_cases: PathBuf,
     /// The test guest for an L2 VM, packed as a firmware.
     pub l2_cases: PathBuf,
+    /// The guest for an L2 VM that counts, packed as a firmware.
+    pub l2_counts: PathBuf,
     /// The default firmware.
     pub ovmf: PathBuf,
     /// The firmware of trust domains, if a chosen scenario boots it.
@@ -53,6 +56,10 @@ pub struct Artefacts {
     pub busybox: PathBuf,
     /// The stress program and its module, for the kernels of the chosen scenarios that run it.
     pub stress: BTreeMap<Kernel, Vec<Extra>>,
+    /// The kernel modules for attestation, for the kernels of the chosen scenarios that load them.
+    pub modules: BTreeMap<Kernel, Vec<Extra>>,
+    /// The chip of the emulated security processor.
+    pub chip: Chip,
     /// The `xtask` program itself, for scenarios about what it says.
     pub xtask: PathBuf,
 }
@@ -121,6 +128,8 @@ pub struct Scenario {
     pub trust_domain: bool,
     /// Whether it runs the stress program.
     pub stress: bool,
+    /// Whether it loads the kernel's modules for attestation.
+    pub modules: bool,
     /// Whether it boots its kernel from the disk.
     pub disk: bool,
     /// Whether it makes a unified kernel image.
@@ -147,6 +156,7 @@ impl Scenario {
             firmware: Firmware::default(),
             trust_domain: false,
             stress: false,
+            modules: false,
             disk: false,
             uki: false,
             run: Box::new(run),
@@ -188,6 +198,15 @@ impl Scenario {
     pub fn with_stress(self) -> Scenario {
         Scenario {
             stress: true,
+            ..self
+        }
+    }
+
+    /// The same, with the kernel's modules for attestation in the guest.
+    #[must_use]
+    pub fn with_modules(self) -> Scenario {
+        Scenario {
+            modules: true,
             ..self
         }
     }
@@ -251,8 +270,19 @@ impl Findings {
     /// What every good run has in common: the machine measured the image that was built, saw no
     /// violation, its RMP agrees with the paravisor's map, and its figures fit each other.
     pub fn good_run(&mut self, finished: &Finished, sidecar: &Sidecar) -> Result<()> {
-        let report = finished.report()?;
         self.measured(finished, sidecar);
+        self.lawful_run(finished, sidecar)
+    }
+
+    /// The same of a trust domain.
+    pub fn good_td_run(&mut self, finished: &Finished, sidecar: &Sidecar) -> Result<()> {
+        let digest = finished.launch.as_ref().map(|launch| launch.digest.clone());
+        self.equal("MRTD as built", digest, sidecar.mrtd.clone());
+        self.lawful_run(finished, sidecar)
+    }
+
+    fn lawful_run(&mut self, finished: &Finished, sidecar: &Sidecar) -> Result<()> {
+        let report = finished.report()?;
         self.check("no violations", report.violations.total() == 0, || {
             format!("{:?}", report.violations)
         });
@@ -380,6 +410,7 @@ impl Context {
             linux: None,
             disk: None,
             console: Console::File,
+            chip: Some(self.artefacts.chip.clone()),
             debugger: None,
             dir: self.dir.clone(),
         }

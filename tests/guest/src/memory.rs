@@ -17,7 +17,7 @@ use crate::trap::Trap;
 pub const SHARED_ALIAS: u64 = 1 << 39;
 /// First byte of the memory the cases use. Everything below belongs to the programs, the
 /// paravisor, the firmware areas and the legacy devices.
-const POOL_START: u64 = REGION_GPA + REGION_SIZE;
+pub const POOL_START: u64 = REGION_GPA + REGION_SIZE;
 /// End of that memory; the smallest machine the tests are run on has 2 GiB below 4 GiB, of
 /// which the machine keeps less than 256 MiB.
 const POOL_END: u64 = 0x7000_0000;
@@ -123,4 +123,35 @@ pub fn expect_zero(address: u64, bytes: u64) -> Verdict {
 
 fn lines(address: u64, bytes: u64) -> impl Iterator<Item = u64> {
     (address..address + bytes).step_by(LINE as usize)
+}
+
+/// Writes whole words, which must be writable.
+///
+/// # Errors
+///
+/// A finding with the exception.
+pub fn put_bytes(address: u64, bytes: &[u8]) -> Verdict {
+    assert!(bytes.len().is_multiple_of(8), "whole words");
+    for (at, word) in (address..).step_by(8).zip(bytes.chunks_exact(8)) {
+        write(
+            at,
+            word.iter()
+                .rev()
+                .fold(0, |all, &byte| all << 8 | u64::from(byte)),
+        )?;
+    }
+    Ok(())
+}
+
+/// Reads whole words, which must be readable.
+///
+/// # Errors
+///
+/// A finding with the exception.
+pub fn take_bytes(address: u64, bytes: &mut [u8]) -> Verdict {
+    assert!(bytes.len().is_multiple_of(8), "whole words");
+    for (at, word) in (address..).step_by(8).zip(bytes.chunks_exact_mut(8)) {
+        word.copy_from_slice(&read(at)?.to_le_bytes());
+    }
+    Ok(())
 }

@@ -142,6 +142,12 @@ fn artefacts(
             place.insert(crate::stress::obtain(layout, file)?);
         }
     }
+    let mut modules = BTreeMap::new();
+    for kernel in scenarios.iter().filter(|s| s.modules).map(|s| s.kernel) {
+        if let (Entry::Vacant(place), Some(file)) = (modules.entry(kernel), kernels.get(&kernel)) {
+            place.insert(crate::modules::obtain(layout, file)?);
+        }
+    }
     let mut disks = BTreeMap::new();
     for kernel in scenarios.iter().filter(|s| s.disk).map(|s| s.kernel) {
         if let Entry::Vacant(place) = disks.entry(kernel) {
@@ -174,6 +180,7 @@ fn artefacts(
         svsm_counts: tests.svsm_counts,
         tdx_cases: tests.tdx_cases,
         l2_cases: tests.l2_cases,
+        l2_counts: tests.l2_counts,
         ovmf,
         td_firmware,
         firmwares,
@@ -182,6 +189,8 @@ fn artefacts(
         uki,
         busybox,
         stress,
+        modules,
+        chip: build::chip(layout)?,
         xtask,
     })
 }

@@ -2,6 +2,7 @@
 
 use accept::{Backend, Block, Error, Frame, OnNoChange, PageSize, PageState};
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
+use protocols::launch::{READ_AHEAD_LIMIT, Touch};
 use protocols::tdx::l2::{Exit, ExtendedType};
 use protocols::tdx::metadata::TdControls;
 use protocols::tdx::ve::{EptViolation, ExitReason, VeInfo};
@@ -11,12 +12,16 @@ use protocols::tdx::{Operand, Status};
 use protocols::terminate::TurnstileReason;
 
 use super::tdcall::Done;
-use super::vp::Vp;
-use super::{Domain, Next, Service, Touch};
+use super::vp::{Debt, Vp};
+use super::{Domain, Next, Service};
+use crate::ahead::HostLied;
 use crate::platform::tdx::map_gpa::{Answer, Conversion};
 
 /// How much one request converts at most; the guest asks for the rest again (I8).
 pub const CONVERTED_AT_ONCE: u64 = 16 << 20;
+
+/// How much one request accepts at most beyond what it asks for (I8).
+const READ_AHEAD_ROOM: u64 = READ_AHEAD_LIMIT as u64 * LARGE_PAGE_SIZE;
 
 /// Level of a 2 MiB page in operands and statuses.
 const LEVEL_2M: u32 = 1;
@@ -60,14 +65,35 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             return Operand::RCX.into();
         };
         match self.engine.accept(block, OnNoChange::Fail) {
-            Ok(_) => Status::SUCCESS.into(),
+            Ok(_) => self.read_ahead(block),
             Err(Error::NoChange) => self.already_accepted(block),
             // Nothing that the guest could accept: no memory, or not the guest's (I4).
             Err(Error::Owned | Error::OutOfRange | Error::NotAccepted) => Operand::RCX.into(),
             Err(Error::Busy) => busy(),
-            Err(Error::HostLied) => Done::End(TurnstileReason::ALREADY_VALID),
+            Err(Error::HostLied) => Done::End(self.lie_about(block)),
             Err(Error::Backend { status, .. }) => Status(status).into(),
         }
+    }
+
+    /// What the host lied in, by the block's first page: it was accepted before we did so, or it was
+    /// ready and is another page now.
+    fn lie_about(&self, block: Block) -> TurnstileReason {
+        match self.domain.mapping(Gpa::new(block.gpa())) {
+            Ok(mapping) if mapping.pending => TurnstileReason::NOT_VALIDATED,
+            _ => TurnstileReason::ALREADY_VALID,
+        }
+    }
+
+    /// The answer to an accept that is done, and the regions behind it, if the policy is so.
+    fn read_ahead(&self, block: Block) -> Done {
+        if block.size() == PageSize::Size2M
+            && let Err(HostLied) = self
+                .ahead
+                .prepare_behind(self.engine, block, READ_AHEAD_ROOM)
+        {
+            return Done::End(TurnstileReason::ALREADY_VALID);
+        }
+        Status::SUCCESS.into()
     }
 
     /// The module's answer where a page of the block is accepted already: by the level that it is
@@ -126,7 +152,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         let frame = Frame::containing(gpa);
         match self.engine.state(frame) {
             Some(PageState::Accepted) => self.access_to_accepted(frame, exit),
-            Some(PageState::Unaccepted | PageState::Ahead) if self.touch == Touch::Accept => {
+            Some(PageState::Unaccepted | PageState::Ahead) if self.touch == Touch::ACCEPT => {
                 self.accept_touched(frame)
             }
             // I4: what is the paravisor's is to the guest what no memory is.
@@ -170,10 +196,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
 
     /// Accepts what the guest has touched: all of the 2 MiB around it if that is its memory.
     fn accept_touched(&self, frame: Frame) -> Next {
-        let around = self
-            .engine
-            .accept(Block::region_around(frame), OnNoChange::Ignore);
-        let accepted = match around {
+        let accepted = match self.engine.accept_around(frame) {
             Err(Error::Owned | Error::OutOfRange) => {
                 self.engine.accept(Block::page(frame), OnNoChange::Ignore)
             }
@@ -208,16 +231,12 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         if !start.is_multiple_of(PAGE_SIZE) || !bytes.is_multiple_of(PAGE_SIZE) {
             return Ok((HostStatus::ALIGN_ERROR, 0));
         }
-        // Paid first: who owes a flush asks again.
-        if let Some(debt) = vp.debt.take()
-            && let Err(debt) = self.engine.flush(debt)
-        {
-            vp.debt = Some(debt);
-            return Ok((HostStatus::RETRY, start));
-        }
         let stop = end.min(start + CONVERTED_AT_ONCE);
         let mut at = start;
         while at < stop {
+            if vp.debt.is_some() {
+                return Ok((HostStatus::RETRY, at));
+            }
             let block = block_at(at & !shared, stop - at);
             let (status, done) = if alias == 0 {
                 self.to_private(block)?
@@ -236,42 +255,49 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     }
 
     /// Takes a block from the guest and has the host share it; status, and how many bytes are done.
+    ///
+    /// Until the host has answered, the block is nobody's: what another processor of the guest's asks
+    /// for it is refused.
     fn to_shared(&self, vp: &mut Vp, block: Block) -> Result<(HostStatus, u64), TurnstileReason> {
-        let rescinded = match self.engine.rescind(block, OnNoChange::Ignore) {
-            Ok(rescinded) => rescinded,
+        let bytes = block.size().bytes();
+        let conversion =
+            Conversion::to_shared(block.gpa(), bytes).ok_or(TurnstileReason::INTERNAL)?;
+        let withdrawn = match self.engine.withdraw(block, OnNoChange::Ignore) {
+            Ok(withdrawn) => withdrawn,
             Err(Error::Busy) => return Ok((HostStatus::RETRY, 0)),
             Err(Error::HostLied) => return Err(TurnstileReason::NOT_VALIDATED),
             Err(Error::Backend { .. }) => return Err(TurnstileReason::TD_ATTRIBUTES),
             Err(_) => return Ok((HostStatus::INVALID_OPERAND, 0)),
         };
-        if let Some(debt) = rescinded.flush
-            && let Err(debt) = self.engine.flush(debt)
+        if let Some(owed) = withdrawn.flush()
+            && self.engine.flush(owed).is_err()
         {
-            vp.debt = Some(debt);
+            // As if nobody had asked: any processor may ask again.
+            vp.debt = self.engine.reinstate(withdrawn).map(Debt::Reinstate);
             return Ok((HostStatus::RETRY, 0));
         }
-        let bytes = block.size().bytes();
-        let conversion =
-            Conversion::to_shared(block.gpa(), bytes).ok_or(TurnstileReason::INTERNAL)?;
-        // The pages have left the map: a host that does not take them now has no second chance to put
-        // others there.
-        match self.convert(conversion)? {
-            HostStatus::SUCCESS => Ok((HostStatus::SUCCESS, bytes)),
-            _ => Err(TurnstileReason::TD_MAP_GPA),
+        // The guest has lost the pages: a host that does not take them now gets no second chance to
+        // put others there.
+        if self.convert(conversion)? != HostStatus::SUCCESS {
+            return Err(TurnstileReason::TD_MAP_GPA);
         }
+        vp.debt = self.engine.settle(withdrawn).map(Debt::Settle);
+        Ok((HostStatus::SUCCESS, bytes))
+    }
+
+    /// Brings a block to its end that is still on its way, if its lock can be had.
+    pub(super) fn pay(&self, vp: &mut Vp) {
+        vp.debt = match vp.debt.take() {
+            Some(Debt::Settle(block)) => self.engine.settle(block).map(Debt::Settle),
+            Some(Debt::Reinstate(block)) => self.engine.reinstate(block).map(Debt::Reinstate),
+            None => None,
+        };
     }
 
     /// Has the host make a block private again. It stays unaccepted.
     fn to_private(&self, block: Block) -> Result<(HostStatus, u64), TurnstileReason> {
         let bytes = block.size().bytes();
-        let is_guests = (0..block.size().pages()).all(|page| {
-            let state = block
-                .first()
-                .checked_add(page)
-                .and_then(|frame| self.engine.state(frame));
-            matches!(state, Some(state) if state != PageState::Owned)
-        });
-        if !is_guests {
+        if self.engine.is_owned(block) != Ok(false) {
             return Ok((HostStatus::INVALID_OPERAND, 0));
         }
         let conversion =

@@ -1,21 +1,22 @@
 //! The service on a trust domain that is a model: what the guest is answered, and what its answers cost.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use std::boxed::Box;
 use std::vec::Vec;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, PageState, Range, Region,
-    RegionLock, RegionLocks, ValidateFault,
+    AdjustFault, Backend, Block, Engine, Fault, Frame, GivenBack, Map, NotFlushed, PageState,
+    Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
 use protocols::addr::Gpa;
+use protocols::launch::{AcceptPolicy, Acceptance, Touch};
 use protocols::tdx::l2::{EnterState, Exit};
 use protocols::tdx::metadata::{FieldId, TdControls};
 use protocols::tdx::ve::ExitReason;
 use protocols::tdx::vmcall::register::{R8, R9, R10, R11, R12, R13, RAX, RCX, RDX};
 use protocols::tdx::vmcall::{Status as HostStatus, SubFunction};
-use protocols::tdx::{Leaf, Operand, Status};
+use protocols::tdx::{Leaf, MAPPING_PENDING, Operand, Status};
 use protocols::terminate::TurnstileReason;
 
 use super::interrupts::VirtualApic;
@@ -23,8 +24,9 @@ use super::memory::CONVERTED_AT_ONCE;
 use super::vp::Vp;
 use super::{
     Domain, GuestTd, HostRegisters, MEASUREMENT, Mapping, Next, REPORT, REPORT_DATA, Service,
-    Touch, Unreachable,
+    Unreachable,
 };
+use crate::ahead::{Ahead, HostLied};
 
 const SHARED: u64 = 1 << 47;
 /// Regions of the model's memory, from address 0. The last one is the paravisor's.
@@ -36,6 +38,8 @@ const TDCALL_LENGTH: u64 = 4;
 #[derive(Default)]
 struct Sept {
     lies: bool,
+    /// No flush is certain.
+    others_stay: Cell<bool>,
     accepted: RefCell<Vec<u64>>,
 }
 
@@ -49,7 +53,7 @@ impl Backend for &Sept {
         Ok(())
     }
     fn rescind(&self, _: Block) -> Result<(), ValidateFault> {
-        Ok(())
+        Err(ValidateFault::Failed(0))
     }
     fn scrub(&self, _: Block) -> Result<(), Fault> {
         Ok(())
@@ -61,17 +65,22 @@ impl Backend for &Sept {
         Ok(())
     }
     fn flush(&self) -> Result<(), NotFlushed> {
-        Ok(())
+        match self.others_stay.get() {
+            true => Err(NotFlushed),
+            false => Ok(()),
+        }
     }
 }
 
 /// Module, host and memory: what was asked of the host, and what it says.
-struct Model {
+struct Model<H = fn()> {
     asked: RefCell<Vec<HostRegisters>>,
     fatal: RefCell<Vec<([u64; 2], [u64; 8])>>,
     /// R10 and R11 of its answers.
     answer: (HostStatus, u64),
     mapping: Mapping,
+    /// What others do while the host is asked.
+    meanwhile: H,
 }
 
 impl Default for Model {
@@ -84,11 +93,12 @@ impl Default for Model {
                 level: 0,
                 pending: false,
             },
+            meanwhile: || (),
         }
     }
 }
 
-impl Domain for &Model {
+impl<H: Fn()> Domain for &Model<H> {
     fn shared_bit(&self) -> u64 {
         SHARED
     }
@@ -115,6 +125,7 @@ impl Domain for &Model {
     }
     fn ask_host(&self, registers: HostRegisters) -> Result<HostRegisters, Status> {
         self.asked.borrow_mut().push(registers);
+        (self.meanwhile)();
         let [_, _, rest @ ..] = registers;
         let [r12, r13, r14, r15] = rest;
         Ok([self.answer.0.0, self.answer.1, r12, r13, r14, r15])
@@ -138,9 +149,23 @@ fn with<T>(
     touch: Touch,
     test: impl FnOnce(&TestService<'_>, &mut Vp) -> T,
 ) -> T {
+    let acceptance = Acceptance {
+        touch,
+        ..Acceptance::LAZY
+    };
+    with_policy(sept, model, acceptance, test)
+}
+
+fn with_policy<T>(
+    sept: &Sept,
+    model: &Model,
+    acceptance: Acceptance,
+    test: impl FnOnce(&TestService<'_>, &mut Vp) -> T,
+) -> T {
     let regions: Vec<Region> = (0..REGIONS).map(|_| Region::new()).collect();
+    let flags = [const { GivenBack::new() }; 1];
     let range = Range::try_new(Frame::containing(0), REGIONS as u64 * 512, &regions).unwrap();
-    let ranges = [range];
+    let ranges = [range.with_given_back(&flags).unwrap()];
     let locks: Vec<RegionLock> = (0..RegionLocks::MINIMUM)
         .map(|_| RegionLock::new())
         .collect();
@@ -150,11 +175,13 @@ fn with<T>(
         .record_launch(Frame::containing(OWNED), 512, PageState::Owned)
         .unwrap();
     let td = GuestTd::new(false);
+    let ahead = Ahead::new(acceptance, (REGIONS as u64) << 21);
     let service = Service {
         engine: &engine,
+        ahead: &ahead,
         domain: model,
         td: &td,
-        touch,
+        touch: acceptance.touch,
     };
     let apic = Box::leak(Box::new(VirtualApic::new()));
     let mut vp = Vp::new(1, EnterState::default(), apic, 0x1FF);
@@ -162,7 +189,11 @@ fn with<T>(
 }
 
 /// TDCALL from 64-bit code.
-fn tdcall(service: &TestService<'_>, vp: &mut Vp, registers: &[(usize, u64)]) -> Next {
+fn tdcall<D: Domain>(
+    service: &Service<'_, &Sept, D>,
+    vp: &mut Vp,
+    registers: &[(usize, u64)],
+) -> Next {
     for &(register, value) in registers {
         vp.gprs()[register] = value;
     }
@@ -174,7 +205,12 @@ fn tdcall(service: &TestService<'_>, vp: &mut Vp, registers: &[(usize, u64)]) ->
     service.handle(vp, &exit)
 }
 
-fn call(service: &TestService<'_>, vp: &mut Vp, leaf: Leaf, registers: &[(usize, u64)]) -> u64 {
+fn call<D: Domain>(
+    service: &Service<'_, &Sept, D>,
+    vp: &mut Vp,
+    leaf: Leaf,
+    registers: &[(usize, u64)],
+) -> u64 {
     vp.gprs()[RAX] = leaf.0.into();
     let rip = vp.state.rip;
     assert_eq!(tdcall(service, vp, registers), Next::Resume);
@@ -182,13 +218,13 @@ fn call(service: &TestService<'_>, vp: &mut Vp, leaf: Leaf, registers: &[(usize,
     vp.gprs()[RAX]
 }
 
-fn accept(service: &TestService<'_>, vp: &mut Vp, rcx: u64) -> u64 {
+fn accept<D: Domain>(service: &Service<'_, &Sept, D>, vp: &mut Vp, rcx: u64) -> u64 {
     call(service, vp, Leaf::MEM_PAGE_ACCEPT, &[(RCX, rcx)])
 }
 
 /// R10, R11 of a request, or the end.
-fn ask(
-    service: &TestService<'_>,
+fn ask<D: Domain>(
+    service: &Service<'_, &Sept, D>,
     vp: &mut Vp,
     function: SubFunction,
     operands: [u64; 2],
@@ -211,7 +247,7 @@ fn ask(
 #[test]
 fn an_accept_reaches_the_module_once_and_for_the_guests_memory_only() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_1000), 0);
         assert_eq!(*sept.accepted.borrow(), [0x20_1000]);
         let already = Status::PAGE_ALREADY_ACCEPTED.with(0);
@@ -248,7 +284,7 @@ fn a_block_that_is_mapped_at_once_is_already_accepted_at_its_level() {
         },
         ..Model::default()
     };
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_0001), 0);
         let already = Status::PAGE_ALREADY_ACCEPTED.with(1);
         assert_eq!(accept(service, vp, 0x20_0001), already);
@@ -266,7 +302,7 @@ fn a_page_that_was_accepted_behind_our_back_ends_the_machine() {
         },
         Model::default(),
     );
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let registers = [(RAX, Leaf::MEM_PAGE_ACCEPT.0.into()), (RCX, 0x1000)];
         let next = tdcall(service, vp, &registers);
         assert_eq!(next, Next::End(TurnstileReason::ALREADY_VALID));
@@ -277,7 +313,7 @@ fn a_page_that_was_accepted_behind_our_back_ends_the_machine() {
 #[test]
 fn what_becomes_shared_leaves_the_map_first() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_0000), 0);
         let done = ask(
             service,
@@ -299,10 +335,77 @@ fn what_becomes_shared_leaves_the_map_first() {
     });
 }
 
+/// I2, I11: while the host is asked to take a block, nobody else can have it, be it accepted or not.
+#[test]
+fn what_is_on_its_way_to_the_host_is_nobodys() {
+    let (sept, quiet) = (Sept::default(), Model::default());
+    with(&sept, &quiet, Touch::FAULT, |service, vp| {
+        assert_eq!(accept(service, vp, 0x20_0000), 0);
+        let apic = Box::leak(Box::new(VirtualApic::new()));
+        let other = RefCell::new(Vp::new(0, EnterState::default(), apic, 0x1FF));
+        let answers = RefCell::new(Vec::new());
+        let racing = Model {
+            asked: RefCell::default(),
+            answer: quiet.answer,
+            mapping: quiet.mapping,
+            meanwhile: || {
+                let mut other = other.borrow_mut();
+                let accepts = [0x20_0000, 0x20_1000].map(|gpa| accept(service, &mut other, gpa));
+                let converted = [0, SHARED].map(|alias| {
+                    let range = [alias | 0x20_0000, 0x2000];
+                    ask(service, &mut other, SubFunction::MAP_GPA, range)
+                });
+                answers.borrow_mut().push((accepts, converted));
+            },
+        };
+        let service = Service {
+            engine: service.engine,
+            ahead: service.ahead,
+            domain: &racing,
+            td: service.td,
+            touch: service.touch,
+        };
+        let range = [SHARED | 0x20_0000, 2 << 20];
+        let done = ask(&service, vp, SubFunction::MAP_GPA, range);
+        assert_eq!(done, Ok((HostStatus::SUCCESS, 0)));
+        let refused = Operand::RCX.invalid();
+        let invalid = Ok((HostStatus::INVALID_OPERAND, 0));
+        let [(accepts, [to_private, to_shared])] = answers.borrow()[..] else {
+            panic!("the host is asked once");
+        };
+        assert_eq!(accepts, [refused; 2]);
+        let status = |answer: Result<(HostStatus, u64), _>| answer.map(|(status, _)| (status, 0));
+        assert_eq!([status(to_private), status(to_shared)], [invalid; 2]);
+        assert_eq!(sept.accepted.borrow().len(), 1);
+        assert!(quiet.asked.borrow().is_empty());
+    });
+}
+
+/// I3, I12: no flush, no conversion; the guest has its pages as before and may ask again.
+#[test]
+fn without_a_flush_nothing_has_changed() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::FAULT, |service, vp| {
+        assert_eq!(accept(service, vp, 0x20_0000), 0);
+        sept.others_stay.set(true);
+        let range = [SHARED | 0x20_0000, 0x2000];
+        let mut answer = ask(service, vp, SubFunction::MAP_GPA, range);
+        assert_eq!(answer, Ok((HostStatus::RETRY, SHARED | 0x20_0000)));
+        assert!(model.asked.borrow().is_empty());
+        let state = |gpa| service.engine.state(Frame::containing(gpa));
+        assert_eq!(state(0x20_0000), Some(PageState::Accepted));
+        assert_eq!(state(0x20_1000), Some(PageState::Unaccepted));
+        sept.others_stay.set(false);
+        answer = ask(service, vp, SubFunction::MAP_GPA, range);
+        assert_eq!(answer, Ok((HostStatus::SUCCESS, 0)));
+        assert_eq!(state(0x20_0000), Some(PageState::Unaccepted));
+    });
+}
+
 #[test]
 fn bad_ranges_are_not_passed_on() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let (invalid, align) = (HostStatus::INVALID_OPERAND, HostStatus::ALIGN_ERROR);
         for (start, bytes, status) in [
             (SHARED | OWNED, 0x1000, invalid),
@@ -330,7 +433,7 @@ fn bad_ranges_are_not_passed_on() {
 #[test]
 fn a_large_conversion_is_done_in_parts() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let all = OWNED;
         let answer = ask(service, vp, SubFunction::MAP_GPA, [SHARED, all]);
         assert_eq!(answer, Ok((HostStatus::RETRY, SHARED | CONVERTED_AT_ONCE)));
@@ -347,7 +450,7 @@ fn a_host_that_does_not_convert_ends_the_machine() {
             answer: (status, SHARED | 0x1000),
             ..Model::default()
         };
-        with(&sept, &model, Touch::Strict, |service, vp| {
+        with(&sept, &model, Touch::FAULT, |service, vp| {
             let answer = ask(service, vp, SubFunction::MAP_GPA, [SHARED | 0x1000, 0x1000]);
             assert_eq!(answer, Err(TurnstileReason::TD_MAP_GPA));
         });
@@ -358,7 +461,7 @@ fn a_host_that_does_not_convert_ends_the_machine() {
         answer: (HostStatus::GPA_IN_USE, 0),
         ..Model::default()
     };
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let answer = ask(service, vp, SubFunction::MAP_GPA, [0x1000, 0x1000]);
         assert_eq!(answer, Ok((HostStatus::GPA_IN_USE, 0x1000)));
     });
@@ -392,7 +495,7 @@ fn a_fatal_error_is_told_with_its_whole_text() {
 #[test]
 fn the_host_sees_what_the_guest_passes_and_nothing_else() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let function = SubFunction::IO.0;
         let registers = [
             (RAX, 0),
@@ -448,7 +551,7 @@ fn injected(vp: &Vp) -> Option<u32> {
 #[test]
 fn memory_that_is_not_accepted_is_a_fault_or_is_accepted() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(touch(service, vp, 0x3123), Next::Resume);
         assert_eq!(injected(vp), Some(VE));
         assert!(sept.accepted.borrow().is_empty());
@@ -472,12 +575,166 @@ fn memory_that_is_not_accepted_is_a_fault_or_is_accepted() {
             Next::End(TurnstileReason::L2_MEMORY)
         );
     });
-    with(&sept, &model, Touch::Accept, |service, vp| {
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
         assert_eq!(touch(service, vp, 0x20_3123), Next::Resume);
         assert_eq!(injected(vp), None);
         assert_eq!(*sept.accepted.borrow(), [0x20_0000]);
         assert_eq!(touch(service, vp, OWNED), Next::Resume);
         assert_eq!(injected(vp), Some(VE));
+    });
+}
+
+/// Where guest and host may be sharing pages, only the touched one is accepted: to accept its neighbours
+/// would take them from both.
+#[test]
+fn a_touch_takes_no_page_that_is_shared() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
+        let shared = [SHARED | 0x20_5000, 0x1000];
+        let done = ask(service, vp, SubFunction::MAP_GPA, shared);
+        assert_eq!(done, Ok((HostStatus::SUCCESS, 0)));
+        assert_eq!(touch(service, vp, 0x20_3123), Next::Resume);
+        assert_eq!(*sept.accepted.borrow(), [0x20_3000]);
+        let state = |gpa| service.engine.state(Frame::containing(gpa));
+        assert_eq!(state(0x20_5000), Some(PageState::Unaccepted));
+        assert_eq!(touch(service, vp, 0x40_3123), Next::Resume);
+        assert_eq!(*sept.accepted.borrow(), [0x20_3000, 0x40_0000]);
+    });
+}
+
+/// What was accepted on touch is accepted: the guest that asks after all hears that.
+#[test]
+fn what_was_touched_is_already_accepted() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
+        assert_eq!(touch(service, vp, 0x20_3123), Next::Resume);
+        let already = Status::PAGE_ALREADY_ACCEPTED.with(0);
+        assert_eq!(accept(service, vp, 0x20_7000), already);
+        assert_eq!(sept.accepted.borrow().len(), 1);
+    });
+}
+
+const AHEAD: Acceptance = Acceptance {
+    policy: AcceptPolicy::AHEAD,
+    ..Acceptance::LAZY
+};
+
+/// Pages that are ready are the guest's without an instruction, and to it they are as new as others.
+#[test]
+fn a_claim_executes_no_accept() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with_policy(&sept, &model, AHEAD, |service, vp| {
+        let wanted = service
+            .ahead
+            .steps_until_wanted(service.engine, || false)
+            .unwrap();
+        assert!(!wanted);
+        // All but the paravisor's.
+        let executed = sept.accepted.borrow().len();
+        assert_eq!(executed, REGIONS - 1);
+        let state = |gpa| service.engine.state(Frame::containing(gpa));
+        assert_eq!(state(0x20_1000), Some(PageState::Ahead));
+        // Until it asks they are not there for it.
+        assert_eq!(touch(service, vp, 0x20_1000), Next::Resume);
+        assert_eq!(injected(vp), Some(VE));
+        let attributes = [(RCX, 0x20_1000)];
+        assert_eq!(call(service, vp, Leaf::MEM_PAGE_ATTR_RD, &attributes), 0);
+        assert_ne!(vp.gprs()[RCX] & MAPPING_PENDING, 0);
+
+        assert_eq!(accept(service, vp, 0x20_1000), 0);
+        assert_eq!(state(0x20_1000), Some(PageState::Accepted));
+        assert_eq!(state(0x20_2000), Some(PageState::Ahead));
+        assert_eq!(accept(service, vp, 0x40_0001), 0);
+        let already = Status::PAGE_ALREADY_ACCEPTED.with(0);
+        assert_eq!(accept(service, vp, 0x20_1000), already);
+        assert_eq!(sept.accepted.borrow().len(), executed);
+    });
+}
+
+/// Whoever steps looks before each step, so nobody waits for more than the one that was begun.
+#[test]
+fn a_processor_that_is_wanted_takes_no_further_step() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with_policy(&sept, &model, AHEAD, |service, _| {
+        let executed = || sept.accepted.borrow().len();
+        let steps = |wanted: &dyn Fn() -> bool| {
+            service
+                .ahead
+                .steps_until_wanted(service.engine, wanted)
+                .unwrap()
+        };
+        assert!(steps(&|| true));
+        assert_eq!(executed(), 0);
+        assert!(steps(&|| executed() == 3));
+        assert_eq!(executed(), 3);
+    });
+    // On request only, there is nothing to do in between.
+    let sept = Sept::default();
+    with(&sept, &model, Touch::FAULT, |service, _| {
+        let wanted = service.ahead.steps_until_wanted(service.engine, || false);
+        assert_eq!(wanted, Ok(false));
+        assert!(sept.accepted.borrow().is_empty());
+    });
+}
+
+/// What the guest shares is not made private by anybody but itself, whether it was ready or not.
+#[test]
+fn what_is_shared_is_not_accepted_ahead() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with_policy(&sept, &model, AHEAD, |service, vp| {
+        let share = |vp: &mut Vp, gpa: u64| {
+            let done = ask(service, vp, SubFunction::MAP_GPA, [SHARED | gpa, 0x1000]);
+            assert_eq!(done, Ok((HostStatus::SUCCESS, 0)));
+        };
+        share(vp, 0x60_3000);
+        let finish = || {
+            let wanted = service.ahead.steps_until_wanted(service.engine, || false);
+            assert_eq!(wanted, Ok(false));
+        };
+        finish();
+        assert!(!sept.accepted.borrow().contains(&0x60_0000));
+        share(vp, 0x20_5000);
+        finish();
+        let state = |gpa| service.engine.state(Frame::containing(gpa));
+        for gpa in [0x20_5000, 0x60_3000] {
+            assert_eq!(state(gpa), Some(PageState::Unaccepted), "{gpa:#x}");
+        }
+        assert_eq!(state(0x20_6000), Some(PageState::Ahead));
+        let asked = model.asked.borrow().len();
+        assert_eq!(asked, 2, "the host was asked for what the guest asked");
+    });
+}
+
+/// The regions behind a request, out of the same budget.
+#[test]
+fn an_accept_reads_ahead() {
+    let (sept, model) = (Sept::default(), Model::default());
+    let acceptance = Acceptance {
+        read_ahead: 2,
+        ..AHEAD
+    };
+    with_policy(&sept, &model, acceptance, |service, vp| {
+        assert_eq!(accept(service, vp, 0x20_0001), 0);
+        assert_eq!(*sept.accepted.borrow(), [0x20_0000, 0x40_0000, 0x60_0000]);
+        let state = service.engine.state(Frame::containing(0x40_0000));
+        assert_eq!(state, Some(PageState::Ahead));
+        // Small pages are no sign of more to come.
+        assert_eq!(accept(service, vp, 0xA0_0000), 0);
+        assert_eq!(sept.accepted.borrow().len(), 4);
+    });
+}
+
+/// I5, before anybody asked.
+#[test]
+fn a_lie_about_a_page_ends_the_walk() {
+    let sept = Sept {
+        lies: true,
+        ..Sept::default()
+    };
+    let model = Model::default();
+    with_policy(&sept, &model, AHEAD, |service, _| {
+        let wanted = service.ahead.steps_until_wanted(service.engine, || false);
+        assert_eq!(wanted, Err(HostLied));
     });
 }
 
@@ -491,7 +748,7 @@ fn a_pending_page_on_record_ends_the_machine() {
             mapping: Mapping { level: 0, pending },
             ..Model::default()
         };
-        with(&sept, &model, Touch::Strict, |service, vp| {
+        with(&sept, &model, Touch::FAULT, |service, vp| {
             let before = sept.accepted.borrow().len();
             assert_eq!(accept(service, vp, 0x3000), 0);
             let wanted = match pending {
@@ -512,7 +769,7 @@ fn a_pending_page_on_record_ends_the_machine() {
 fn no_leaf_and_no_exit_can_break_the_service() {
     let (sept, model) = (Sept::default(), Model::default());
     let values = [0, 1, 0x1000, 0x20_0001, OWNED, SHARED, 1 << 52, u64::MAX];
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         for leaf in (0..40).chain([0xFFFF, 1 << 16 | 7, 2 << 16 | 7, 1 << 63]) {
             for value in values {
                 vp.state.gprs = [value; 16];
@@ -542,7 +799,7 @@ fn no_leaf_and_no_exit_can_break_the_service() {
 #[test]
 fn tdcall_is_for_64_bit_code_at_level_0() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         for (cpl, cs) in [(3, 1 << 29), (0, 0)] {
             vp.injection = None;
             let exit = Exit {
@@ -559,7 +816,7 @@ fn tdcall_is_for_64_bit_code_at_level_0() {
 #[test]
 fn cpuid_is_answered_or_raised() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let exit = Exit {
             instruction: 2 << 32,
             ..Exit::new(ExitReason::CPUID)
@@ -577,7 +834,7 @@ fn cpuid_is_answered_or_raised() {
 #[test]
 fn an_interrupted_delivery_is_repeated() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Accept, |service, vp| {
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
         let page_fault = 0x8000_0B0E;
         let exit = Exit {
             gpa: 0x5000,
@@ -599,7 +856,7 @@ fn an_interrupted_delivery_is_repeated() {
 #[test]
 fn an_interrupt_that_an_exception_displaces_waits_again() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         vp.post(0x61).unwrap();
         vp.post(0x45).unwrap();
         // As the processor leaves it when it has delivered the first.
@@ -622,7 +879,7 @@ fn an_interrupt_that_an_exception_displaces_waits_again() {
 #[test]
 fn interrupts_are_delivered_again_after_any_exit() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         for (status, vectoring, information, length) in [
             (Status::SUCCESS, 0x8000_1061, 0x8000_0061, 0),
             (
@@ -656,7 +913,7 @@ fn interrupts_are_delivered_again_after_any_exit() {
 #[test]
 fn an_entry_that_was_refused_changes_nothing() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         vp.undefined_opcode();
         let due = vp.injection;
         let exit = Exit {
@@ -673,7 +930,7 @@ fn an_entry_that_was_refused_changes_nothing() {
 #[test]
 fn the_guests_choice_of_a_spurious_vector_is_known() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         for (function, number, value, noted) in [
             (SubFunction::WRMSR, 0x832, 0x155, 0x1FF),
             (SubFunction::RDMSR, 0x80F, 0x1EE, 0x1FF),
@@ -688,7 +945,7 @@ fn the_guests_choice_of_a_spurious_vector_is_known() {
         answer: (HostStatus::INVALID_OPERAND, 0),
         ..Model::default()
     };
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert!(ask(service, vp, SubFunction::WRMSR, [0x80F, 0x1EE]).is_ok());
         assert_eq!(vp.spurious, 0x1FF, "the host did not take it");
     });

@@ -15,6 +15,7 @@
 //! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
 //! | [`policy`] | is memory accepted before the guest asks, unnoticed? |
 //! | [`stress`] | is nothing lost when memory and processors change all the time? |
+//! | [`attest`] | can a verifier believe what a Linux guest hands to it? |
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
@@ -25,6 +26,7 @@
 //! | [`observe`] | does a run show what it is asked to show? |
 //! | [`tools`] | what do the tools say to bad input? |
 
+mod attest;
 mod bench;
 mod boot;
 mod boot_memory;
@@ -75,6 +77,7 @@ pub fn all() -> Vec<Scenario> {
         native::scenarios(),
         matrix::scenarios(),
         stress::scenarios(),
+        attest::scenarios(),
         disk::scenarios(),
     ]
     .into_iter()

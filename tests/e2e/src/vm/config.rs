@@ -9,6 +9,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 
 use super::{Cores, Disk};
+use crate::chip::Chip;
 
 /// The granularity in which the emulated host backs private memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -128,6 +129,9 @@ pub struct Settings {
     pub trace: Trace,
     /// How the machine itself breaks: `panic` or `exception`.
     pub breakage: Option<&'static str>,
+    /// Which table a test guest goes through that cannot see for itself what it is run for: `eager`,
+    /// `ahead` or `touch`.
+    pub table: Option<&'static str>,
     /// The image's native platform, in a guest without SEV-SNP: the machine's plain mode.
     pub native: bool,
     /// The image's TDX platform: the machine is a trust domain.
@@ -162,6 +166,9 @@ impl Settings {
         }
         if let Some(breakage) = self.breakage {
             let _ = writeln!(text, "break={breakage}");
+        }
+        if let Some(table) = self.table {
+            let _ = writeln!(text, "table={table}");
         }
         if self.native {
             text.push_str("platform=native\n");
@@ -230,6 +237,8 @@ pub struct Config {
     pub disk: Option<Disk>,
     /// Where the console goes.
     pub console: Console,
+    /// The chip of the emulated security processor; without one it signs no reports.
+    pub chip: Option<Chip>,
     /// Socket on which QEMU waits for a debugger, everything stopped until that says go on.
     pub debugger: Option<PathBuf>,
     /// Directory for the logs of this run; must exist.
@@ -301,7 +310,8 @@ impl Config {
                 .arg("-fw_cfg")
                 .arg(option("name=opt/turnstile/igvm,file=", &self.image))
                 .arg("-fw_cfg")
-                .arg(option("name=opt/turnstile/settings,file=", &settings)),
+                .arg(option("name=opt/turnstile/settings,file=", &settings))
+                .args(self.chip.iter().flat_map(Chip::options)),
             Loader::Qemu => qemu
                 .arg("-object")
                 .arg(option("igvm-cfg,id=igvm,file=", &self.image))
@@ -392,7 +402,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 /// A QEMU option that ends in a path. In such options a comma is written twice.
-pub(super) fn option(head: &str, path: &Path) -> OsString {
+pub(crate) fn option(head: &str, path: &Path) -> OsString {
     let mut option = OsString::from(head);
     let text = path.as_os_str().to_string_lossy();
     option.push(text.replace(',', ",,"));
@@ -417,13 +427,14 @@ mod tests {
             hostile: Some("map-wrap".into()),
             trace: Trace::All,
             breakage: Some("panic"),
+            table: Some("ahead"),
             native: true,
             ..Settings::default()
         };
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\nlow-end=0x8000000\ntd-hob=0x809000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplatform=native\n"
+                "referee=0x8100000\nlow-end=0x8000000\ntd-hob=0x809000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\ntable=ahead\nplatform=native\n"
             ),
             "{text}"
         );

@@ -16,6 +16,7 @@ use p384::{EncodedPoint, FieldBytes};
 use sha2::{Digest as _, Sha384};
 
 use super::digest::Digest;
+use crate::amd_sp::Identity;
 
 /// ECDSA with P-384 and SHA-384 (SNP ABI, "Algorithm identifiers").
 const ECDSA_P384_SHA384: u32 = 1;
@@ -46,21 +47,6 @@ impl fmt::Display for Refusal {
         };
         write!(f, "{name} ({:#04x})", *self as u32)
     }
-}
-
-/// What a good ID block says of the guest: it goes into every report.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Identity {
-    /// FAMILY_ID.
-    pub family_id: [u8; 16],
-    /// IMAGE_ID.
-    pub image_id: [u8; 16],
-    /// GUEST_SVN.
-    pub guest_svn: u32,
-    /// SHA-384 of the ID key.
-    pub id_key_digest: Digest,
-    /// SHA-384 of the author key, if there is one.
-    pub author_key_digest: Option<Digest>,
 }
 
 /// Checks a block against what was launched.

@@ -35,6 +35,7 @@ use core::ops::Range;
 use protocols::report::{Event, Launch, LaunchPages};
 use zerocopy::IntoBytes;
 
+use crate::amd_sp::{self, SecurityProcessor};
 use crate::cpuid::Table;
 use crate::layout::{self, Backing, LEGACY_HOLE, LayoutError};
 use crate::memory::PhysicalMemory;
@@ -90,7 +91,7 @@ pub struct Launched {
     /// Where the VMSA of the first vCPU lies; a trust domain has none.
     pub vmsa: Option<Gpa>,
     /// What its ID block says, if it has one.
-    pub identity: Option<id_block::Identity>,
+    pub identity: Option<amd_sp::Identity>,
 }
 
 /// Why an image was not launched.
@@ -195,6 +196,8 @@ type Page = [u8; PAGE_SIZE as usize];
 /// What is known while the launch goes on.
 struct InProgress {
     digest: Measurement,
+    /// The secrets page, and the keys in it.
+    secrets: (Option<Gpa>, [[u8; 32]; Vmpl::COUNT]),
     pages: LaunchPages,
     areas: BTreeMap<u32, Vec<u8>>,
     /// Where the image's pages lie, ascending.
@@ -249,6 +252,7 @@ impl<P: PhysicalMemory> Platform<P> {
             } else {
                 Measurement::Snp(LaunchDigest::before_first_page())
             },
+            secrets: (None, [[0; 32]; Vmpl::COUNT]),
             pages: LaunchPages::default(),
             areas: BTreeMap::new(),
             launched,
@@ -272,7 +276,20 @@ impl<P: PhysicalMemory> Platform<P> {
         };
         let vmsa = (!is_td).then_some(vmsa::VMSA_GPA);
         match vmsa {
-            Some(_) => self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa),
+            Some(_) => {
+                self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa);
+                let guest = amd_sp::Guest {
+                    measurement: digest,
+                    policy: file.policy.unwrap_or(POLICY_DEFAULT),
+                    identity: identity.unwrap_or_default(),
+                    vmpck: state.secrets.1,
+                    secrets_page: state.secrets.0,
+                    cpuid_fms: environment.cpuid.family_model_stepping(),
+                };
+                let processor =
+                    SecurityProcessor::new(guest, self.chip.clone(), environment.random);
+                self.security_processor = Some(processor);
+            }
             None => self.finish_td(file.policy.unwrap_or(0), digest, environment)?,
         }
         let launched = Launched {
@@ -385,6 +402,7 @@ impl<P: PhysicalMemory> Platform<P> {
                     PageKind::Unmeasured(data) => (PageType::Unmeasured, whole_page(data)),
                     PageKind::Secrets => {
                         let page = pages::secrets(environment.random);
+                        state.secrets = (Some(gpa), page.vmpck);
                         (PageType::Secrets, whole_page(Some(page.as_bytes())))
                     }
                     PageKind::Cpuid => {

@@ -32,7 +32,7 @@ pub mod tdcall;
 #[cfg(test)]
 mod tests;
 pub mod ve;
-mod vmcall;
+pub(crate) mod vmcall;
 
 use alloc::boxed::Box;
 use alloc::string::String;
@@ -73,6 +73,8 @@ pub(crate) struct Td {
     attributes: TdAttributes,
     controls: TdControls,
     notify_enables: u64,
+    /// The page whose entry in the secure EPT the host keeps busy.
+    held: Option<Gpa>,
     mrtd: Digest,
     rtmr: [Digest; RTMR_COUNT],
     /// Of the processor, for reports.

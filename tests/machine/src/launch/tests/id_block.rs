@@ -6,8 +6,9 @@ use p384::ecdsa::{Signature, SigningKey};
 use sha2::{Digest as _, Sha384};
 use zerocopy::FromZeros;
 
-use super::super::id_block::{Identity, Refusal};
+use super::super::id_block::Refusal;
 use super::*;
+use crate::amd_sp::Identity;
 
 const POLICY: u64 = 0x3_0000;
 

@@ -14,9 +14,9 @@ pub mod msr;
 pub mod vmcs;
 
 use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::String;
-use alloc::vec::Vec;
 
 use protocols::tdx::l2::{
     EnterState, Exit, Flush, GlaList, decode_enter_operand, decode_invgla_operand,
@@ -48,18 +48,16 @@ pub(super) struct L2 {
     status: u16,
     /// It has run since its translations were dropped.
     used: bool,
-    /// And rights to pages were withdrawn since: by each processor, the first.
-    stale: Vec<Withdrawn>,
+    /// And rights to these pages were withdrawn since.
+    stale: BTreeMap<Gpa, Stale>,
 }
 
-/// A right that is withdrawn and may still be used.
+/// A right that was withdrawn, and that a processor may still use.
 #[derive(Clone, Copy)]
-struct Withdrawn {
-    gpa: Gpa,
-    /// Who has withdrawn it.
+struct Stale {
+    /// Whose L1 has withdrawn it.
     by: VcpuId,
-    /// That processor has gone on: from now on L1 takes the right for gone. Before, it may be about to
-    /// see to it, and it does not matter whether others run the VM meanwhile.
+    /// That processor has gone on with its guest since, who takes the right for gone.
     relied_on: bool,
 }
 
@@ -71,7 +69,7 @@ impl Default for L2 {
             bitmaps: Box::new([u64::MAX; msr_bitmaps::WORDS]),
             status: 0,
             used: false,
-            stale: Vec::new(),
+            stale: BTreeMap::new(),
         }
     }
 }
@@ -118,14 +116,13 @@ impl Td {
         Some((inside, vp.l2.get_mut(inside.vm.index())?))
     }
 
-    /// L1 has withdrawn a right of `vm` to `gpa` on processor `by`: processors that have run the VM may
+    /// L1 has withdrawn a right of `vm` to `gpa` on processor `by`: processors that have run it may
     /// still use it until they drop its translations.
     pub(super) fn note_withdrawn(&mut self, by: VcpuId, vm: L2Vm, gpa: Gpa) {
         for vp in &mut self.vps {
             let l2 = &mut vp.l2[vm.index()];
-            if l2.used && l2.stale.iter().all(|withdrawn| withdrawn.by != by) {
-                l2.stale.push(Withdrawn {
-                    gpa,
+            if l2.used {
+                l2.stale.entry(gpa).or_insert(Stale {
                     by,
                     relied_on: false,
                 });
@@ -133,12 +130,31 @@ impl Td {
         }
     }
 
-    /// Processor `by` goes on in `vm`: what it has withdrawn is gone as far as L1 knows.
-    fn rely_on_withdrawals(&mut self, by: VcpuId, vm: L2Vm) {
-        let all = self.vps.iter_mut();
-        for withdrawn in all.flat_map(|vp| &mut vp.l2[vm.index()].stale) {
-            withdrawn.relied_on |= withdrawn.by == by;
+    /// L1 has given back what it had withdrawn, and who still uses it may.
+    pub(super) fn note_restored(&mut self, vm: L2Vm, gpa: Gpa) {
+        for vp in &mut self.vps {
+            vp.l2[vm.index()].stale.remove(&gpa);
         }
+    }
+
+    /// `vcpu` enters `vm`. Whatever its L1 has withdrawn its guest takes for gone from now on: nobody
+    /// may be in the VM who can still use it, and who is outside has to drop it before he comes back.
+    /// The address of a right that is not gone.
+    fn rely_on_withdrawals(&mut self, vcpu: VcpuId, vm: L2Vm) -> Option<Gpa> {
+        let mut left = None;
+        for (vp, id) in self.vps.iter_mut().zip(0..) {
+            let enters = VcpuId(id) == vcpu;
+            let inside = enters || vp.inside.is_some_and(|inside| inside.vm == vm);
+            vp.l2[vm.index()].stale.retain(|&gpa, stale| {
+                stale.relied_on |= stale.by == vcpu;
+                let is_used = inside && stale.relied_on;
+                if is_used {
+                    left = Some(gpa);
+                }
+                !is_used
+            });
+        }
+        left
     }
 
     /// The processor drops the translations of `vm`.
@@ -190,19 +206,19 @@ impl<P: PhysicalMemory> Platform<P> {
         if let Some(status) = self.entry_fault(vcpu, vm, &controls) {
             return Ok(Entry::Status(status));
         }
-        if let Some(td) = self.td_mut() {
-            if flush == Flush::Ept {
-                td.flush_l2(vcpu, vm);
-            }
-            td.rely_on_withdrawals(vcpu, vm);
+        if flush == Flush::Ept
+            && let Some(td) = self.td_mut()
+        {
+            td.flush_l2(vcpu, vm);
         }
         let Some(l2) = self.l2_mut(vcpu, vm) else {
             return Ok(Entry::Status(Operand::RCX.invalid()));
         };
         l2.used = true;
-        let relied_on = l2.stale.iter().find(|withdrawn| withdrawn.relied_on);
-        if let Some(&Withdrawn { gpa, .. }) = relied_on {
-            l2.stale.retain(|withdrawn| !withdrawn.relied_on);
+        let left = self
+            .td_mut()
+            .and_then(|td| td.rely_on_withdrawals(vcpu, vm));
+        if let Some(gpa) = left {
             self.counters.violations.stale_translation += 1;
             let why = String::from("an L2 VM goes on with translations that L1 has withdrawn");
             self.refuse(Vmpl::VMPL0, Some(gpa), why);
