@@ -22,9 +22,10 @@ use protocols::measure::{Digest, Mrtd};
 use protocols::tdvf::{self, Attributes, SectionKind};
 use protocols::tdx::shared_bit;
 
-use crate::digest::mrtd;
 use crate::elf::Program;
 use crate::error::Error;
+use crate::file::File;
+use crate::measure::{self, quietly};
 use crate::td_firmware::TdFirmware;
 
 /// TDX, as bit of every compatibility mask.
@@ -114,8 +115,8 @@ pub fn build_firmware(firmware: &TdFirmware<'_>) -> Result<Firmware, Error> {
     if !directives.iter().any(resets) {
         return Err(Error::NoResetVector);
     }
-    let mrtd = mrtd(&directives, TDX_MASK)?;
     let bytes = serialize(POLICY_FIRMWARE, directives)?;
+    let mrtd = measure::tdx::mrtd(&File::read(&bytes)?, &mut quietly)?;
     let image = Image { bytes, mrtd };
     Ok(Firmware { image, hob })
 }
@@ -194,7 +195,7 @@ fn serialize(policy: u64, directives: Vec<Directive>) -> Result<Vec<u8>, Error> 
         policy,
         compatibility_mask: TDX_MASK,
     };
-    let invalid = |error: igvm::Error| Error::NotIgvm {
+    let invalid = |error: igvm::Error| Error::Unwritable {
         reason: error.to_string(),
     };
     let file = IgvmFile::new(IgvmRevision::V1, vec![platform], vec![policy], directives)

@@ -136,7 +136,7 @@ fn sev_snp_is_measured_as_if_tdx_were_not_there() {
     assert_eq!(kinds(&with), [both[0], both[1], IgvmPlatformType::TDX]);
 }
 
-/// Written apart from `igvm_build::digest`.
+/// Written apart from `igvm_build::measure`.
 #[test]
 fn mrtd_is_that_of_the_file() {
     let image = image(true);

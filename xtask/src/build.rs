@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use e2e::chip::Chip;
 use e2e::image::{self, Recipe, write_flat};
 use protocols::launch::{Acceptance, Fault};
 
@@ -17,8 +18,10 @@ use crate::toolchain::{BARE_TARGET, BareTarget, Toolchain};
 
 /// Size of the machine's ROM in bytes, as its linker script has it.
 const MACHINE_ROM_SIZE: u64 = 1 << 20;
-/// Size of the VMPL1 test guest in bytes, as its linker script has it.
-const GUEST_ROM_SIZE: u64 = 256 << 10;
+/// Size of the VMPL1 test guests in bytes, as their linker script has it.
+const GUEST_ROM_SIZE: u64 = 512 << 10;
+/// Size of the test guest for an L2 VM in bytes, as its linker script has it.
+const L2_ROM_SIZE: u64 = 256 << 10;
 
 /// A program for the bare-metal target.
 struct Program {
@@ -177,9 +180,9 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let svsm_counts = layout.artefacts.join("svsm_counts.fd");
     write_flat(&counts, GUEST_ROM_SIZE, &svsm_counts)?;
     let l2_cases = layout.artefacts.join("l2_cases.fd");
-    write_flat(&l2_guest, GUEST_ROM_SIZE, &l2_cases)?;
+    write_flat(&l2_guest, L2_ROM_SIZE, &l2_cases)?;
     let l2_counts = layout.artefacts.join("l2_counts.fd");
-    write_flat(&l2_counting, GUEST_ROM_SIZE, &l2_counts)?;
+    write_flat(&l2_counting, L2_ROM_SIZE, &l2_counts)?;
     let step = progress::step("build the paravisor with deliberate faults");
     let faulty_paravisor = compile(layout, target, &FAULTY_PARAVISOR, &step)?;
     step.done("");
@@ -192,6 +195,15 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         l2_cases,
         l2_counts,
     })
+}
+
+/// The chip of the emulated security processor, made if there is none.
+pub fn chip(layout: &Layout) -> Result<Chip> {
+    let dir = layout.artefacts.join("chip");
+    let step = progress::step("the keys of the emulated security processor");
+    let chip = Chip::obtain(&dir)?;
+    step.done("");
+    Ok(chip)
 }
 
 /// The toolchain made ready for the bare-metal target.

@@ -12,6 +12,7 @@ use igvm_build::elf::Program;
 use igvm_build::error::FileError;
 use igvm_build::firmware::Firmware;
 use igvm_build::flat::elf_to_flat;
+pub use igvm_build::handover::Item;
 use igvm_build::image::{self, Options};
 use igvm_build::sidecar::{Sidecar, hex};
 use igvm_build::td;
@@ -40,6 +41,11 @@ pub struct Recipe<'a> {
 impl Recipe<'_> {
     /// Builds the image in memory.
     pub fn build(&self) -> Result<(image::Image, Sidecar)> {
+        self.build_with(&[])
+    }
+
+    /// The same, with data that the firmware is handed.
+    pub fn build_with(&self, items: &[Item<'_>]) -> Result<(image::Image, Sidecar)> {
         let paravisor = read(self.paravisor, "the paravisor's ELF file")?;
         let program = Program::parse(&paravisor).map_err(FileError::content(self.paravisor))?;
         let firmware_bytes = match self.firmware {
@@ -64,9 +70,10 @@ impl Recipe<'_> {
             c_bit: MACHINE_C_BIT,
             fault: self.fault,
             acceptance: self.acceptance,
-            native: true,
+            ..Options::default()
         };
-        let image = image::build(&program, firmware.as_ref(), td_firmware.as_ref(), &options)
+        let (firmware, td_firmware) = (firmware.as_ref(), td_firmware.as_ref());
+        let image = image::build_with_data(&program, firmware, td_firmware, items, &options)
             .map_err(FileError::content(self.firmware.unwrap_or(self.paravisor)))?;
         let name = self.firmware.and_then(Path::file_name);
         let sidecar = Sidecar::new(
@@ -79,7 +86,12 @@ impl Recipe<'_> {
 
     /// Builds the image and writes it to `out`, its sidecar to `out` with `.json` appended.
     pub fn write(&self, out: &Path) -> Result<Sidecar> {
-        let (image, sidecar) = self.build()?;
+        self.write_with(&[], out)
+    }
+
+    /// The same, with data that the firmware is handed.
+    pub fn write_with(&self, items: &[Item<'_>], out: &Path) -> Result<Sidecar> {
+        let (image, sidecar) = self.build_with(items)?;
         write(out, &image.bytes)?;
         write(
             &sidecar_path(out),

@@ -10,9 +10,11 @@ use igvm_build::sidecar::Sidecar;
 use protocols::launch::{Acceptance, Fault};
 use protocols::report::{Event, Outcome, Report};
 
+use crate::chip::Chip;
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
+use crate::uki;
 use crate::vm::{Config, Console, Cores, Finished, Linux, Loader, Settings};
 
 /// Everything that was built and fetched for the scenarios.
@@ -48,10 +50,16 @@ pub struct Artefacts {
     pub kernels: BTreeMap<Kernel, PathBuf>,
     /// The disks that the chosen scenarios need, by the kernel in them, or why one is not there.
     pub disks: BTreeMap<Kernel, Result<PathBuf, String>>,
+    /// What UKIs are made with, if one of the chosen scenarios makes one, or why it is not there.
+    pub uki: Option<Result<uki::Tools, String>>,
     /// Debian's static busybox.
     pub busybox: PathBuf,
     /// The stress program and its module, for the kernels of the chosen scenarios that run it.
     pub stress: BTreeMap<Kernel, Vec<Extra>>,
+    /// The kernel modules for attestation, for the kernels of the chosen scenarios that load them.
+    pub modules: BTreeMap<Kernel, Vec<Extra>>,
+    /// The chip of the emulated security processor.
+    pub chip: Chip,
     /// The `xtask` program itself, for scenarios about what it says.
     pub xtask: PathBuf,
 }
@@ -76,6 +84,15 @@ impl Artefacts {
     pub fn td_firmware(&self) -> Result<&Path> {
         let found = self.td_firmware.as_deref();
         found.context("OVMF for TDX: not fetched for this scenario")
+    }
+
+    /// What UKIs are made with, for a scenario that said it makes one.
+    pub fn uki(&self) -> Result<&uki::Tools> {
+        match &self.uki {
+            Some(Ok(tools)) => Ok(tools),
+            Some(Err(reason)) => bail!("what UKIs are made with: {reason}"),
+            None => bail!("what UKIs are made with: not asked for"),
+        }
     }
 
     /// A firmware that the scenario said it boots.
@@ -111,8 +128,12 @@ pub struct Scenario {
     pub trust_domain: bool,
     /// Whether it runs the stress program.
     pub stress: bool,
+    /// Whether it loads the kernel's modules for attestation.
+    pub modules: bool,
     /// Whether it boots its kernel from the disk.
     pub disk: bool,
+    /// Whether it makes a unified kernel image.
+    pub uki: bool,
     /// Does it. An error means that it could not be carried out, which is a failure as well.
     #[expect(
         clippy::type_complexity,
@@ -135,7 +156,9 @@ impl Scenario {
             firmware: Firmware::default(),
             trust_domain: false,
             stress: false,
+            modules: false,
             disk: false,
+            uki: false,
             run: Box::new(run),
         }
     }
@@ -179,10 +202,25 @@ impl Scenario {
         }
     }
 
+    /// The same, with the kernel's modules for attestation in the guest.
+    #[must_use]
+    pub fn with_modules(self) -> Scenario {
+        Scenario {
+            modules: true,
+            ..self
+        }
+    }
+
     /// The same, booting from the disk.
     #[must_use]
     pub fn on_disk(self) -> Scenario {
         Scenario { disk: true, ..self }
+    }
+
+    /// The same, making a unified kernel image.
+    #[must_use]
+    pub fn with_uki(self) -> Scenario {
+        Scenario { uki: true, ..self }
     }
 
     /// The same, left out unless everything is asked for.
@@ -372,6 +410,7 @@ impl Context {
             linux: None,
             disk: None,
             console: Console::File,
+            chip: Some(self.artefacts.chip.clone()),
             debugger: None,
             dir: self.dir.clone(),
         }

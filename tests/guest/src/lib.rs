@@ -25,6 +25,7 @@
     reason = "there is no heap for findings, and one ends its case: its size costs nothing"
 )]
 
+pub mod amd_sp;
 #[cfg(target_os = "none")]
 pub mod console;
 #[cfg(target_os = "none")]

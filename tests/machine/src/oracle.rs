@@ -7,9 +7,12 @@ use alloc::format;
 
 use protocols::oracle::{Call, Counter, HOST_ACT_DONE, HOST_ACT_NOT_POSSIBLE, HostAct, PageFlags};
 use protocols::report::PvalidateResults;
+use protocols::secrets::SecretsPage;
 use protocols::tdx::Leaf;
+use zerocopy::{FromZeros, IntoBytes};
 
 use crate::counters::Tdcall;
+use crate::ghcb::guest_request::Lie;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::settings::{Hostile, PlatformKind};
@@ -115,12 +118,27 @@ impl<P: PhysicalMemory> Platform<P> {
                 *call == Tdcall::Module(Leaf::MEM_PAGE_ATTR_WR)
             }),
             Counter::TD_EXIT => self.counters.td_exits(Vmpl::VMPL0),
+            Counter::KEYS_IN_LAUNCH_PAGE => self.keys_in_launch_page(),
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
                 .iter()
                 .map(|&vmpl| self.counters.level(vmpl).implicit_conversions)
                 .sum(),
             _ => u64::MAX,
         }
+    }
+
+    /// How many of the guest's keys are still in the page that the launch put them in.
+    fn keys_in_launch_page(&self) -> u64 {
+        let Some(processor) = &self.security_processor else {
+            return 0;
+        };
+        let spa = processor.secrets_page().and_then(|gpa| self.spa_of(gpa));
+        let mut page = SecretsPage::new_zeroed();
+        if let Some(spa) = spa {
+            self.memory.read(spa, page.as_mut_bytes());
+        }
+        let there = page.vmpck.iter().zip(processor.keys());
+        there.filter(|(found, key)| found == key).count() as u64
     }
 
     /// Whether this host is one that does such things.
@@ -131,6 +149,17 @@ impl<P: PhysicalMemory> Platform<P> {
                 self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Remap)
             }
             HostAct::BLOCK | HostAct::HOLD => self.kind() == PlatformKind::Tdx,
+            HostAct::TAMPER_ANSWER => self.settings.is_hostile(Hostile::MessagesTampered),
+            HostAct::REPLAY_ANSWER => self.settings.is_hostile(Hostile::MessagesReplayed),
+            HostAct::LOSE_ANSWER => self.settings.is_hostile(Hostile::MessagesLost),
+            act if Lie::of(act).is_some() => {
+                let hosts = [
+                    Hostile::MessagesTampered,
+                    Hostile::MessagesReplayed,
+                    Hostile::MessagesLost,
+                ];
+                hosts.iter().any(|&host| self.settings.is_hostile(host))
+            }
             HostAct::RE_ADD | HostAct::RE_ADD_2M => self.settings.is_hostile(Hostile::ReAdd),
             act => act.is_known(),
         }
@@ -142,6 +171,10 @@ impl<P: PhysicalMemory> Platform<P> {
         let place = self.host.layout().place(gpa)?;
         if !self.would_act(act) || self.is_vmsa_in_use(gpa, PageSize::Size4K) {
             return None;
+        }
+        if let Some(lie) = Lie::of(act) {
+            self.courier.lie = Some(lie);
+            return Some(());
         }
         if act == HostAct::HOLD {
             return self.hold(gpa);
@@ -259,8 +292,24 @@ mod tests {
                 "oracle=on\nhostile=re-add",
                 &[HostAct::RE_ADD, HostAct::RE_ADD_2M],
             ),
+            (
+                "oracle=on\nhostile=messages-lost",
+                &[
+                    HostAct::LOSE_ANSWER,
+                    HostAct::SAY_BUSY,
+                    HostAct::DROP_MESSAGE,
+                ],
+            ),
         ] {
-            for act in [HostAct::EXCHANGE, HostAct::RE_ADD, HostAct::RE_ADD_2M] {
+            for act in [
+                HostAct::EXCHANGE,
+                HostAct::RE_ADD,
+                HostAct::RE_ADD_2M,
+                HostAct::LOSE_ANSWER,
+                HostAct::TAMPER_ANSWER,
+                HostAct::SAY_BUSY,
+                HostAct::DROP_MESSAGE,
+            ] {
                 let mut platform = platform(settings);
                 let back = HostAct::BACK_BY_2M.0;
                 ask(&mut platform, Call::HOST_ACT, BLOCK.get(), back);

@@ -117,6 +117,13 @@ hostile! {
     Remap = "remap",
     /// An accepted page is removed and added again, when the test guest says so.
     ReAdd = "re-add",
+    /// Guest requests are put off, dropped or said to have failed, when the test guest says so; and an
+    /// answer is changed.
+    MessagesTampered = "messages-tampered",
+    /// The same, and an earlier answer comes back.
+    MessagesReplayed = "messages-replayed",
+    /// The same, and an answer is lost.
+    MessagesLost = "messages-lost",
     /// MapGPA is answered with "again" and makes no progress.
     MapGpaRetry = "map-gpa-retry",
 }

@@ -229,6 +229,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         } else {
             Console::File
         },
+        chip: Some(build::chip(layout)?),
         debugger: options.observe.debugger(&dir),
         dir,
     })

@@ -142,6 +142,12 @@ fn artefacts(
             place.insert(crate::stress::obtain(layout, file)?);
         }
     }
+    let mut modules = BTreeMap::new();
+    for kernel in scenarios.iter().filter(|s| s.modules).map(|s| s.kernel) {
+        if let (Entry::Vacant(place), Some(file)) = (modules.entry(kernel), kernels.get(&kernel)) {
+            place.insert(crate::modules::obtain(layout, file)?);
+        }
+    }
     let mut disks = BTreeMap::new();
     for kernel in scenarios.iter().filter(|s| s.disk).map(|s| s.kernel) {
         if let Entry::Vacant(place) = disks.entry(kernel) {
@@ -149,6 +155,10 @@ fn artefacts(
             place.insert(disk::obtain(layout, kernel).map_err(|error| format!("{error:#}")));
         }
     }
+    let uki = scenarios
+        .iter()
+        .any(|scenario| scenario.uki)
+        .then(|| disk::tools::for_uki(layout).map_err(|error| format!("{error:#}")));
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(
         layout,
@@ -176,8 +186,11 @@ fn artefacts(
         firmwares,
         kernels,
         disks,
+        uki,
         busybox,
         stress,
+        modules,
+        chip: build::chip(layout)?,
         xtask,
     })
 }

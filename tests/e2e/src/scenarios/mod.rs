@@ -15,14 +15,18 @@
 //! | [`matrix`] | do all guests boot, on any number of processors and both backings? |
 //! | [`policy`] | is memory accepted before the guest asks, unnoticed? |
 //! | [`stress`] | is nothing lost when memory and processors change all the time? |
+//! | [`attest`] | can a verifier believe what a Linux guest hands to it? |
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
-//! | [`image`] | is the image reproducible and measured as told? |
+//! | [`image`] | is the image reproducible, measured as told, and refused with a wrong ID block? |
+//! | [`image_tools`] | do other people's tools say the same of it? |
+//! | [`handover`] | does the firmware take what the image hands it? |
 //! | [`double_validation`] | is no page ever validated twice, whatever host and guest try? |
 //! | [`observe`] | does a run show what it is asked to show? |
 //! | [`tools`] | what do the tools say to bad input? |
 
+mod attest;
 mod bench;
 mod boot;
 mod boot_memory;
@@ -31,8 +35,10 @@ mod disk;
 mod double_validation;
 mod ends;
 mod faults;
+mod handover;
 mod hostile;
 mod image;
+mod image_tools;
 mod isa;
 mod matrix;
 mod native;
@@ -52,6 +58,8 @@ pub fn all() -> Vec<Scenario> {
     [
         tools::scenarios(),
         image::scenarios(),
+        image_tools::scenarios(),
+        handover::scenarios(),
         isa::scenarios(),
         tdx::scenarios(),
         tdx_l2::scenarios(),
@@ -69,6 +77,7 @@ pub fn all() -> Vec<Scenario> {
         native::scenarios(),
         matrix::scenarios(),
         stress::scenarios(),
+        attest::scenarios(),
         disk::scenarios(),
     ]
     .into_iter()

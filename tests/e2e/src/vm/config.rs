@@ -9,6 +9,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 
 use super::{Cores, Disk};
+use crate::chip::Chip;
 
 /// The granularity in which the emulated host backs private memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -230,6 +231,8 @@ pub struct Config {
     pub disk: Option<Disk>,
     /// Where the console goes.
     pub console: Console,
+    /// The chip of the emulated security processor; without one it signs no reports.
+    pub chip: Option<Chip>,
     /// Socket on which QEMU waits for a debugger, everything stopped until that says go on.
     pub debugger: Option<PathBuf>,
     /// Directory for the logs of this run; must exist.
@@ -301,7 +304,8 @@ impl Config {
                 .arg("-fw_cfg")
                 .arg(option("name=opt/turnstile/igvm,file=", &self.image))
                 .arg("-fw_cfg")
-                .arg(option("name=opt/turnstile/settings,file=", &settings)),
+                .arg(option("name=opt/turnstile/settings,file=", &settings))
+                .args(self.chip.iter().flat_map(Chip::options)),
             Loader::Qemu => qemu
                 .arg("-object")
                 .arg(option("igvm-cfg,id=igvm,file=", &self.image))
@@ -392,7 +396,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 /// A QEMU option that ends in a path. In such options a comma is written twice.
-pub(super) fn option(head: &str, path: &Path) -> OsString {
+pub(crate) fn option(head: &str, path: &Path) -> OsString {
     let mut option = OsString::from(head);
     let text = path.as_os_str().to_string_lossy();
     option.push(text.replace(',', ",,"));

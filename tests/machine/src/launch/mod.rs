@@ -18,6 +18,7 @@
 //! | [`plain`] | loading an image where nothing is confidential |
 //! | [`vmsa`] | which processor states are taken |
 //! | [`digest`] | the launch digest |
+//! | [`id_block`] | whether the ID block is that of what was launched |
 //!
 //! Who may call: the binary, once, after all RAM was added and before any guest runs. After
 //! an error nothing may be run: pages may be half launched.
@@ -34,6 +35,7 @@ use core::ops::Range;
 use protocols::report::{Event, Launch, LaunchPages};
 use zerocopy::IntoBytes;
 
+use crate::amd_sp::{self, SecurityProcessor};
 use crate::cpuid::Table;
 use crate::layout::{self, Backing, LEGACY_HOLE, LayoutError};
 use crate::memory::PhysicalMemory;
@@ -46,6 +48,7 @@ mod crc32;
 pub mod digest;
 pub mod file;
 pub mod hob;
+pub mod id_block;
 pub mod order;
 pub mod pages;
 pub mod parameters;
@@ -60,6 +63,10 @@ const ROM_WINDOW: Range<u64> = (1 << 32) - (16 << 20)..1 << 32;
 
 /// Bit of the launch policy that must be one (SNP ABI, guest policy).
 const POLICY_MUST_BE_ONE: u64 = 1 << 17;
+/// Bits of it that mean nothing.
+const POLICY_RESERVED: u64 = !0 << 26;
+/// The policy of a file that has none: QEMU's own, SMT allowed.
+const POLICY_DEFAULT: u64 = 1 << 16 | POLICY_MUST_BE_ONE;
 
 /// What the loader needs from the CPU side.
 pub struct Environment<'e> {
@@ -83,6 +90,8 @@ pub struct Launched {
     pub pages: LaunchPages,
     /// Where the VMSA of the first vCPU lies; a trust domain has none.
     pub vmsa: Option<Gpa>,
+    /// What its ID block says, if it has one.
+    pub identity: Option<amd_sp::Identity>,
 }
 
 /// Why an image was not launched.
@@ -92,6 +101,8 @@ pub enum LaunchError {
     File(FileError),
     /// The policy lacks the bit that must be one, or has bits that mean nothing.
     Policy(u64),
+    /// The ID block is not that of what was launched, or nobody vouches for it.
+    IdBlock(id_block::Refusal),
     /// There is no RAM at this address and none can be put there.
     NoMemory(Gpa),
     /// The machine has not enough memory of its own to stand in for missing RAM.
@@ -140,8 +151,9 @@ impl fmt::Display for LaunchError {
             Self::File(error) => write!(f, "IGVM file: {error}"),
             Self::Policy(policy) => write!(
                 f,
-                "policy {policy:#x}: bit 17 must be one for SEV-SNP, bits 63:3 zero for TDX"
+                "policy {policy:#x}: bit 17 must be one and bits 63:26 zero for SEV-SNP, bits 63:3 zero for TDX"
             ),
+            Self::IdBlock(refusal) => write!(f, "ID block: SNP_LAUNCH_FINISH gives {refusal}"),
             Self::NoMemory(gpa) => write!(f, "the image wants memory at {gpa:#x}; there is none"),
             Self::OutOfMemory { pages } => {
                 write!(
@@ -184,6 +196,8 @@ type Page = [u8; PAGE_SIZE as usize];
 /// What is known while the launch goes on.
 struct InProgress {
     digest: Measurement,
+    /// The secrets page, and the keys in it.
+    secrets: (Option<Gpa>, [[u8; 32]; Vmpl::COUNT]),
     pages: LaunchPages,
     areas: BTreeMap<u32, Vec<u8>>,
     /// Where the image's pages lie, ascending.
@@ -205,7 +219,7 @@ impl<P: PhysicalMemory> Platform<P> {
         };
         if !is_td
             && let Some(policy) = file.policy
-            && policy & POLICY_MUST_BE_ONE == 0
+            && (policy & POLICY_MUST_BE_ONE == 0 || policy & POLICY_RESERVED != 0)
         {
             return Err(LaunchError::Policy(policy));
         }
@@ -238,6 +252,7 @@ impl<P: PhysicalMemory> Platform<P> {
             } else {
                 Measurement::Snp(LaunchDigest::before_first_page())
             },
+            secrets: (None, [[0; 32]; Vmpl::COUNT]),
             pages: LaunchPages::default(),
             areas: BTreeMap::new(),
             launched,
@@ -251,15 +266,37 @@ impl<P: PhysicalMemory> Platform<P> {
             self.perform(&directive, &own, &mut state, environment)?;
         }
         let digest = state.digest.value();
+        // Trust domains have no such thing.
+        let identity = match file.id_block.filter(|_| !is_td) {
+            Some(block) => {
+                let policy = file.policy.unwrap_or(POLICY_DEFAULT);
+                Some(id_block::check(&block, &digest, policy).map_err(LaunchError::IdBlock)?)
+            }
+            None => None,
+        };
         let vmsa = (!is_td).then_some(vmsa::VMSA_GPA);
         match vmsa {
-            Some(_) => self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa),
+            Some(_) => {
+                self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa);
+                let guest = amd_sp::Guest {
+                    measurement: digest,
+                    policy: file.policy.unwrap_or(POLICY_DEFAULT),
+                    identity: identity.unwrap_or_default(),
+                    vmpck: state.secrets.1,
+                    secrets_page: state.secrets.0,
+                    cpuid_fms: environment.cpuid.family_model_stepping(),
+                };
+                let processor =
+                    SecurityProcessor::new(guest, self.chip.clone(), environment.random);
+                self.security_processor = Some(processor);
+            }
             None => self.finish_td(file.policy.unwrap_or(0), digest, environment)?,
         }
         let launched = Launched {
             digest,
             pages: state.pages,
             vmsa,
+            identity,
         };
         self.events.push(Event::Launch(Launch {
             digest: hex(&launched.digest),
@@ -365,6 +402,7 @@ impl<P: PhysicalMemory> Platform<P> {
                     PageKind::Unmeasured(data) => (PageType::Unmeasured, whole_page(data)),
                     PageKind::Secrets => {
                         let page = pages::secrets(environment.random);
+                        state.secrets = (Some(gpa), page.vmpck);
                         (PageType::Secrets, whole_page(Some(page.as_bytes())))
                     }
                     PageKind::Cpuid => {
