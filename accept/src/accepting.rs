@@ -5,7 +5,7 @@
 //! nothing to take back from the guest.
 
 use crate::backend::{Backend, Operation, Trouble};
-use crate::block::{Block, PageSize};
+use crate::block::{Block, Frame, PageSize};
 use crate::engine::{Done, Engine, Error, Held, OnNoChange};
 use crate::pages::{PageSet, PageState};
 use crate::shape::{OnePage, Pages, WholeRegion};
@@ -45,6 +45,28 @@ impl<B: Backend> Engine<'_, B> {
                 result
             }
         }
+    }
+
+    /// Accepts for the guest what it has touched without asking: all of the region around `frame`, but
+    /// for what it has already. Where it ever gave back a page of the region, `frame` alone: guest and
+    /// host may be sharing the others.
+    ///
+    /// # Errors
+    /// Those of [`Engine::accept`], except [`Error::NoChange`]; of the whole region, or of `frame` where
+    /// that is all there is.
+    pub fn accept_around(&self, frame: Frame) -> Result<Done, Error> {
+        let region = Block::region_around(frame);
+        let held = self.hold(region)?;
+        let block = if held.maybe_given_back() {
+            Block::page(frame)
+        } else {
+            region
+        };
+        let result = self
+            .accept_usual(&held, block)
+            .unwrap_or_else(|| self.accept_mixed(&held, block, OnNoChange::Ignore));
+        self.end(held);
+        result
     }
 
     /// Makes the Unaccepted pages of `block` ready before the guest asks for them: validated and

@@ -18,16 +18,8 @@ const STEP: u64 = PageSize::Size2M.bytes();
 /// Runs `test` with an engine over [`REGIONS`] regions from address 0 that remembers what is given
 /// back.
 fn with_memory<B: Backend>(backend: B, test: impl FnOnce(&Engine<'_, B>)) {
-    let states = [const { Region::new() }; REGIONS as usize];
-    let flags = [const { GivenBack::new() }; 1];
-    let range = Range::try_new(frame(0), REGIONS * 512, &states).expect("a good range");
-    let ranges = [range.with_given_back(&flags).expect("good flags")];
-    let locks = [const { RegionLock::new() }; RegionLocks::MINIMUM];
-    test(&Engine::new(
-        backend,
-        Map::try_new(&ranges).expect("a good map"),
-        RegionLocks::try_new(&locks).expect("good locks"),
-    ));
+    // Whoever waits for a lock here waits until he has it.
+    model::with_engine(backend, REGIONS as usize, u32::MAX, test);
 }
 
 /// Takes steps until the walk is over.
@@ -134,13 +126,20 @@ fn what_the_guest_gave_back_is_left_to_it() {
 #[test]
 fn without_a_memory_of_what_was_given_back_nothing_is_accepted_ahead() {
     let model = Model::new(1, true);
-    model::with_engine(&model, 1, 1000, |engine| {
-        assert_eq!(
-            walk_to_the_end(engine, &Walk::new(Order::LowFirst, u64::MAX)),
-            0
-        );
-        assert_eq!(engine.state(frame(0)), Some(PageState::Unaccepted));
-    });
+    let states = [Region::new()];
+    let ranges = [Range::try_new(frame(0), 512, &states).expect("a good range")];
+    let locks = [const { RegionLock::new() }; RegionLocks::MINIMUM];
+    let engine = Engine::new(
+        &model,
+        Map::try_new(&ranges).expect("a good map"),
+        RegionLocks::try_new(&locks).expect("good locks"),
+    );
+    let walk = Walk::new(Order::LowFirst, u64::MAX);
+    assert_eq!(walk_to_the_end(&engine, &walk), 0);
+    assert_eq!(engine.state(frame(0)), Some(PageState::Unaccepted));
+    // And what is touched may lie beside what is shared.
+    let done = engine.accept_around(frame(3)).expect("accepted");
+    assert_eq!(done.changed_pages, 1);
 }
 
 #[test]
@@ -325,4 +324,47 @@ fn the_regions_of_a_walk_are_told_in_its_order() {
         let regions: Vec<Block> = engine.regions_of_walk(Order::HighFirst).collect();
         assert_eq!(regions, [large(0), large(1), large(2), large(3)]);
     });
+}
+
+#[test]
+fn a_touch_takes_the_region_but_where_pages_were_given_back_one_page() {
+    let model = Model::new(REGIONS as usize, true);
+    with_memory(&model, |engine| {
+        let done = engine.accept_around(frame(7)).expect("accepted");
+        assert_eq!(done.changed_pages, 512);
+        assert_eq!(validated(&model), [0]);
+        // Nothing is new there.
+        assert_eq!(
+            engine
+                .accept_around(frame(8))
+                .expect("nothing")
+                .changed_pages,
+            0
+        );
+
+        let owed = engine
+            .rescind(page(512 + 9), OnNoChange::Ignore)
+            .expect("given back");
+        assert_eq!(owed.flush, None);
+        let done = engine.accept_around(frame(512 + 3)).expect("accepted");
+        assert_eq!(
+            (done.changed_pages, validated(&model)),
+            (1, vec![STEP + 3 * 4096])
+        );
+
+        engine
+            .record_launch(frame(2 * 512 + 1), 1, PageState::Owned)
+            .expect("recorded");
+        assert_eq!(engine.accept_around(frame(2 * 512)), Err(Error::Owned));
+        assert_eq!(
+            engine.accept_around(frame(REGIONS * 512)),
+            Err(Error::OutOfRange)
+        );
+        engine.prepare(large(3)).expect("ready");
+        assert!(!validated(&model).is_empty());
+        let done = engine.accept_around(frame(3 * 512)).expect("claimed");
+        assert_eq!((done.scrubbed_bytes, done.changed_pages), (0, 512));
+        assert!(validated(&model).is_empty());
+    });
+    model.assert_lawful();
 }

@@ -3,7 +3,9 @@
 //! `lazy`, `eager`, `ahead`, the last two with a budget behind a colon: `ahead:512M`, `eager:50%`.
 //! The values themselves are checked where the format is: [`Acceptance::check`].
 
-use protocols::launch::{AcceptOrder, AcceptPolicy, Acceptance, BadAcceptance, Budget, BudgetUnit};
+use protocols::launch::{
+    AcceptOrder, AcceptPolicy, Acceptance, BadAcceptance, Budget, BudgetUnit, Touch,
+};
 
 /// What is wrong with a word of the command line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,6 +23,9 @@ pub enum BadAccept {
     /// No order has this name.
     #[error("order {0:?}: expected low (memory below 4 GiB first) or high")]
     Order(String),
+    /// A touch leads to nothing of this name.
+    #[error("touch {0:?}: expected fault or accept")]
+    Touch(String),
     /// A value outside its limits.
     #[error(transparent)]
     Value(#[from] BadAcceptance),
@@ -94,6 +99,10 @@ pub struct Extras {
     /// How many further regions of 2 MiB a request for one prepares, up to 15
     #[arg(long, value_name = "REGIONS", default_value_t = 0)]
     pub read_ahead: u32,
+    /// What the guest of a trust domain meets that touches memory before accepting it: fault (as on
+    /// hardware) or accept (for guests that cannot accept memory themselves)
+    #[arg(long = "on-touch", value_name = "WHAT", default_value = "fault", value_parser = parse_touch)]
+    pub touch: Touch,
 }
 
 impl Default for Extras {
@@ -101,6 +110,7 @@ impl Default for Extras {
         Self {
             order: AcceptOrder::LOW_FIRST,
             read_ahead: 0,
+            touch: Touch::FAULT,
         }
     }
 }
@@ -110,6 +120,14 @@ fn parse_order(text: &str) -> Result<AcceptOrder, BadAccept> {
         "low" => Ok(AcceptOrder::LOW_FIRST),
         "high" => Ok(AcceptOrder::HIGH_FIRST),
         _ => Err(BadAccept::Order(text.to_owned())),
+    }
+}
+
+fn parse_touch(text: &str) -> Result<Touch, BadAccept> {
+    match text {
+        "fault" => Ok(Touch::FAULT),
+        "accept" => Ok(Touch::ACCEPT),
+        _ => Err(BadAccept::Touch(text.to_owned())),
     }
 }
 
@@ -125,6 +143,7 @@ impl Accept {
             order: extras.order,
             budget: self.budget,
             read_ahead: extras.read_ahead,
+            touch: extras.touch,
         };
         acceptance.check()?;
         Ok(acceptance)
@@ -133,6 +152,14 @@ impl Accept {
 
 /// The values in words, as the command line has them.
 pub fn describe(acceptance: &Acceptance) -> String {
+    let mut words = describe_policy(acceptance);
+    if acceptance.touch != Touch::FAULT {
+        words.push_str(", on touch");
+    }
+    words
+}
+
+fn describe_policy(acceptance: &Acceptance) -> String {
     let unknown = "unknown";
     let policy = acceptance.policy.name().unwrap_or(unknown).to_lowercase();
     if acceptance.is_lazy() {
@@ -237,6 +264,7 @@ mod tests {
         let extras = Extras {
             order: AcceptOrder::HIGH_FIRST,
             read_ahead: 15,
+            ..Extras::default()
         };
         let good = ahead.with(extras).unwrap();
         assert_eq!(
@@ -247,6 +275,17 @@ mod tests {
             read_ahead: 16,
             ..extras
         };
+        let touching = Extras {
+            touch: parse_touch("accept").unwrap(),
+            ..Extras::default()
+        };
+        let on_touch = Accept::default().with(touching).unwrap();
+        assert_eq!(describe(&on_touch), "lazy, on touch");
+        let error = parse_touch("yes").unwrap_err().to_string();
+        assert!(
+            error.contains("\"yes\"") && error.contains("fault"),
+            "{error}"
+        );
         let error = ahead.with(far).unwrap_err().to_string();
         assert!(
             error.contains("16 regions") && error.contains("at most 15"),

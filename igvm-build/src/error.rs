@@ -15,6 +15,11 @@ pub enum Error {
     /// The paravisor would not start with these values.
     #[error("when memory is accepted: {0}")]
     Acceptance(#[source] protocols::launch::BadAcceptance),
+    /// Memory is to be accepted on touch in an image without the platform that can.
+    #[error(
+        "touch accept: only the guest of a trust domain can have memory accepted on touch; build the image with a firmware for trust domains, too"
+    )]
+    TouchWithoutTd,
     /// The bytes are no ELF file the tool can use.
     #[error(
         "not a usable ELF file ({reason}); expected a static x86-64 executable, build it with `cargo xtask build`"

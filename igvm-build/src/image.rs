@@ -28,7 +28,9 @@ use igvm_defs::{
     IgvmPlatformType,
 };
 use protocols::addr::PAGE_SIZE;
-use protocols::launch::{Acceptance, Fault, GENERAL_VP_COUNT_OFFSET, MEMORY_MAP_SIZE, REGION_GPA};
+use protocols::launch::{
+    Acceptance, Fault, GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE, REGION_GPA, Touch,
+};
 use protocols::measure::Digest;
 use zerocopy::IntoBytes;
 
@@ -140,6 +142,9 @@ pub fn build_with_data(
         });
     }
     options.acceptance.check().map_err(Error::Acceptance)?;
+    if options.acceptance.touch != Touch::FAULT && td_firmware.is_none() {
+        return Err(Error::TouchWithoutTd);
+    }
     let program_pages = program_pages(program)?;
     let layout = Layout::behind(page_behind(&program_pages))?;
 
@@ -204,7 +209,10 @@ pub fn build_with_data(
             td_firmware,
             &layout,
             &tables,
-            &params,
+            &LaunchParams {
+                touch: options.acceptance.touch,
+                ..params
+            },
         )?);
     }
     if with_native {

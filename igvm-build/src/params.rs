@@ -1,6 +1,8 @@
 //! The launch parameters: what the paravisor is told about its own image.
 
-use protocols::launch::{LaunchParams, MEMORY_MAP_SIZE, PlatformKind, REGION_GPA, REGION_SIZE};
+use protocols::launch::{
+    Acceptance, LaunchParams, MEMORY_MAP_SIZE, PlatformKind, REGION_GPA, REGION_SIZE, Touch,
+};
 
 use crate::firmware::Firmware;
 use crate::image::Options;
@@ -19,7 +21,11 @@ pub fn build(layout: &Layout, firmware: Option<&Firmware<'_>>, options: &Options
     params.memory_map_gpa = layout.memory_map;
     params.memory_map_size = MEMORY_MAP_SIZE;
     params.general_gpa = layout.general;
-    params.set_acceptance(options.acceptance);
+    // Only in a trust domain does a touch come to the paravisor.
+    params.set_acceptance(Acceptance {
+        touch: Touch::FAULT,
+        ..options.acceptance
+    });
     params.fault = options.fault;
     if let Some(firmware) = firmware {
         params.firmware_gpa = firmware.gpa();

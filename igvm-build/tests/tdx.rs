@@ -12,7 +12,7 @@ use igvm_build::td_firmware::{TdFirmware, with_variables};
 use igvm_build::tdx::TDX_MASK;
 use igvm_defs::IgvmPlatformType;
 use protocols::guid::Guid;
-use protocols::launch::{LaunchParams, PlatformKind, REGION_GPA, ResetPage};
+use protocols::launch::{Acceptance, LaunchParams, PlatformKind, REGION_GPA, ResetPage, Touch};
 use protocols::ovmf::FOOTER_GUID;
 use protocols::tdvf::{
     Attributes, Descriptor, METADATA_GUID, SIGNATURE, Section, SectionKind, VERSION,
@@ -304,6 +304,31 @@ fn variables_come_from_a_store_of_their_size() {
     }
     let error = with_variables(&tdvf(&good()), &store(0x1000)).unwrap_err();
     assert!(matches!(error, Error::TdFirmware { .. }), "{error}");
+}
+
+/// What a touch leads to is told to the paravisor of a trust domain alone: no other hears of one.
+#[test]
+fn memory_is_accepted_on_touch_in_trust_domains_only() {
+    let (elf, td_bytes) = (program(), tdvf(&good()));
+    let td_firmware = TdFirmware::parse(&td_bytes).unwrap();
+    let program = Program::parse(&elf).unwrap();
+    let options = Options {
+        acceptance: Acceptance {
+            touch: Touch::ACCEPT,
+            ..Acceptance::LAZY
+        },
+        ..Options::default()
+    };
+    let error = build(&program, None, None, &options).unwrap_err();
+    assert!(matches!(error, Error::TouchWithoutTd));
+    let image = build(&program, None, Some(&td_firmware), &options).unwrap();
+    let bytes = page(&image, image.layout.params);
+    let params = LaunchParams::read_from_bytes(&bytes).unwrap();
+    assert_eq!(params.touch, Touch::ACCEPT);
+    // To SEV-SNP the image is what it was.
+    let plain = build(&program, None, Some(&td_firmware), &Options::default()).unwrap();
+    assert_eq!(image.digest, plain.digest);
+    assert_ne!(image.mrtd, plain.mrtd);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use core::fmt;
 
 use crate::addr::LARGE_PAGE_SIZE;
-use crate::launch::{AcceptOrder, AcceptPolicy, BudgetUnit};
+use crate::launch::{AcceptOrder, AcceptPolicy, BudgetUnit, Touch};
 
 /// The most regions that a request may prepare beyond its own: with it they are what one call
 /// may change (32 MiB).
@@ -54,6 +54,8 @@ pub struct Acceptance {
     pub budget: Budget,
     /// How many further regions a request for 2 MiB prepares.
     pub read_ahead: u32,
+    /// What becomes of a guest that touches memory which it has not accepted.
+    pub touch: Touch,
 }
 
 /// A value that makes no sense, in words: what it is and what it may be.
@@ -75,6 +77,8 @@ pub enum BadAcceptance {
     Amount(u64),
     /// Too many regions.
     ReadAhead(u32),
+    /// The number of what a touch leads to means nothing.
+    Touch(Touch),
 }
 
 impl fmt::Display for BadAcceptance {
@@ -111,6 +115,9 @@ impl fmt::Display for BadAcceptance {
                 "read-ahead of {regions} regions of 2 MiB: expected at most {READ_AHEAD_LIMIT}, \
                  which is what one call may change"
             ),
+            Self::Touch(touch) => {
+                write!(f, "touch {}: expected 0 (fault) or 1 (accept)", touch.0)
+            }
         }
     }
 }
@@ -124,6 +131,7 @@ impl Acceptance {
         order: AcceptOrder::LOW_FIRST,
         budget: Budget::ALL,
         read_ahead: 0,
+        touch: Touch::FAULT,
     };
 
     /// Whether anything is ever accepted before the guest asks for it.
@@ -146,6 +154,9 @@ impl Acceptance {
         if self.read_ahead > READ_AHEAD_LIMIT {
             return Err(BadAcceptance::ReadAhead(self.read_ahead));
         }
+        if self.touch.name().is_none() {
+            return Err(BadAcceptance::Touch(self.touch));
+        }
         let amount = self.budget.amount;
         match self.budget.unit {
             BudgetUnit::ALL if amount == 0 => {}
@@ -156,7 +167,12 @@ impl Acceptance {
             BudgetUnit::PER_CENT => return Err(BadAcceptance::PerCent(amount)),
             unit => return Err(BadAcceptance::Unit(unit)),
         }
-        if self.is_lazy() && *self != Self::LAZY {
+        // What a touch leads to is another question.
+        let lazy = Self {
+            touch: self.touch,
+            ..Self::LAZY
+        };
+        if self.is_lazy() && *self != lazy {
             return Err(BadAcceptance::Lazy);
         }
         Ok(())
@@ -194,6 +210,10 @@ mod tests {
                 order: AcceptOrder::HIGH_FIRST,
                 ..AHEAD
             },
+            Acceptance {
+                touch: Touch::ACCEPT,
+                ..Acceptance::LAZY
+            },
         ] {
             assert_eq!(good.check(), Ok(()), "{good:?}");
         }
@@ -210,6 +230,7 @@ mod tests {
             (spoilt(|a| a.policy = AcceptPolicy(3)), "policy 3"),
             (spoilt(|a| a.order = AcceptOrder(2)), "order 2"),
             (spoilt(|a| a.read_ahead = 16), "16 regions"),
+            (spoilt(|a| a.touch = Touch(2)), "touch 2"),
             (with_budget(BudgetUnit(3), 0), "unit 3"),
             (with_budget(BudgetUnit::ALL, 1), "amount 1"),
             (with_budget(BudgetUnit::BYTES, 0), "0 bytes"),

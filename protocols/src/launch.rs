@@ -57,6 +57,17 @@ open_enum! {
 }
 
 open_enum! {
+    /// What becomes of a guest that touches memory which it has not accepted, where the paravisor is
+    /// asked: in a trust domain.
+    pub struct Touch(u32) {
+        /// The fault that the platform gives.
+        FAULT = 0,
+        /// The memory is accepted: for guests that cannot do so themselves.
+        ACCEPT = 1,
+    }
+}
+
+open_enum! {
     /// A deliberate fault of the paravisor's platform layer, to prove that the machine and
     /// the referee notice. Only test builds of the paravisor obey it.
     pub struct Fault(u32) {
@@ -189,8 +200,11 @@ pub struct LaunchParams {
     pub data_gpa: u64,
     /// Bytes of it, whole pages.
     pub data_size: u64,
+    /// In a trust domain: what becomes of a guest that touches memory which it has not accepted;
+    /// [`Touch::FAULT`] elsewhere.
+    pub touch: Touch,
     /// Zero.
-    pub reserved: [u8; 3144],
+    pub reserved: [u8; 3140],
 }
 
 const _: () = {
@@ -207,7 +221,8 @@ const _: () = {
     assert!(offset_of!(LaunchParams, platform) == 0x39C);
     assert!(offset_of!(LaunchParams, firmware_last_page) == 0x3A0);
     assert!(offset_of!(LaunchParams, data_gpa) == 0x3A8);
-    assert!(offset_of!(LaunchParams, reserved) == 0x3B8);
+    assert!(offset_of!(LaunchParams, touch) == 0x3B8);
+    assert!(offset_of!(LaunchParams, reserved) == 0x3BC);
 };
 
 /// The page with the reset vector of a trust domain, as `igvm-build` makes it.
@@ -269,7 +284,7 @@ impl LaunchParams {
     /// First bytes of the page.
     pub const MAGIC: [u8; 8] = *b"TSLAUNCH";
     /// Version of the layout above.
-    pub const VERSION: u32 = 2;
+    pub const VERSION: u32 = 3;
     /// Room for firmware areas.
     pub const MAX_SECTIONS: usize = 32;
 
@@ -323,6 +338,7 @@ impl LaunchParams {
                 amount: self.budget,
             },
             read_ahead: self.read_ahead,
+            touch: self.touch,
         }
     }
 
@@ -333,6 +349,7 @@ impl LaunchParams {
         self.budget_unit = acceptance.budget.unit;
         self.budget = acceptance.budget.amount;
         self.read_ahead = acceptance.read_ahead;
+        self.touch = acceptance.touch;
     }
 }
 
@@ -366,6 +383,7 @@ mod tests {
                 amount: 50,
             },
             read_ahead: 3,
+            touch: Touch::ACCEPT,
         };
         params.set_acceptance(acceptance);
         assert!(params.push_section(SECTION));

@@ -24,6 +24,23 @@ open_enum! {
         HOST_ACT = 4,
         /// RCX = [`HostAct`]. RAX = 1 if this host is one that does it, 0 if not.
         HOST_WOULD = 5,
+        /// RAX = [`Table`].
+        TABLE = 6,
+    }
+}
+
+open_enum! {
+    /// Which of its tables of cases a test guest goes through, where it cannot see for itself what it is
+    /// run for (settings key `table`).
+    pub struct Table(u64) {
+        /// That for any image.
+        ANY = 0,
+        /// That for memory which is accepted before the guest starts.
+        EAGER = 1,
+        /// That for memory which is accepted in the background.
+        AHEAD = 2,
+        /// That for memory which is accepted on touch.
+        TOUCH = 3,
     }
 }
 
@@ -163,7 +180,7 @@ mod tests {
         assert_eq!(Call::PAGE.rax(), 0x5453_0001);
         assert_eq!(Call::from_rax(0x5453_0004), Some(Call::HOST_ACT));
         assert_eq!(Call::from_rax(0x5453_0000), None);
-        assert_eq!(Call::from_rax(0x5453_0006), None);
+        assert_eq!(Call::from_rax(0x5453_0007), None);
         assert_eq!(Call::from_rax(3), None);
     }
 }

@@ -4,8 +4,10 @@
 //! was measured with the image:
 //!
 //! - eager: all processors, until the walk is over; the guest starts after that;
-//! - ahead: the processors that have no VMSA of the guest's to run, while the guest runs on the
-//!   others. They look after each step whether that is still so ([`crate::requests`]);
+//! - ahead: the processors that have nothing of the guest's to run, while it runs on the others.
+//!   They look after each step whether that is still so: whether there is a VMSA to run
+//!   ([`crate::requests`]), or in a trust domain whether there is an interrupt to end the guest's
+//!   HLT (`crate::tdx`);
 //! - lazy: nobody.
 //!
 //! A request for 2 MiB may prepare the regions behind it (read-ahead), out of the same budget and
@@ -88,6 +90,24 @@ impl Ahead {
                 Ok(true)
             }
         }
+    }
+
+    /// Takes steps as long as there are any and nobody wants the processor, which is asked before
+    /// each of them. Whether somebody does.
+    ///
+    /// # Errors
+    /// [`HostLied`].
+    pub fn steps_until_wanted<B: Backend>(
+        &self,
+        engine: &Engine<'_, B>,
+        mut is_wanted: impl FnMut() -> bool,
+    ) -> Result<bool, HostLied> {
+        while !is_wanted() {
+            if !self.step(engine)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether nobody is in the middle of a step.

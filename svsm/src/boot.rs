@@ -225,7 +225,7 @@ fn start(
 }
 
 /// Bytes of all memory that has a state.
-fn memory_with_state(plan: &Plan) -> u64 {
+pub(crate) fn memory_with_state(plan: &Plan) -> u64 {
     plan.ranges().iter().map(|range| range.bytes()).sum()
 }
 

@@ -6,7 +6,7 @@
 use protocols::addr::PAGE_SIZE;
 use protocols::launch::{
     Acceptance, Fault, LaunchParams, MEMORY_MAP_SIZE, PlatformKind, REGION_GPA, REGION_SIZE,
-    Section,
+    Section, Touch,
 };
 use protocols::terminate::TurnstileReason;
 
@@ -68,7 +68,9 @@ impl<'a> Launch<'a> {
             PlatformKind::TDX => params.c_bit == 0 && is_launched(&of_td),
             _ => false,
         };
-        if !platform_fits || !inside.iter().all(is_launched) {
+        // Elsewhere a touch does not come here, so what the image asks for would not happen.
+        let touch_fits = params.touch == Touch::FAULT || params.platform == PlatformKind::TDX;
+        if !platform_fits || !touch_fits || !inside.iter().all(is_launched) {
             return None;
         }
         let firmware = PageRange::try_from_bytes(params.firmware_gpa, params.firmware_size)?;
@@ -171,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_wrong_page_is_refused() {
-        let spoil: [fn(&mut LaunchParams); 16] = [
+        let spoil: [fn(&mut LaunchParams); 18] = [
             |p| p.magic[0] ^= 1,
             |p| p.version += 1,
             |p| p.region_gpa += 0x1000,
@@ -191,6 +193,9 @@ mod tests {
                 (p.budget_unit, p.budget) = (BudgetUnit::PER_CENT, 101);
             },
             |p| p.section_count = 33,
+            |p| p.touch = Touch(2),
+            // Of a trust domain alone.
+            |p| p.touch = Touch::ACCEPT,
         ];
         for (index, change) in spoil.into_iter().enumerate() {
             let mut params = good();
@@ -256,6 +261,9 @@ mod tests {
         params.firmware_last_page = params.secrets_gpa;
         (params.secrets_gpa, params.cpuid_gpa) = (0, 0);
         assert_eq!(Launch::check(&params).unwrap().c_bit(), None);
+        params.touch = Touch::ACCEPT;
+        let launch = Launch::check(&params).unwrap();
+        assert_eq!(launch.acceptance().touch, Touch::ACCEPT);
         params.firmware_last_page = params.image_end;
         assert!(Launch::check(&params).is_err());
         params.firmware_last_page = 0;

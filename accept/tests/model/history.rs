@@ -84,6 +84,8 @@ pub enum Step {
     Accept(Block, OnNoChange),
     Rescind(Block, OnNoChange),
     Prepare(Block),
+    /// The guest touches the page, and the platform's policy is to accept then.
+    Touch(u64),
     Acquire(Block),
     /// Take the page, and give it back a few steps later.
     Lend(u64, Role),
@@ -116,6 +118,7 @@ pub fn any_step() -> impl Strategy<Value = Step> {
         6 => (any_block(), any_choice()).prop_map(|(b, c)| Step::Accept(b, c)),
         6 => (any_block(), any_choice()).prop_map(|(b, c)| Step::Rescind(b, c)),
         2 => any_block().prop_map(Step::Prepare),
+        2 => any_page().prop_map(Step::Touch),
         1 => any_page().prop_map(|p| Step::Acquire(page(p))),
         2 => (any_page(), role).prop_map(|(p, r)| Step::Lend(p, r)),
         2 => Just(Step::GiveBack),
@@ -123,8 +126,8 @@ pub fn any_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// The rules, on nothing but an array of states.
-struct Reference(Vec<PageState>);
+/// The rules, on nothing but an array of states, and of which regions the guest gave back a page.
+struct Reference(Vec<PageState>, [bool; REGIONS as usize]);
 
 impl Reference {
     fn of(&mut self, block: Block) -> Option<&mut [PageState]> {
@@ -149,11 +152,24 @@ impl Reference {
         if pages.contains(&PageState::Owned) {
             return Err(Error::Owned);
         }
-        if choice == OnNoChange::Fail && pages.iter().any(|s| *s != PageState::Accepted) {
-            return Err(Error::NoChange);
-        }
-        pages.fill(PageState::Unaccepted);
-        Ok(())
+        let result =
+            if choice == OnNoChange::Fail && pages.iter().any(|s| *s != PageState::Accepted) {
+                Err(Error::NoChange)
+            } else {
+                pages.fill(PageState::Unaccepted);
+                Ok(())
+            };
+        self.1[block.first().number() as usize / 512] = true;
+        result
+    }
+
+    fn touch(&mut self, number: u64) -> Result<(), Error> {
+        let given_back = self.1.get(number as usize / 512);
+        let block = match given_back.ok_or(Error::OutOfRange)? {
+            true => page(number),
+            false => large(number / 512),
+        };
+        self.accept(block, OnNoChange::Ignore)
     }
 
     fn prepare(&mut self, block: Block) -> Result<(), Error> {
@@ -203,6 +219,7 @@ where
         Step::Accept(block, choice) => engine.accept(*block, *choice).map(|_| ())?,
         Step::Rescind(block, choice) => hardware.rescind(engine, *block, *choice)?,
         Step::Prepare(block) => engine.prepare(*block).map(|_| ())?,
+        Step::Touch(number) => engine.accept_around(frame(*number)).map(|_| ())?,
         Step::Acquire(block) => engine.acquire(*block).map(|_| ())?,
         Step::Lend(number, role) => lent.push(engine.take(frame(*number), *role)?),
         Step::GiveBack => {
@@ -224,7 +241,8 @@ where
     for<'a> &'a H: Backend,
 {
     with_engine(hardware, REGIONS as usize, 1000, |engine| {
-        let mut reference = Reference(vec![PageState::Unaccepted; REGIONS as usize * 512]);
+        let unaccepted = vec![PageState::Unaccepted; REGIONS as usize * 512];
+        let mut reference = Reference(unaccepted, [false; REGIONS as usize]);
         let mut lent = Vec::new();
         for step in steps {
             let returning = lent.last().map(|t: &Taken| t.frame().number() as usize);
@@ -232,6 +250,7 @@ where
                 Step::Accept(block, choice) => reference.accept(*block, *choice),
                 Step::Rescind(block, choice) => reference.rescind(*block, *choice),
                 Step::Prepare(block) => reference.prepare(*block),
+                Step::Touch(number) => reference.touch(*number),
                 Step::Acquire(block) => reference.acquire(*block),
                 Step::Lend(number, _) => reference.take(*number),
                 Step::GiveBack => {

@@ -17,8 +17,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, Operation, PageSize,
-    PageState, Range, Region, RegionLock, RegionLocks, ValidateFault,
+    AdjustFault, Backend, Block, Engine, Fault, Frame, GivenBack, Map, NotFlushed, Operation,
+    PageSize, PageState, Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
 
 /// The status that injected failures carry.
@@ -393,7 +393,7 @@ impl Backend for &Model {
     }
 }
 
-/// Runs `test` with an engine over `regions` regions from address 0.
+/// Runs `test` with an engine over `regions` regions from address 0 that remembers what is given back.
 pub fn with_engine<B: Backend, T>(
     backend: B,
     regions: usize,
@@ -401,7 +401,11 @@ pub fn with_engine<B: Backend, T>(
     test: impl FnOnce(&Engine<'_, B>) -> T,
 ) -> T {
     let states: Vec<Region> = (0..regions).map(|_| Region::new()).collect();
-    let ranges = [Range::try_new(Frame::containing(0), regions as u64 * 512, &states).unwrap()];
+    let flags: Vec<GivenBack> = (0..GivenBack::needed(regions))
+        .map(|_| GivenBack::new())
+        .collect();
+    let range = Range::try_new(Frame::containing(0), regions as u64 * 512, &states).unwrap();
+    let ranges = [range.with_given_back(&flags).unwrap()];
     let locks: Vec<RegionLock> = (0..64).map(|_| RegionLock::new()).collect();
     let locks = RegionLocks::try_new(&locks)
         .unwrap()

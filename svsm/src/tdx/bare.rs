@@ -14,7 +14,7 @@ use accept::{
 };
 use log::info;
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
-use protocols::launch::{LaunchParams, ResetPage};
+use protocols::launch::{AcceptPolicy, LaunchParams, ResetPage};
 use protocols::tdvf::SectionKind;
 use protocols::tdx::metadata::FieldId;
 use protocols::tdx::shared_bit;
@@ -23,11 +23,14 @@ use protocols::terminate::TurnstileReason;
 use super::apic::Ipi;
 use super::entry::{self, Start};
 use super::hob;
+use super::l2::GuestTd;
 use super::l2::interrupts::VirtualApic;
-use super::l2::{GuestTd, Touch};
 use super::run::{self, System, VcpuPages};
 use super::runners::{Others, Runner};
-use crate::boot::{harden_processor, make_engine, map_guest_memory, publish_map, read_host_map};
+use crate::ahead::Ahead;
+use crate::boot::{
+    harden_processor, make_engine, map_guest_memory, memory_with_state, publish_map, read_host_map,
+};
 use crate::entry::boot_stack_guard;
 use crate::host_map::HostMap;
 use crate::hypervisor::tdx;
@@ -46,8 +49,6 @@ use crate::{console, exceptions, percpu, secondary};
 /// Bits of guest-physical addresses: the page tables' and the map's, and the smaller of the two that
 /// there are.
 const GPA_WIDTH: u32 = 48;
-/// How often the first processor looks whether the others have left the reset page.
-const LOOKS_AT_OTHERS: u32 = 1 << 28;
 /// Bytes of the carve-out for each processor, generously.
 const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 3 * PAGE_SIZE;
 
@@ -124,8 +125,9 @@ fn start(params: &'static LaunchParams) -> Result<&'static System, TurnstileReas
     let starts = make_starts(vcpus, &mut pool)?;
     let system = run::publish(System {
         engine,
+        ahead: Ahead::new(launch.acceptance(), memory_with_state(&plan)),
         td: GuestTd::new(false),
-        touch: Touch::Strict,
+        touch: launch.acceptance().touch,
         runners,
         pages,
         hob,
@@ -137,6 +139,9 @@ fn start(params: &'static LaunchParams) -> Result<&'static System, TurnstileReas
         launch.region(),
         plan.carve_out
     );
+    if launch.acceptance().policy == AcceptPolicy::EAGER {
+        info!("accepting memory before the guest starts");
+    }
     info!("starting the firmware in an L2 VM");
     console::quiet();
     entry::release(starts);
@@ -248,7 +253,7 @@ fn accept_own(block: Block) -> Result<(), TurnstileReason> {
 /// Were the page the guest's by then, the guest would be L1. So all processors that the module knows
 /// of have to be here first; a host that keeps one back gets no guest.
 fn replace_reset_page(launch: &Launch<'_>, vcpus: usize) -> Result<(), TurnstileReason> {
-    let all_here = (0..LOOKS_AT_OTHERS).any(|_| {
+    let all_here = (0..entry::LOOKS_AT_OTHERS).any(|_| {
         core::hint::spin_loop();
         entry::processors_here() as usize >= vcpus
     });

@@ -17,6 +17,9 @@ use protocols::launch::ResetPage;
 use crate::entry::{BOOT_STACK, BOOT_STACK_SIZE};
 use crate::percpu::PerCpu;
 
+/// How often a processor looks whether the others have come to a certain point.
+pub const LOOKS_AT_OTHERS: u32 = 1 << 28;
+
 /// Where a waiting processor goes on.
 #[derive(Clone, Copy)]
 #[repr(C)]

@@ -3,6 +3,7 @@
 
 use accept::Engine;
 use protocols::addr::{Gpa, PAGE_SIZE};
+use protocols::launch::{AcceptPolicy, Touch};
 use protocols::tdx::l2::EnterState;
 use protocols::tdx::metadata::{FieldId, L2Controls};
 use protocols::tdx::vmcall::SubFunction;
@@ -15,13 +16,15 @@ use protocols::terminate::TurnstileReason;
 use spin::Once;
 
 use super::apic::{self, Ipi};
+use super::entry::LOOKS_AT_OTHERS;
 use super::l2::interrupts::VirtualApic;
 use super::l2::vp::{Injection, Vp};
 use super::l2::{
     Domain, GuestTd, HostRegisters, MEASUREMENT, Mapping, Next, REPORT, REPORT_DATA, Service,
-    Touch, Unreachable, msr,
+    Unreachable, msr,
 };
 use super::runners::{Others, Runner};
+use crate::ahead::{Ahead, HostLied};
 use crate::exceptions::interrupts;
 use crate::hypervisor::tdx;
 use crate::memory::{access, guest_map};
@@ -36,6 +39,8 @@ pub type GuestEngine = Engine<'static, TdxBackend<Module, Others<'static, Ipi>>>
 pub struct System {
     /// Owner of the map.
     pub engine: GuestEngine,
+    /// What is accepted before the guest asks.
+    pub ahead: Ahead,
     /// What the guest has set.
     pub td: GuestTd,
     /// The policy for memory that is not accepted.
@@ -209,6 +214,7 @@ pub fn run(system: &'static System, index: usize) -> ! {
     };
     let service = Service {
         engine: &system.engine,
+        ahead: &system.ahead,
         domain: Below { pages: *pages },
         td: &system.td,
         touch: system.touch,
@@ -220,6 +226,7 @@ pub fn run(system: &'static System, index: usize) -> ! {
         Ok(id) => runner.set_apic_id(id),
         Err(reason) => terminate(reason),
     }
+    accept_before_the_start(system);
     let state = first_state(index as u32, system.hob);
     let mut vp = Vp::new(index as u32, state, pages.apic, apic::SPURIOUS);
     loop {
@@ -250,7 +257,7 @@ pub fn run(system: &'static System, index: usize) -> ! {
         }
         match service.handle(&mut vp, &exit) {
             Next::Resume => {}
-            Next::Wait { blocked } => wait(&mut vp, runner, blocked),
+            Next::Wait { blocked } => wait(system, &mut vp, runner, blocked),
             Next::End(reason) => terminate(reason),
         }
     }
@@ -267,15 +274,38 @@ fn take_interrupts(vp: &mut Vp, runner: &Runner) {
     }
 }
 
-/// The guest waits for an interrupt; unless it is `blocked`, one that it has already or that came first
-/// is one. The host ends the wait for an interrupt of L1's even if that came before the request, and it
-/// may end it for nothing, as in any trust domain.
-fn wait(vp: &mut Vp, runner: &Runner, blocked: bool) {
-    if !blocked {
-        take_interrupts(vp, runner);
-        if vp.is_interrupted() {
-            return;
+/// Under the policy eager, accepts memory with all other processors until there is none left.
+fn accept_before_the_start(system: &System) {
+    if system.ahead.acceptance().policy != AcceptPolicy::EAGER {
+        return;
+    }
+    match system.ahead.steps_until_wanted(&system.engine, || false) {
+        Ok(_) => {}
+        Err(HostLied) => terminate(TurnstileReason::ALREADY_VALID),
+    }
+    // The last steps of the others. A processor that the host has stopped is not waited for: it holds
+    // the lock of its region, so nobody gets at that before it is done.
+    for _ in 0..LOOKS_AT_OTHERS {
+        if system.ahead.is_idle() {
+            break;
         }
+        core::hint::spin_loop();
+    }
+}
+
+/// The guest waits for an interrupt; unless it is `blocked`, one that it has already or that came first
+/// is one. Meanwhile memory is accepted ahead of it, if that is the policy, one step from one look at
+/// the interrupts to the next. With nothing left to accept, the host ends the wait for an interrupt of
+/// L1's even if that came before the request, and it may end it for nothing, as in any trust domain.
+fn wait(system: &System, vp: &mut Vp, runner: &Runner, blocked: bool) {
+    let is_wanted = || {
+        take_interrupts(vp, runner);
+        !blocked && vp.is_interrupted()
+    };
+    match system.ahead.steps_until_wanted(&system.engine, is_wanted) {
+        Ok(true) => return,
+        Ok(false) => {}
+        Err(HostLied) => terminate(TurnstileReason::ALREADY_VALID),
     }
     let request = [0, SubFunction::HLT.0, blocked.into(), 0, 0, 0];
     if module::vmcall(request).is_err() {

@@ -17,7 +17,7 @@ use crate::trap::Trap;
 pub const SHARED_ALIAS: u64 = 1 << 39;
 /// First byte of the memory the cases use. Everything below belongs to the programs, the
 /// paravisor, the firmware areas and the legacy devices.
-const POOL_START: u64 = REGION_GPA + REGION_SIZE;
+pub const POOL_START: u64 = REGION_GPA + REGION_SIZE;
 /// End of that memory; the smallest machine the tests are run on has 2 GiB below 4 GiB, of
 /// which the machine keeps less than 256 MiB.
 const POOL_END: u64 = 0x7000_0000;

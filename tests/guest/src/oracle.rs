@@ -5,7 +5,7 @@
 //! nothing.
 
 use protocols::addr::Gpa;
-use protocols::oracle::{Call, Counter, HOST_ACT_DONE, HostAct, PageFlags};
+use protocols::oracle::{Call, Counter, HOST_ACT_DONE, HostAct, PageFlags, Table};
 
 use crate::harness::{Finding, Verdict, expect};
 use crate::insn;
@@ -65,6 +65,11 @@ pub fn host_act(gpa: Gpa, act: HostAct) -> Verdict {
 /// Whether the host of this run does such things at all.
 pub fn host_would(act: HostAct) -> bool {
     ask(Call::HOST_WOULD, act.0, 0).0 == 1
+}
+
+/// Which table of cases is to be gone through.
+pub fn table() -> Table {
+    Table(ask(Call::TABLE, 0, 0).0)
 }
 
 /// Demands that the flags in `mask` of the page at `gpa` are exactly `want`.

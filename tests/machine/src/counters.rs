@@ -66,10 +66,11 @@ impl Default for Level {
     }
 }
 
-/// Starts of a lower level that came while VMPL0 ran, on one vCPU.
+/// Starts of a lower level that came while VMPL0 ran, on one vCPU; of a trust domain's, interrupts that
+/// another one sent it.
 #[derive(Clone, Copy, Default)]
 struct Starts {
-    /// Pages VMPL0 had validated when the request came that waits now.
+    /// Pages VMPL0 or L1 had validated when the request came that waits now.
     since: Option<u64>,
     awaited: u64,
     most_pages: u64,
@@ -149,16 +150,28 @@ impl Counters {
         *level.vmgexits.entry(what).or_default() += 1;
     }
 
-    /// Pages that VMPL0 of the vCPU that is served has validated.
-    fn validated_here(&mut self) -> u64 {
-        let pvalidate = &self.vmpl(Vmpl::VMPL0).pvalidate;
-        pvalidate.validate_4k.ok + pvalidate.validate_2m.ok * PageSize::Size2M.pages()
+    /// Pages that VMPL0 of a vCPU has validated, or L1 accepted.
+    fn validated_on(&self, index: usize) -> u64 {
+        let Some(levels) = self.vcpus.get(index) else {
+            return 0;
+        };
+        let VmplCounters {
+            pvalidate, accept, ..
+        } = &levels[Vmpl::VMPL0.index()].fixed;
+        let small = pvalidate.validate_4k.ok + accept.size_4k.ok;
+        let large = pvalidate.validate_2m.ok + accept.size_2m.ok;
+        small + large * PageSize::Size2M.pages()
     }
 
     /// A lower level of the vCPU that is served is to be started, and VMPL0 runs there.
     pub fn start_is_awaited(&mut self) {
-        let now = self.validated_here();
-        if let Some(starts) = self.starts.get_mut(self.served)
+        self.entry_is_awaited_on(self.served);
+    }
+
+    /// A lower level of a vCPU is to go on, and VMPL0 or L1 may be running there.
+    pub fn entry_is_awaited_on(&mut self, index: usize) {
+        let now = self.validated_on(index);
+        if let Some(starts) = self.starts.get_mut(index)
             && starts.since.is_none()
         {
             starts.since = Some(now);
@@ -168,7 +181,7 @@ impl Counters {
 
     /// A lower level of the vCPU that is served runs, or is not to be started any more.
     pub fn start_is_over(&mut self) {
-        let now = self.validated_here();
+        let now = self.validated_on(self.served);
         if let Some(starts) = self.starts.get_mut(self.served)
             && let Some(since) = starts.since.take()
         {

@@ -5,7 +5,9 @@
 
 use alloc::format;
 
-use protocols::oracle::{Call, Counter, HOST_ACT_DONE, HOST_ACT_NOT_POSSIBLE, HostAct, PageFlags};
+use protocols::oracle::{
+    Call, Counter, HOST_ACT_DONE, HOST_ACT_NOT_POSSIBLE, HostAct, PageFlags, Table,
+};
 use protocols::report::PvalidateResults;
 use protocols::secrets::SecretsPage;
 use protocols::tdx::Leaf;
@@ -63,6 +65,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 })
             }
             Call::HOST_WOULD => Answer::rax(self.would_act(HostAct(rcx)).into()),
+            Call::TABLE => Answer::rax(self.settings.table.unwrap_or(Table::ANY).0),
             _ => return None,
         })
     }

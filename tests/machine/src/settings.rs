@@ -10,6 +10,8 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
 
+use protocols::oracle::Table;
+
 use crate::types::{Gpa, PageSize};
 
 /// Granularity of the host's private memory.
@@ -153,6 +155,9 @@ pub struct Settings {
     pub trace: Trace,
     /// `break=none|panic|exception`.
     pub breakage: Option<Breakage>,
+    /// `table=eager|ahead|touch`: what the oracle tells a test guest to go through, if not that for any
+    /// image.
+    pub table: Option<Table>,
 }
 
 /// A line that was not understood.
@@ -182,6 +187,13 @@ impl fmt::Display for SettingsError {
         )
     }
 }
+
+/// The tables by their names.
+const TABLES: [(&str, Table); 3] = [
+    ("eager", Table::EAGER),
+    ("ahead", Table::AHEAD),
+    ("touch", Table::TOUCH),
+];
 
 fn on_off(value: &str) -> Result<bool, &'static str> {
     match value {
@@ -265,10 +277,15 @@ impl Settings {
                 }
             }
             "hostile" => self.hostile = parse_hostile(value)?,
+            "table" => {
+                let mut tables = TABLES.into_iter();
+                let found = tables.find(|&(name, _)| name == value);
+                self.table = Some(found.ok_or("eager, ahead or touch")?.1);
+            }
             _ => {
                 return Err(
                     "one of backing, platform, vc, referee, low-end, td-hob, oracle, icount, trace, \
-                     hostile, break",
+                     hostile, break, table",
                 );
             }
         }
@@ -330,6 +347,11 @@ impl Settings {
             };
             echo.insert("break".to_string(), name.to_string());
         }
+        for (name, table) in TABLES {
+            if self.table == Some(table) {
+                echo.insert("table".to_string(), name.to_string());
+            }
+        }
         echo
     }
 }
@@ -363,7 +385,8 @@ mod tests {
     #[test]
     fn all_keys_are_read_and_echoed() {
         let text = "backing=2m\nvc=strict\n# why\n\nreferee=0x8123000\noracle=on\n\
-                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\nplatform=tdx\ntd-hob=0x809000\n";
+                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\nplatform=tdx\ntd-hob=0x809000\n\
+                    table=ahead\n";
         let settings = Settings::parse(text).unwrap();
         assert_eq!(settings.backing, HostBacking::Size2M);
         assert_eq!(settings.reflection, Reflection::Strict);
@@ -372,6 +395,7 @@ mod tests {
         assert!(settings.oracle);
         assert_eq!(settings.platform, Some(PlatformKind::Tdx));
         assert_eq!(settings.trace, Trace::Switches);
+        assert_eq!(settings.table, Some(Table::AHEAD));
         assert_eq!(settings.breakage, Some(Breakage::Exception));
         assert!(settings.is_hostile(Hostile::MapWrap) && settings.is_hostile(Hostile::EarlyReturn));
         let echo: String = settings
@@ -415,6 +439,7 @@ mod tests {
             ("referee=0x8123004", 1, "referee", "0x8123004"),
             ("hostile=map-wrap,nice", 1, "hostile", "map-wrap,nice"),
             ("oracle", 1, "oracle", ""),
+            ("table=all", 1, "table", "all"),
             ("oracle=on\noracle=off", 2, "oracle", "off"),
         ] {
             let error = Settings::parse(text).unwrap_err();

@@ -217,6 +217,16 @@ impl<P: PhysicalMemory> Platform<P> {
         self.counters.start_is_awaited();
     }
 
+    /// A trust domain has sent this interrupt command: the guest of the vCPU that it is for goes on, if
+    /// L1 has that vCPU. A guest that runs is interrupted; it may run because of this interrupt already.
+    pub fn count_interrupt(&mut self, command: u64) {
+        if let Some(to) = crate::tdx::vmcall::interrupts(command)
+            && self.running_l2(to).is_none()
+        {
+            self.counters.entry_is_awaited_on(to.index());
+        }
+    }
+
     /// Nobody waits any more for the start that [`Self::count_awaited_start`] told of.
     pub fn count_start(&mut self) {
         self.counters.start_is_over();

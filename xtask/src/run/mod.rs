@@ -25,6 +25,7 @@ use e2e::vm::{
     Vc,
 };
 use e2e::{image, initramfs};
+use protocols::launch::Touch;
 use protocols::report::Event;
 
 use crate::fetch::guests::{self, Choice, choice};
@@ -79,7 +80,8 @@ pub struct Options {
     #[arg(long, value_name = "FIRMWARE", value_parser = choice::<TdFirmware>)]
     td_firmware: Option<Choice<TdFirmware>>,
     /// When the paravisor accepts memory: lazy (on request), eager (all of it before the guest
-    /// starts), ahead (in the background on processors the guest has not started); the last two
+    /// starts), ahead (in the background on processors the guest has not started, in a trust domain
+    /// on those that halt); the last two
     /// with or without a budget, such as ahead:512M or ahead:50%
     #[arg(long, value_name = "POLICY", default_value = "lazy")]
     accept: Accept,
@@ -133,6 +135,9 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     }
     if options.platform == Platform::Native && options.vcpus != 1 {
         bail!("--platform native has one processor; leave --vcpus out");
+    }
+    if options.platform != Platform::Tdx && options.accept_extras.touch != Touch::FAULT {
+        bail!("--on-touch accept is for --platform tdx: elsewhere the fault is the guest's own");
     }
     let mut config = prepare(layout, options, terminal)?;
     config.settings.tdx = options.platform == Platform::Tdx;

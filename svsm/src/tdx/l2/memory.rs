@@ -2,6 +2,7 @@
 
 use accept::{Backend, Block, Error, Frame, OnNoChange, PageSize, PageState};
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
+use protocols::launch::{READ_AHEAD_LIMIT, Touch};
 use protocols::tdx::l2::{Exit, ExtendedType};
 use protocols::tdx::metadata::TdControls;
 use protocols::tdx::ve::{EptViolation, ExitReason, VeInfo};
@@ -12,11 +13,15 @@ use protocols::terminate::TurnstileReason;
 
 use super::tdcall::Done;
 use super::vp::{Debt, Vp};
-use super::{Domain, Next, Service, Touch};
+use super::{Domain, Next, Service};
+use crate::ahead::HostLied;
 use crate::platform::tdx::map_gpa::{Answer, Conversion};
 
 /// How much one request converts at most; the guest asks for the rest again (I8).
 pub const CONVERTED_AT_ONCE: u64 = 16 << 20;
+
+/// How much one request accepts at most beyond what it asks for (I8).
+const READ_AHEAD_ROOM: u64 = READ_AHEAD_LIMIT as u64 * LARGE_PAGE_SIZE;
 
 /// Level of a 2 MiB page in operands and statuses.
 const LEVEL_2M: u32 = 1;
@@ -60,14 +65,35 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             return Operand::RCX.into();
         };
         match self.engine.accept(block, OnNoChange::Fail) {
-            Ok(_) => Status::SUCCESS.into(),
+            Ok(_) => self.read_ahead(block),
             Err(Error::NoChange) => self.already_accepted(block),
             // Nothing that the guest could accept: no memory, or not the guest's (I4).
             Err(Error::Owned | Error::OutOfRange | Error::NotAccepted) => Operand::RCX.into(),
             Err(Error::Busy) => busy(),
-            Err(Error::HostLied) => Done::End(TurnstileReason::ALREADY_VALID),
+            Err(Error::HostLied) => Done::End(self.lie_about(block)),
             Err(Error::Backend { status, .. }) => Status(status).into(),
         }
+    }
+
+    /// What the host lied in, by the block's first page: it was accepted before we did so, or it was
+    /// ready and is another page now.
+    fn lie_about(&self, block: Block) -> TurnstileReason {
+        match self.domain.mapping(Gpa::new(block.gpa())) {
+            Ok(mapping) if mapping.pending => TurnstileReason::NOT_VALIDATED,
+            _ => TurnstileReason::ALREADY_VALID,
+        }
+    }
+
+    /// The answer to an accept that is done, and the regions behind it, if the policy is so.
+    fn read_ahead(&self, block: Block) -> Done {
+        if block.size() == PageSize::Size2M
+            && let Err(HostLied) = self
+                .ahead
+                .prepare_behind(self.engine, block, READ_AHEAD_ROOM)
+        {
+            return Done::End(TurnstileReason::ALREADY_VALID);
+        }
+        Status::SUCCESS.into()
     }
 
     /// The module's answer where a page of the block is accepted already: by the level that it is
@@ -126,7 +152,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         let frame = Frame::containing(gpa);
         match self.engine.state(frame) {
             Some(PageState::Accepted) => self.access_to_accepted(frame, exit),
-            Some(PageState::Unaccepted | PageState::Ahead) if self.touch == Touch::Accept => {
+            Some(PageState::Unaccepted | PageState::Ahead) if self.touch == Touch::ACCEPT => {
                 self.accept_touched(frame)
             }
             // I4: what is the paravisor's is to the guest what no memory is.
@@ -170,10 +196,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
 
     /// Accepts what the guest has touched: all of the 2 MiB around it if that is its memory.
     fn accept_touched(&self, frame: Frame) -> Next {
-        let around = self
-            .engine
-            .accept(Block::region_around(frame), OnNoChange::Ignore);
-        let accepted = match around {
+        let accepted = match self.engine.accept_around(frame) {
             Err(Error::Owned | Error::OutOfRange) => {
                 self.engine.accept(Block::page(frame), OnNoChange::Ignore)
             }

@@ -21,9 +21,12 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use accept::{Backend, Engine};
 use protocols::addr::Gpa;
+use protocols::launch::Touch;
 use protocols::tdx::Status;
 use protocols::tdx::metadata::{FieldId, TdControls};
 use protocols::terminate::TurnstileReason;
+
+use crate::ahead::Ahead;
 
 mod exits;
 pub mod interrupts;
@@ -142,15 +145,6 @@ impl GuestTd {
     }
 }
 
-/// What becomes of a guest that touches memory which it has not accepted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Touch {
-    /// The fault that a trust domain gets.
-    Strict,
-    /// The page is accepted: for guests that cannot do so themselves.
-    Accept,
-}
-
 /// What follows an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
@@ -170,6 +164,8 @@ pub enum Next {
 pub struct Service<'a, B, D> {
     /// Owner of the map.
     pub engine: &'a Engine<'a, B>,
+    /// What is accepted before the guest asks.
+    pub ahead: &'a Ahead,
     /// What is below.
     pub domain: D,
     /// What the guest has set.

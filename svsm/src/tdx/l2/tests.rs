@@ -6,16 +6,17 @@ use std::boxed::Box;
 use std::vec::Vec;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Fault, Frame, Map, NotFlushed, PageState, Range, Region,
-    RegionLock, RegionLocks, ValidateFault,
+    AdjustFault, Backend, Block, Engine, Fault, Frame, GivenBack, Map, NotFlushed, PageState,
+    Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
 use protocols::addr::Gpa;
+use protocols::launch::{AcceptPolicy, Acceptance, Touch};
 use protocols::tdx::l2::{EnterState, Exit};
 use protocols::tdx::metadata::{FieldId, TdControls};
 use protocols::tdx::ve::ExitReason;
 use protocols::tdx::vmcall::register::{R8, R9, R10, R11, R12, R13, RAX, RCX, RDX};
 use protocols::tdx::vmcall::{Status as HostStatus, SubFunction};
-use protocols::tdx::{Leaf, Operand, Status};
+use protocols::tdx::{Leaf, MAPPING_PENDING, Operand, Status};
 use protocols::terminate::TurnstileReason;
 
 use super::interrupts::VirtualApic;
@@ -23,8 +24,9 @@ use super::memory::CONVERTED_AT_ONCE;
 use super::vp::Vp;
 use super::{
     Domain, GuestTd, HostRegisters, MEASUREMENT, Mapping, Next, REPORT, REPORT_DATA, Service,
-    Touch, Unreachable,
+    Unreachable,
 };
+use crate::ahead::{Ahead, HostLied};
 
 const SHARED: u64 = 1 << 47;
 /// Regions of the model's memory, from address 0. The last one is the paravisor's.
@@ -142,9 +144,23 @@ fn with<T>(
     touch: Touch,
     test: impl FnOnce(&TestService<'_>, &mut Vp) -> T,
 ) -> T {
+    let acceptance = Acceptance {
+        touch,
+        ..Acceptance::LAZY
+    };
+    with_policy(sept, model, acceptance, test)
+}
+
+fn with_policy<T>(
+    sept: &Sept,
+    model: &Model,
+    acceptance: Acceptance,
+    test: impl FnOnce(&TestService<'_>, &mut Vp) -> T,
+) -> T {
     let regions: Vec<Region> = (0..REGIONS).map(|_| Region::new()).collect();
+    let flags = [const { GivenBack::new() }; 1];
     let range = Range::try_new(Frame::containing(0), REGIONS as u64 * 512, &regions).unwrap();
-    let ranges = [range];
+    let ranges = [range.with_given_back(&flags).unwrap()];
     let locks: Vec<RegionLock> = (0..RegionLocks::MINIMUM)
         .map(|_| RegionLock::new())
         .collect();
@@ -154,11 +170,13 @@ fn with<T>(
         .record_launch(Frame::containing(OWNED), 512, PageState::Owned)
         .unwrap();
     let td = GuestTd::new(false);
+    let ahead = Ahead::new(acceptance, (REGIONS as u64) << 21);
     let service = Service {
         engine: &engine,
+        ahead: &ahead,
         domain: model,
         td: &td,
-        touch,
+        touch: acceptance.touch,
     };
     let apic = Box::leak(Box::new(VirtualApic::new()));
     let mut vp = Vp::new(1, EnterState::default(), apic, 0x1FF);
@@ -224,7 +242,7 @@ fn ask<D: Domain>(
 #[test]
 fn an_accept_reaches_the_module_once_and_for_the_guests_memory_only() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_1000), 0);
         assert_eq!(*sept.accepted.borrow(), [0x20_1000]);
         let already = Status::PAGE_ALREADY_ACCEPTED.with(0);
@@ -261,7 +279,7 @@ fn a_block_that_is_mapped_at_once_is_already_accepted_at_its_level() {
         },
         ..Model::default()
     };
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_0001), 0);
         let already = Status::PAGE_ALREADY_ACCEPTED.with(1);
         assert_eq!(accept(service, vp, 0x20_0001), already);
@@ -279,7 +297,7 @@ fn a_page_that_was_accepted_behind_our_back_ends_the_machine() {
         },
         Model::default(),
     );
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let registers = [(RAX, Leaf::MEM_PAGE_ACCEPT.0.into()), (RCX, 0x1000)];
         let next = tdcall(service, vp, &registers);
         assert_eq!(next, Next::End(TurnstileReason::ALREADY_VALID));
@@ -290,7 +308,7 @@ fn a_page_that_was_accepted_behind_our_back_ends_the_machine() {
 #[test]
 fn what_becomes_shared_leaves_the_map_first() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_0000), 0);
         let done = ask(
             service,
@@ -316,7 +334,7 @@ fn what_becomes_shared_leaves_the_map_first() {
 #[test]
 fn what_is_on_its_way_to_the_host_is_nobodys() {
     let (sept, quiet) = (Sept::default(), Model::default());
-    with(&sept, &quiet, Touch::Strict, |service, vp| {
+    with(&sept, &quiet, Touch::FAULT, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_0000), 0);
         let apic = Box::leak(Box::new(VirtualApic::new()));
         let other = RefCell::new(Vp::new(0, EnterState::default(), apic, 0x1FF));
@@ -337,6 +355,7 @@ fn what_is_on_its_way_to_the_host_is_nobodys() {
         };
         let service = Service {
             engine: service.engine,
+            ahead: service.ahead,
             domain: &racing,
             td: service.td,
             touch: service.touch,
@@ -361,7 +380,7 @@ fn what_is_on_its_way_to_the_host_is_nobodys() {
 #[test]
 fn without_a_flush_nothing_has_changed() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(accept(service, vp, 0x20_0000), 0);
         sept.others_stay.set(true);
         let range = [SHARED | 0x20_0000, 0x2000];
@@ -381,7 +400,7 @@ fn without_a_flush_nothing_has_changed() {
 #[test]
 fn bad_ranges_are_not_passed_on() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let (invalid, align) = (HostStatus::INVALID_OPERAND, HostStatus::ALIGN_ERROR);
         for (start, bytes, status) in [
             (SHARED | OWNED, 0x1000, invalid),
@@ -409,7 +428,7 @@ fn bad_ranges_are_not_passed_on() {
 #[test]
 fn a_large_conversion_is_done_in_parts() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let all = OWNED;
         let answer = ask(service, vp, SubFunction::MAP_GPA, [SHARED, all]);
         assert_eq!(answer, Ok((HostStatus::RETRY, SHARED | CONVERTED_AT_ONCE)));
@@ -426,7 +445,7 @@ fn a_host_that_does_not_convert_ends_the_machine() {
             answer: (status, SHARED | 0x1000),
             ..Model::default()
         };
-        with(&sept, &model, Touch::Strict, |service, vp| {
+        with(&sept, &model, Touch::FAULT, |service, vp| {
             let answer = ask(service, vp, SubFunction::MAP_GPA, [SHARED | 0x1000, 0x1000]);
             assert_eq!(answer, Err(TurnstileReason::TD_MAP_GPA));
         });
@@ -437,7 +456,7 @@ fn a_host_that_does_not_convert_ends_the_machine() {
         answer: (HostStatus::GPA_IN_USE, 0),
         ..Model::default()
     };
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let answer = ask(service, vp, SubFunction::MAP_GPA, [0x1000, 0x1000]);
         assert_eq!(answer, Ok((HostStatus::GPA_IN_USE, 0x1000)));
     });
@@ -446,7 +465,7 @@ fn a_host_that_does_not_convert_ends_the_machine() {
 #[test]
 fn the_host_sees_what_the_guest_passes_and_nothing_else() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let function = SubFunction::IO.0;
         let registers = [
             (RAX, 0),
@@ -502,7 +521,7 @@ fn injected(vp: &Vp) -> Option<u32> {
 #[test]
 fn memory_that_is_not_accepted_is_a_fault_or_is_accepted() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert_eq!(touch(service, vp, 0x3123), Next::Resume);
         assert_eq!(injected(vp), Some(VE));
         assert!(sept.accepted.borrow().is_empty());
@@ -526,12 +545,166 @@ fn memory_that_is_not_accepted_is_a_fault_or_is_accepted() {
             Next::End(TurnstileReason::L2_MEMORY)
         );
     });
-    with(&sept, &model, Touch::Accept, |service, vp| {
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
         assert_eq!(touch(service, vp, 0x20_3123), Next::Resume);
         assert_eq!(injected(vp), None);
         assert_eq!(*sept.accepted.borrow(), [0x20_0000]);
         assert_eq!(touch(service, vp, OWNED), Next::Resume);
         assert_eq!(injected(vp), Some(VE));
+    });
+}
+
+/// Where guest and host may be sharing pages, only the touched one is accepted: to accept its neighbours
+/// would take them from both.
+#[test]
+fn a_touch_takes_no_page_that_is_shared() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
+        let shared = [SHARED | 0x20_5000, 0x1000];
+        let done = ask(service, vp, SubFunction::MAP_GPA, shared);
+        assert_eq!(done, Ok((HostStatus::SUCCESS, 0)));
+        assert_eq!(touch(service, vp, 0x20_3123), Next::Resume);
+        assert_eq!(*sept.accepted.borrow(), [0x20_3000]);
+        let state = |gpa| service.engine.state(Frame::containing(gpa));
+        assert_eq!(state(0x20_5000), Some(PageState::Unaccepted));
+        assert_eq!(touch(service, vp, 0x40_3123), Next::Resume);
+        assert_eq!(*sept.accepted.borrow(), [0x20_3000, 0x40_0000]);
+    });
+}
+
+/// What was accepted on touch is accepted: the guest that asks after all hears that.
+#[test]
+fn what_was_touched_is_already_accepted() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
+        assert_eq!(touch(service, vp, 0x20_3123), Next::Resume);
+        let already = Status::PAGE_ALREADY_ACCEPTED.with(0);
+        assert_eq!(accept(service, vp, 0x20_7000), already);
+        assert_eq!(sept.accepted.borrow().len(), 1);
+    });
+}
+
+const AHEAD: Acceptance = Acceptance {
+    policy: AcceptPolicy::AHEAD,
+    ..Acceptance::LAZY
+};
+
+/// Pages that are ready are the guest's without an instruction, and to it they are as new as others.
+#[test]
+fn a_claim_executes_no_accept() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with_policy(&sept, &model, AHEAD, |service, vp| {
+        let wanted = service
+            .ahead
+            .steps_until_wanted(service.engine, || false)
+            .unwrap();
+        assert!(!wanted);
+        // All but the paravisor's.
+        let executed = sept.accepted.borrow().len();
+        assert_eq!(executed, REGIONS - 1);
+        let state = |gpa| service.engine.state(Frame::containing(gpa));
+        assert_eq!(state(0x20_1000), Some(PageState::Ahead));
+        // Until it asks they are not there for it.
+        assert_eq!(touch(service, vp, 0x20_1000), Next::Resume);
+        assert_eq!(injected(vp), Some(VE));
+        let attributes = [(RCX, 0x20_1000)];
+        assert_eq!(call(service, vp, Leaf::MEM_PAGE_ATTR_RD, &attributes), 0);
+        assert_ne!(vp.gprs()[RCX] & MAPPING_PENDING, 0);
+
+        assert_eq!(accept(service, vp, 0x20_1000), 0);
+        assert_eq!(state(0x20_1000), Some(PageState::Accepted));
+        assert_eq!(state(0x20_2000), Some(PageState::Ahead));
+        assert_eq!(accept(service, vp, 0x40_0001), 0);
+        let already = Status::PAGE_ALREADY_ACCEPTED.with(0);
+        assert_eq!(accept(service, vp, 0x20_1000), already);
+        assert_eq!(sept.accepted.borrow().len(), executed);
+    });
+}
+
+/// Whoever steps looks before each step, so nobody waits for more than the one that was begun.
+#[test]
+fn a_processor_that_is_wanted_takes_no_further_step() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with_policy(&sept, &model, AHEAD, |service, _| {
+        let executed = || sept.accepted.borrow().len();
+        let steps = |wanted: &dyn Fn() -> bool| {
+            service
+                .ahead
+                .steps_until_wanted(service.engine, wanted)
+                .unwrap()
+        };
+        assert!(steps(&|| true));
+        assert_eq!(executed(), 0);
+        assert!(steps(&|| executed() == 3));
+        assert_eq!(executed(), 3);
+    });
+    // On request only, there is nothing to do in between.
+    let sept = Sept::default();
+    with(&sept, &model, Touch::FAULT, |service, _| {
+        let wanted = service.ahead.steps_until_wanted(service.engine, || false);
+        assert_eq!(wanted, Ok(false));
+        assert!(sept.accepted.borrow().is_empty());
+    });
+}
+
+/// What the guest shares is not made private by anybody but itself, whether it was ready or not.
+#[test]
+fn what_is_shared_is_not_accepted_ahead() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with_policy(&sept, &model, AHEAD, |service, vp| {
+        let share = |vp: &mut Vp, gpa: u64| {
+            let done = ask(service, vp, SubFunction::MAP_GPA, [SHARED | gpa, 0x1000]);
+            assert_eq!(done, Ok((HostStatus::SUCCESS, 0)));
+        };
+        share(vp, 0x60_3000);
+        let finish = || {
+            let wanted = service.ahead.steps_until_wanted(service.engine, || false);
+            assert_eq!(wanted, Ok(false));
+        };
+        finish();
+        assert!(!sept.accepted.borrow().contains(&0x60_0000));
+        share(vp, 0x20_5000);
+        finish();
+        let state = |gpa| service.engine.state(Frame::containing(gpa));
+        for gpa in [0x20_5000, 0x60_3000] {
+            assert_eq!(state(gpa), Some(PageState::Unaccepted), "{gpa:#x}");
+        }
+        assert_eq!(state(0x20_6000), Some(PageState::Ahead));
+        let asked = model.asked.borrow().len();
+        assert_eq!(asked, 2, "the host was asked for what the guest asked");
+    });
+}
+
+/// The regions behind a request, out of the same budget.
+#[test]
+fn an_accept_reads_ahead() {
+    let (sept, model) = (Sept::default(), Model::default());
+    let acceptance = Acceptance {
+        read_ahead: 2,
+        ..AHEAD
+    };
+    with_policy(&sept, &model, acceptance, |service, vp| {
+        assert_eq!(accept(service, vp, 0x20_0001), 0);
+        assert_eq!(*sept.accepted.borrow(), [0x20_0000, 0x40_0000, 0x60_0000]);
+        let state = service.engine.state(Frame::containing(0x40_0000));
+        assert_eq!(state, Some(PageState::Ahead));
+        // Small pages are no sign of more to come.
+        assert_eq!(accept(service, vp, 0xA0_0000), 0);
+        assert_eq!(sept.accepted.borrow().len(), 4);
+    });
+}
+
+/// I5, before anybody asked.
+#[test]
+fn a_lie_about_a_page_ends_the_walk() {
+    let sept = Sept {
+        lies: true,
+        ..Sept::default()
+    };
+    let model = Model::default();
+    with_policy(&sept, &model, AHEAD, |service, _| {
+        let wanted = service.ahead.steps_until_wanted(service.engine, || false);
+        assert_eq!(wanted, Err(HostLied));
     });
 }
 
@@ -545,7 +718,7 @@ fn a_pending_page_on_record_ends_the_machine() {
             mapping: Mapping { level: 0, pending },
             ..Model::default()
         };
-        with(&sept, &model, Touch::Strict, |service, vp| {
+        with(&sept, &model, Touch::FAULT, |service, vp| {
             let before = sept.accepted.borrow().len();
             assert_eq!(accept(service, vp, 0x3000), 0);
             let wanted = match pending {
@@ -566,7 +739,7 @@ fn a_pending_page_on_record_ends_the_machine() {
 fn no_leaf_and_no_exit_can_break_the_service() {
     let (sept, model) = (Sept::default(), Model::default());
     let values = [0, 1, 0x1000, 0x20_0001, OWNED, SHARED, 1 << 52, u64::MAX];
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         for leaf in (0..40).chain([0xFFFF, 1 << 16 | 7, 2 << 16 | 7, 1 << 63]) {
             for value in values {
                 vp.state.gprs = [value; 16];
@@ -596,7 +769,7 @@ fn no_leaf_and_no_exit_can_break_the_service() {
 #[test]
 fn tdcall_is_for_64_bit_code_at_level_0() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         for (cpl, cs) in [(3, 1 << 29), (0, 0)] {
             vp.injection = None;
             let exit = Exit {
@@ -613,7 +786,7 @@ fn tdcall_is_for_64_bit_code_at_level_0() {
 #[test]
 fn cpuid_is_answered_or_raised() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         let exit = Exit {
             instruction: 2 << 32,
             ..Exit::new(ExitReason::CPUID)
@@ -631,7 +804,7 @@ fn cpuid_is_answered_or_raised() {
 #[test]
 fn an_interrupted_delivery_is_repeated() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Accept, |service, vp| {
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
         let page_fault = 0x8000_0B0E;
         let exit = Exit {
             gpa: 0x5000,
@@ -653,7 +826,7 @@ fn an_interrupted_delivery_is_repeated() {
 #[test]
 fn an_interrupt_that_an_exception_displaces_waits_again() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         vp.post(0x61).unwrap();
         vp.post(0x45).unwrap();
         // As the processor leaves it when it has delivered the first.
@@ -676,7 +849,7 @@ fn an_interrupt_that_an_exception_displaces_waits_again() {
 #[test]
 fn interrupts_are_delivered_again_after_any_exit() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         for (status, vectoring, information, length) in [
             (Status::SUCCESS, 0x8000_1061, 0x8000_0061, 0),
             (
@@ -710,7 +883,7 @@ fn interrupts_are_delivered_again_after_any_exit() {
 #[test]
 fn an_entry_that_was_refused_changes_nothing() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         vp.undefined_opcode();
         let due = vp.injection;
         let exit = Exit {
@@ -727,7 +900,7 @@ fn an_entry_that_was_refused_changes_nothing() {
 #[test]
 fn the_guests_choice_of_a_spurious_vector_is_known() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         for (function, number, value, noted) in [
             (SubFunction::WRMSR, 0x832, 0x155, 0x1FF),
             (SubFunction::RDMSR, 0x80F, 0x1EE, 0x1FF),
@@ -742,7 +915,7 @@ fn the_guests_choice_of_a_spurious_vector_is_known() {
         answer: (HostStatus::INVALID_OPERAND, 0),
         ..Model::default()
     };
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         assert!(ask(service, vp, SubFunction::WRMSR, [0x80F, 0x1EE]).is_ok());
         assert_eq!(vp.spurious, 0x1FF, "the host did not take it");
     });

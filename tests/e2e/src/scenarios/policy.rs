@@ -17,7 +17,7 @@ use crate::vm::{Backing, Config, Settings, Stage, Vc};
 /// The test guest's table has at least so many cases under these policies.
 const LEAST_CASES: usize = 35;
 /// Pages of a step.
-const PAGES_PER_STEP: u64 = 512;
+pub const PAGES_PER_STEP: u64 = 512;
 
 /// All memory before the guest starts.
 pub const EAGER: Acceptance = Acceptance {
@@ -162,7 +162,7 @@ fn boot(
 }
 
 /// What the guest wants run on a processor waits for one step of VMPL0 at most.
-fn starts_wait_a_step(findings: &mut Findings, report: &Report) {
+pub fn starts_wait_a_step(findings: &mut Findings, report: &Report) {
     let longest = report
         .vcpus
         .iter()

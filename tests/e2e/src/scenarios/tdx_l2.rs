@@ -4,17 +4,20 @@
 
 use anyhow::Result;
 use igvm_build::sidecar::Sidecar;
-use protocols::launch::{Acceptance, Fault};
-use protocols::report::Outcome;
+use protocols::launch::{Acceptance, Fault, Touch};
+use protocols::report::{Outcome, Report};
 use protocols::terminate::{Reason, ReasonSet, TurnstileReason};
 
 use super::cases::{self, Transcript};
+use super::policy::{self, AHEAD, EAGER};
 use crate::image::Recipe;
 use crate::scenario::{Context, Findings, GUEST_LIMIT, Scenario};
 use crate::vm::{Backing, Config, Cores, Finished, Settings};
 
 /// The table has at least so many cases.
 const LEAST_CASES: usize = 100;
+/// The tables for memory that is accepted before the guest asks have at least so many.
+const LEAST_SPECIAL_CASES: usize = 5;
 
 /// A lie of the host's, by the name of the machine's setting, and the reason it must meet.
 const LIES: [(&str, TurnstileReason); 6] = [
@@ -44,15 +47,33 @@ const AT_ONCE: [&str; 6] = [
     "a_busy_entry_is_told",
 ];
 
+/// Memory is accepted on request, or when it is touched.
+const ON_TOUCH: Acceptance = Acceptance {
+    touch: Touch::ACCEPT,
+    ..Acceptance::LAZY
+};
+
+/// When memory is accepted before the guest asks: in a scenario's name, which is the name of the guest's
+/// table as well.
+const POLICIES: [(&str, Acceptance); 3] = [("eager", EAGER), ("ahead", AHEAD), ("touch", ON_TOUCH)];
+
 pub fn scenarios() -> Vec<Scenario> {
     let good = Backing::BOTH.into_iter().map(|backing| {
         Scenario::new(format!("tdx_l2/{}", backing.name()), move |context| {
             go_through(context, backing)
         })
     });
-    let hostile = LIES.into_iter().map(|(lie, reason)| {
-        Scenario::new(format!("tdx_l2/hostile/{lie}"), move |context| {
-            meets(context, lie, reason)
+    let policies = POLICIES.into_iter().flat_map(|(table, acceptance)| {
+        Backing::BOTH.into_iter().map(move |backing| {
+            let name = format!("tdx_l2/policy-{table}-{}", backing.name());
+            let scenario = Scenario::new(name, move |context| {
+                under_policy(context, table, acceptance, backing)
+            });
+            // Every day with large pages, which need less time.
+            match backing {
+                Backing::Large => scenario,
+                Backing::Small => scenario.only_in_full(),
+            }
         })
     });
     let re_added = RE_ADDED.into_iter().flat_map(|(how, vcpus, end)| {
@@ -61,7 +82,29 @@ pub fn scenarios() -> Vec<Scenario> {
             Scenario::new(name, move |context| re_add(context, backing, vcpus, end))
         })
     });
-    good.chain(hostile).chain(re_added).collect()
+    let hostile = LIES.into_iter().map(|(lie, reason)| {
+        Scenario::new(format!("tdx_l2/hostile/{lie}"), move |context| {
+            meets(context, lie, reason, None)
+        })
+    });
+    // An exchanged page that nobody has asked for yet.
+    let exchanged = [("eager", EAGER), ("ahead", AHEAD)].map(|policy| {
+        let name = format!("tdx_l2/hostile/re-add-{}", policy.0);
+        Scenario::new(name, move |context| {
+            meets(
+                context,
+                "re-add",
+                TurnstileReason::NOT_VALIDATED,
+                Some(policy),
+            )
+        })
+        .only_in_full()
+    });
+    good.chain(policies)
+        .chain(hostile)
+        .chain(exchanged)
+        .chain(re_added)
+        .collect()
 }
 
 /// Nothing of the guest's can break the paravisor, and nothing is accepted twice.
@@ -70,11 +113,7 @@ fn go_through(context: &Context, backing: Backing) -> Result<Findings> {
         backing,
         ..Settings::default()
     };
-    let (config, sidecar) = machine(context, settings, 2)?;
-    let finished = config.run(GUEST_LIMIT, |_| {})?;
-    let mut findings = Findings::default();
-    findings.good_td_run(&finished, &sidecar)?;
-    cases::judge(&mut findings, &finished, LEAST_CASES)?;
+    let (mut findings, finished) = judged(context, Acceptance::LAZY, settings, LEAST_CASES)?;
     let transcript = Transcript::parse(&String::from_utf8_lossy(&finished.output));
     for wanted in AT_ONCE {
         let there = transcript.checks.iter().any(|check| check.name == wanted);
@@ -83,13 +122,86 @@ fn go_through(context: &Context, backing: Backing) -> Result<Findings> {
     Ok(findings)
 }
 
-/// The paravisor ends the machine with the reason that names the lie, and has accepted nothing twice.
-fn meets(context: &Context, lie: &str, reason: TurnstileReason) -> Result<Findings> {
+/// Memory is accepted before the guest asks, which it sees only by what it does not wait for.
+fn under_policy(
+    context: &Context,
+    table: &'static str,
+    acceptance: Acceptance,
+    backing: Backing,
+) -> Result<Findings> {
     let settings = Settings {
-        hostile: Some(lie.to_owned()),
+        backing,
+        table: Some(table),
         ..Settings::default()
     };
-    let (config, _) = machine(context, settings, 2)?;
+    let (mut findings, finished) = judged(context, acceptance, settings, LEAST_SPECIAL_CASES)?;
+    let report = finished.report()?;
+    policy::starts_wait_a_step(&mut findings, report);
+    if acceptance.touch == Touch::FAULT {
+        let awaited: u64 = report.vcpus.iter().map(|vcpu| vcpu.awaited_starts).sum();
+        findings.check("the second processor was awaited", awaited > 0, || {
+            awaited.to_string()
+        });
+        all_at_work(&mut findings, acceptance, report);
+    }
+    Ok(findings)
+}
+
+/// Who accepted memory: under eager both processors, under ahead the one that the guest left idle.
+fn all_at_work(findings: &mut Findings, acceptance: Acceptance, report: &Report) {
+    let accepted = |index: usize| {
+        let level = report.vcpus.get(index).and_then(|vcpu| vcpu.levels.first());
+        level.map_or(0, |level| {
+            level.accept.size_4k.ok + level.accept.size_2m.ok * policy::PAGES_PER_STEP
+        })
+    };
+    let (first, second) = (accepted(0), accepted(1));
+    // What the first accepts for the paravisor and on request is less.
+    let least = match acceptance {
+        EAGER => report.memory.guest_pages / 8,
+        _ => report.memory.guest_pages / 4,
+    };
+    findings.check(
+        "the second processor has accepted memory",
+        second >= least,
+        || {
+            format!(
+                "{first} and {second} of {} pages",
+                report.memory.guest_pages
+            )
+        },
+    );
+}
+
+/// A run whose guest judges, with what holds of every good one.
+fn judged(
+    context: &Context,
+    acceptance: Acceptance,
+    settings: Settings,
+    least_cases: usize,
+) -> Result<(Findings, Finished)> {
+    let (config, sidecar) = machine(context, acceptance, settings, 2)?;
+    let finished = config.run(GUEST_LIMIT, |_| {})?;
+    let mut findings = Findings::default();
+    findings.good_td_run(&finished, &sidecar)?;
+    cases::judge(&mut findings, &finished, least_cases)?;
+    Ok((findings, finished))
+}
+
+/// The paravisor ends the machine with the reason that names the lie, and has accepted nothing twice.
+fn meets(
+    context: &Context,
+    lie: &str,
+    reason: TurnstileReason,
+    policy: Option<(&'static str, Acceptance)>,
+) -> Result<Findings> {
+    let (table, acceptance) = policy.unzip();
+    let settings = Settings {
+        hostile: Some(lie.to_owned()),
+        table,
+        ..Settings::default()
+    };
+    let (config, _) = machine(context, acceptance.unwrap_or(Acceptance::LAZY), settings, 2)?;
     let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
     ended_with(&mut findings, &finished, reason)?;
@@ -103,7 +215,7 @@ fn re_add(context: &Context, backing: Backing, vcpus: u32, end: &str) -> Result<
         hostile: Some("re-add".to_owned()),
         ..Settings::default()
     };
-    let (config, _) = machine(context, settings, vcpus)?;
+    let (config, _) = machine(context, Acceptance::LAZY, settings, vcpus)?;
     let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
     let transcript = Transcript::parse(&String::from_utf8_lossy(&finished.output));
@@ -138,13 +250,18 @@ fn ended_with(findings: &mut Findings, finished: &Finished, reason: TurnstileRea
 }
 
 /// A trust domain with the paravisor as L1 and the test guest.
-fn machine(context: &Context, settings: Settings, vcpus: u32) -> Result<(Config, Sidecar)> {
+fn machine(
+    context: &Context,
+    acceptance: Acceptance,
+    settings: Settings,
+    vcpus: u32,
+) -> Result<(Config, Sidecar)> {
     let (image, sidecar) = context.image_of(Recipe {
         paravisor: &context.artefacts.paravisor,
         firmware: Some(&context.artefacts.svsm_cases),
         td_firmware: Some(&context.artefacts.l2_cases),
         fault: Fault::NONE,
-        acceptance: Acceptance::LAZY,
+        acceptance,
     })?;
     let settings = Settings {
         tdx: true,
@@ -152,6 +269,12 @@ fn machine(context: &Context, settings: Settings, vcpus: u32) -> Result<(Config,
         ..settings
     };
     let config = Config {
+        // Under ahead there is to be work left when the guest wants the processor that does it.
+        memory: match acceptance {
+            EAGER => "1G",
+            _ => "2G",
+        }
+        .into(),
         // The processors of a trust domain start at once.
         vcpus,
         cores: Cores::All,

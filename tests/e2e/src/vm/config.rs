@@ -129,6 +129,9 @@ pub struct Settings {
     pub trace: Trace,
     /// How the machine itself breaks: `panic` or `exception`.
     pub breakage: Option<&'static str>,
+    /// Which table a test guest goes through that cannot see for itself what it is run for: `eager`,
+    /// `ahead` or `touch`.
+    pub table: Option<&'static str>,
     /// The image's native platform, in a guest without SEV-SNP: the machine's plain mode.
     pub native: bool,
     /// The image's TDX platform: the machine is a trust domain.
@@ -163,6 +166,9 @@ impl Settings {
         }
         if let Some(breakage) = self.breakage {
             let _ = writeln!(text, "break={breakage}");
+        }
+        if let Some(table) = self.table {
+            let _ = writeln!(text, "table={table}");
         }
         if self.native {
             text.push_str("platform=native\n");
@@ -421,13 +427,14 @@ mod tests {
             hostile: Some("map-wrap".into()),
             trace: Trace::All,
             breakage: Some("panic"),
+            table: Some("ahead"),
             native: true,
             ..Settings::default()
         };
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\nlow-end=0x8000000\ntd-hob=0x809000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplatform=native\n"
+                "referee=0x8100000\nlow-end=0x8000000\ntd-hob=0x809000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\ntable=ahead\nplatform=native\n"
             ),
             "{text}"
         );

@@ -32,7 +32,7 @@ pub mod tdcall;
 #[cfg(test)]
 mod tests;
 pub mod ve;
-mod vmcall;
+pub(crate) mod vmcall;
 
 use alloc::boxed::Box;
 use alloc::string::String;

@@ -207,6 +207,16 @@ fn never_arrives(number: u64, value: u64) -> bool {
     number == X2APIC_ICR && value >> 8 & 7 <= LOWEST_PRIORITY && value & 0xFF < FIRST_VECTOR
 }
 
+/// The processor that an interrupt command is for, if it sends an interrupt to one alone.
+pub(crate) const fn interrupts(command: u64) -> Option<VcpuId> {
+    /// Delivery mode, logical destination, shorthand: all zero for a fixed interrupt to one APIC id.
+    const NOT_ONE: u64 = 7 << 8 | 1 << 11 | 3 << 18;
+    if command & NOT_ONE != 0 {
+        return None;
+    }
+    Some(VcpuId((command >> 32) as u32))
+}
+
 /// IN and OUT.
 fn port_access(seen: &mut Gprs, cpu: &mut dyn Cpu) -> Status {
     let bytes = seen[R12];
@@ -273,7 +283,20 @@ fn fatal_error(seen: &[u64; COUNT]) -> End {
 
 #[cfg(test)]
 mod tests {
-    use super::never_arrives;
+    use super::*;
+
+    #[test]
+    fn an_interrupt_for_one_processor_is_known() {
+        assert_eq!(interrupts(1 << 32 | 0x3F), Some(VcpuId(1)));
+        for value in [
+            1 << 32 | 4 << 8,
+            1 << 32 | 1 << 11 | 0x3F,
+            1 << 18 | 0x3F,
+            3 << 18 | 0x3F,
+        ] {
+            assert_eq!(interrupts(value), None, "{value:#x}");
+        }
+    }
 
     #[test]
     fn vectors_of_exceptions_are_kept_back_and_nothing_else_is() {

@@ -115,7 +115,13 @@ fn tdcall(vcpu: &mut Vcpu, length: u64) -> Flow {
             show_accepted(vcpu, &asked, gprs[register::RAX]);
             let flow = vcpu.skip(length);
             vcpu.release_held_nmi();
-            served.after.carry_out(id).unwrap_or(flow)
+            let command = served.after.interrupt_command();
+            let flow = served.after.carry_out(id).unwrap_or(flow);
+            // Now that it is sent: what its processor does from here on is done while it waits.
+            if let Some(command) = command {
+                vcpu.lock().platform.count_interrupt(command);
+            }
+            flow
         }
         Outcome::Halt { blocked } => {
             vcpu.set_general_registers(&gprs);

@@ -76,6 +76,11 @@ pub struct After {
 }
 
 impl After {
+    /// The interrupt command, if there was one.
+    pub const fn interrupt_command(&self) -> Option<u64> {
+        self.icr
+    }
+
     /// Does it; the end of the run, if it is that.
     pub fn carry_out(self, id: VcpuId) -> Option<Flow> {
         if let Some(end) = self.ended {
