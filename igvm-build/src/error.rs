@@ -116,7 +116,7 @@ pub enum Error {
     },
     /// The firmware for trust domains cannot be used.
     #[error(
-        "not a usable firmware for trust domains ({reason}); use OVMF.inteltdx.fd of ovmf-inteltdx 2026.08 or newer"
+        "not a usable firmware for trust domains ({reason}); use OVMF.inteltdx.ms.fd of ovmf-inteltdx 2026.08 or newer"
     )]
     TdFirmware {
         /// What is wrong with it.

@@ -12,6 +12,7 @@ use igvm_build::error::FileError;
 use igvm_build::flat::elf_to_flat;
 use igvm_build::sidecar::hex;
 use igvm_build::td;
+use igvm_build::td_firmware::{TdFirmware, with_variables};
 use serde::Serialize;
 
 mod build;
@@ -48,6 +49,8 @@ enum Command {
     Build(build::Build),
     /// Build the image of a trust domain: every page of an ELF file that brings its own reset vector
     Td(Td),
+    /// Build the image of a trust domain whose firmware is its only software: no paravisor
+    TdFirmware(TdFirmwareOnly),
     /// Say what is in an IGVM file, and its measurements
     Show(show::Show),
     /// Compute the launch digest or MRTD of an IGVM file, or the launch digest of an OVMF image
@@ -77,6 +80,18 @@ struct Td {
 }
 
 #[derive(Args)]
+struct TdFirmwareOnly {
+    /// The firmware, a TDVF .fd
+    firmware: PathBuf,
+    /// Take the variables from this image or variable store instead of the firmware's own
+    #[arg(long, value_name = "FILE")]
+    variables: Option<PathBuf>,
+    /// Where to write the image
+    #[arg(long)]
+    out: PathBuf,
+}
+
+#[derive(Args)]
 struct Flat {
     /// The ELF file
     elf: PathBuf,
@@ -94,6 +109,7 @@ impl Arguments {
         match self.command {
             Command::Build(build) => build.run()?,
             Command::Td(td) => td.run()?,
+            Command::TdFirmware(firmware) => firmware.run()?,
             Command::Show(show) => show.run()?,
             Command::Measure(measure) => measure.run()?,
             Command::Check(check) => return check.run(),
@@ -119,6 +135,21 @@ impl Td {
     }
 }
 
+impl TdFirmwareOnly {
+    fn run(&self) -> Result<()> {
+        let mut bytes = read(&self.firmware, TDVF)?;
+        if let Some(file) = &self.variables {
+            let store = read(file, "an OVMF image or variable store")?;
+            bytes = with_variables(&bytes, &store).map_err(FileError::content(&self.firmware))?;
+        }
+        let parsed = TdFirmware::parse(&bytes).map_err(FileError::content(&self.firmware))?;
+        let built = td::build_firmware(&parsed).map_err(FileError::content(&self.firmware))?;
+        write(&self.out, &built.image.bytes)?;
+        let (mrtd, hob) = (hex(&built.image.mrtd), built.hob);
+        print(&format!("MRTD {mrtd}\nhand-off blocks {hob:#x}\n"))
+    }
+}
+
 impl Flat {
     fn run(&self) -> Result<()> {
         let bytes = read(&self.elf, "an ELF file, build it with `cargo xtask build`")?;
@@ -129,6 +160,9 @@ impl Flat {
 
 /// What an IGVM file is expected to be, for messages.
 const IGVM: &str = "an IGVM file, build one with `igvm-build build`";
+
+/// What a firmware for trust domains is expected to be, for messages.
+const TDVF: &str = "OVMF.inteltdx.ms.fd of Debian's ovmf-inteltdx 2026.08 or newer";
 
 /// `file` with `suffix` behind its whole name.
 fn with_suffix(file: &Path, suffix: &str) -> PathBuf {

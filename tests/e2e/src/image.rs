@@ -16,7 +16,7 @@ pub use igvm_build::handover::Item;
 use igvm_build::image::{self, Options};
 use igvm_build::sidecar::{Sidecar, hex};
 use igvm_build::td;
-use igvm_build::td_firmware::TdFirmware;
+use igvm_build::td_firmware::{TdFirmware, with_variables};
 use protocols::launch::{Acceptance, Fault};
 
 /// The emulated machine's C-bit: its nested tables have four levels, so 47 is the highest bit that
@@ -108,6 +108,35 @@ pub fn write_td(elf: &Path, out: &Path) -> Result<String> {
     let image = td::build(&program).map_err(FileError::content(elf))?;
     write(out, &image.bytes)?;
     Ok(hex(&image.mrtd))
+}
+
+/// The image of a trust domain whose firmware is its only software.
+#[derive(Clone, Debug)]
+pub struct TdFirmwareImage {
+    /// Its measurement, hexadecimal.
+    pub mrtd: String,
+    /// Where the host writes the hand-off blocks.
+    pub hob: u64,
+}
+
+/// Builds the image of a trust domain that runs `firmware`, without a paravisor, and writes it to `out`.
+pub fn write_td_firmware(firmware: &Path, out: &Path) -> Result<TdFirmwareImage> {
+    let bytes = read(firmware, "a TDVF image")?;
+    let parsed = TdFirmware::parse(&bytes).map_err(FileError::content(firmware))?;
+    let built = td::build_firmware(&parsed).map_err(FileError::content(firmware))?;
+    write(out, &built.image.bytes)?;
+    Ok(TdFirmwareImage {
+        mrtd: hex(&built.image.mrtd),
+        hob: built.hob,
+    })
+}
+
+/// Writes to `out` the TDVF image `firmware` with the variables of `store`.
+pub fn write_with_variables(firmware: &Path, store: &Path, out: &Path) -> Result<()> {
+    let image = read(firmware, "a TDVF image")?;
+    let store = read(store, "an OVMF image or variable store")?;
+    let image = with_variables(&image, &store).map_err(FileError::content(firmware))?;
+    write(out, &image)
 }
 
 /// Where the description of an image lies.

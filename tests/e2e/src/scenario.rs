@@ -39,6 +39,8 @@ pub struct Artefacts {
     pub l2_cases: PathBuf,
     /// The default firmware.
     pub ovmf: PathBuf,
+    /// The firmware of trust domains, if a chosen scenario boots it.
+    pub td_firmware: Option<PathBuf>,
     /// The firmware that the chosen scenarios need, the default one included.
     pub firmwares: BTreeMap<Firmware, PathBuf>,
     /// The kernels that the chosen scenarios need, the default one included.
@@ -69,6 +71,12 @@ impl Artefacts {
             Some(Err(reason)) => bail!("the disk with kernel {}: {reason}", kernel.name()),
             None => bail!("the disk with kernel {}: not asked for", kernel.name()),
         }
+    }
+
+    /// The firmware of trust domains, for a scenario that said it boots it.
+    pub fn td_firmware(&self) -> Result<&Path> {
+        let found = self.td_firmware.as_deref();
+        found.context("OVMF for TDX: not fetched for this scenario")
     }
 
     /// What UKIs are made with, for a scenario that said it makes one.
@@ -109,6 +117,8 @@ pub struct Scenario {
     pub kernel: Kernel,
     /// The firmware it boots; the default one is there always.
     pub firmware: Firmware,
+    /// Whether it boots the firmware of trust domains.
+    pub trust_domain: bool,
     /// Whether it runs the stress program.
     pub stress: bool,
     /// Whether it boots its kernel from the disk.
@@ -135,6 +145,7 @@ impl Scenario {
             full_only: false,
             kernel: Kernel::default(),
             firmware: Firmware::default(),
+            trust_domain: false,
             stress: false,
             disk: false,
             uki: false,
@@ -161,6 +172,15 @@ impl Scenario {
     #[must_use]
     pub fn started_by(self, firmware: Firmware) -> Scenario {
         Scenario { firmware, ..self }
+    }
+
+    /// The same, started by the firmware of trust domains.
+    #[must_use]
+    pub fn in_trust_domain(self) -> Scenario {
+        Scenario {
+            trust_domain: true,
+            ..self
+        }
     }
 
     /// The same, with the stress program in the guest.
@@ -253,7 +273,8 @@ impl Findings {
         );
     }
 
-    fn referee_agrees(&mut self, report: &Report) {
+    /// The paravisor's map and the machine say the same of every page.
+    pub fn referee_agrees(&mut self, report: &Report) {
         let verdict = report.referee.clone().unwrap_or_default();
         self.check("the referee looked at pages", verdict.checked > 0, || {
             "none".into()

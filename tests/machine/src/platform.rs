@@ -130,6 +130,11 @@ impl<P: PhysicalMemory> Platform<P> {
         self.host.add_window(gpa, bytes, spa)
     }
 
+    /// Makes the legacy hole below 1 MiB memory, backed by machine memory at `spa`.
+    pub fn add_legacy(&mut self, spa: Spa) -> Result<(), LayoutError> {
+        self.host.add_legacy(spa)
+    }
+
     /// The memory map.
     pub const fn layout(&self) -> &Layout {
         self.host.layout()

@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use e2e::guests::{Firmware, Kernel};
+use e2e::guests::{Firmware, Kernel, TdFirmware};
 use e2e::scenario::{Artefacts, Check, Context, Scenario};
 use e2e::scenarios;
 use e2e::vm::Logs;
@@ -128,6 +128,14 @@ fn artefacts(
             place.insert(fetch::guests::firmware(firmware).obtain(layout)?);
         }
     }
+    let td_firmware = if scenarios.iter().any(|s| s.trust_domain) {
+        Some(fetch::guests::obtain_td_firmware(
+            layout,
+            TdFirmware::default(),
+        )?)
+    } else {
+        None
+    };
     let mut stress = BTreeMap::new();
     for kernel in scenarios.iter().filter(|s| s.stress).map(|s| s.kernel) {
         if let (Entry::Vacant(place), Some(file)) = (stress.entry(kernel), kernels.get(&kernel)) {
@@ -167,6 +175,7 @@ fn artefacts(
         tdx_cases: tests.tdx_cases,
         l2_cases: tests.l2_cases,
         ovmf,
+        td_firmware,
         firmwares,
         kernels,
         disks,

@@ -5,6 +5,7 @@
 //! | [`isa`] | does the machine behave as the architecture says, without any paravisor? |
 //! | [`tdx`] | does it behave as TDX says when it is a trust domain? |
 //! | [`tdx_l2`] | does the paravisor serve the guest of a trust domain? |
+//! | [`tdx_boot`] | does an unmodified Debian boot in a trust domain? |
 //! | [`svsm_calls`] | does the paravisor answer good and bad calls as it must? |
 //! | [`bench`] | does a call cost what it may? |
 //! | [`boot`] | does an unmodified Debian boot, its memory accepted by the paravisor? |
@@ -44,6 +45,7 @@ mod policy;
 mod stress;
 mod svsm_calls;
 mod tdx;
+mod tdx_boot;
 mod tdx_l2;
 mod tools;
 
@@ -66,6 +68,7 @@ pub fn all() -> Vec<Scenario> {
         observe::scenarios(),
         faults::scenarios(),
         boot::scenarios(),
+        tdx_boot::scenarios(),
         boot_memory::scenarios(),
         policy::scenarios(),
         ends::scenarios(),

@@ -115,6 +115,8 @@ pub struct Settings {
     pub map_descriptor: Option<u64>,
     /// Where memory below 4 GiB ends for a firmware that asks fw_cfg instead of the paravisor.
     pub low_end: Option<u64>,
+    /// Where the firmware of a trust domain looks for hand-off blocks, if the host is to write them.
+    pub td_hob: Option<u64>,
     /// Whether a test guest may ask the machine about its state.
     pub oracle: bool,
     /// QEMU counts instructions: a tick of the time stamp counter is an instruction, time passes by
@@ -142,6 +144,9 @@ impl Settings {
         }
         if let Some(gpa) = self.low_end {
             let _ = writeln!(text, "low-end={gpa:#x}");
+        }
+        if let Some(gpa) = self.td_hob {
+            let _ = writeln!(text, "td-hob={gpa:#x}");
         }
         if self.oracle {
             text.push_str("oracle=on\n");
@@ -275,6 +280,10 @@ impl Config {
         let counts = self.settings.icount;
         let threads = if counts { "single" } else { "multi" };
         let mut qemu = hardware(&self.qemu, &self.memory, low_memory, self.vcpus, threads);
+        if self.settings.tdx {
+            // As QEMU has it for a trust domain, which takes no interrupt that an APIC has not sent.
+            qemu.args(["-machine", "pic=off"]);
+        }
         if counts {
             if self.vcpus != 1 {
                 bail!(
@@ -402,6 +411,7 @@ mod tests {
         let settings = Settings {
             map_descriptor: Some(0x810_0000),
             low_end: Some(0x800_0000),
+            td_hob: Some(0x80_9000),
             oracle: true,
             icount: true,
             hostile: Some("map-wrap".into()),
@@ -413,7 +423,7 @@ mod tests {
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplatform=native\n"
+                "referee=0x8100000\nlow-end=0x8000000\ntd-hob=0x809000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\nplatform=native\n"
             ),
             "{text}"
         );

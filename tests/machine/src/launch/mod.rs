@@ -13,6 +13,7 @@
 //! | [`file`] | the IGVM format and everything that may be wrong with a file |
 //! | [`order`] | the order in which QEMU launches |
 //! | [`parameters`] | the untrusted words of the host, and its lies |
+//! | [`hob`] | the same for the firmware of a trust domain |
 //! | [`pages`] | the secrets and CPUID pages |
 //! | [`plain`] | loading an image where nothing is confidential |
 //! | [`vmsa`] | which processor states are taken |
@@ -35,7 +36,7 @@ use protocols::report::{Event, Launch, LaunchPages};
 use zerocopy::IntoBytes;
 
 use crate::cpuid::Table;
-use crate::layout::{Backing, LayoutError};
+use crate::layout::{self, Backing, LEGACY_HOLE, LayoutError};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::settings::PlatformKind;
@@ -45,6 +46,7 @@ use crate::types::{Gpa, PAGE_SIZE, PageSize, Spa, VcpuId, Vmpl};
 mod crc32;
 pub mod digest;
 pub mod file;
+pub mod hob;
 pub mod id_block;
 pub mod order;
 pub mod pages;
@@ -130,6 +132,8 @@ pub enum LaunchError {
     NotPlain(Gpa),
     /// The native context has something where it must be zero.
     Context,
+    /// The settings want hand-off blocks here, and the image has no parameter area for them.
+    NoHobArea(Gpa),
     /// The settings want the native platform, which is loaded and not launched.
     NotConfidential,
 }
@@ -176,6 +180,10 @@ impl fmt::Display for LaunchError {
             Self::Contexts(count) => write!(f, "{count} VMSAs; expected one"),
             Self::NotPlain(gpa) => write!(f, "page {gpa:#x} is for confidential guests only"),
             Self::Context => write!(f, "the native context has reserved bits set"),
+            Self::NoHobArea(gpa) => write!(
+                f,
+                "the image has no parameter area at {gpa:#x} for hand-off blocks"
+            ),
             Self::NotConfidential => write!(f, "the native platform is not launched"),
         }
     }
@@ -189,6 +197,8 @@ struct InProgress {
     digest: Measurement,
     pages: LaunchPages,
     areas: BTreeMap<u32, Vec<u8>>,
+    /// Where the image's pages lie, ascending.
+    launched: Vec<Range<u64>>,
 }
 
 impl<P: PhysicalMemory> Platform<P> {
@@ -218,8 +228,20 @@ impl<P: PhysicalMemory> Platform<P> {
         if contexts != usize::from(!is_td) {
             return Err(LaunchError::Contexts(contexts));
         }
+        if let Some(wanted) = self.settings.td_hob
+            && !file
+                .directives
+                .iter()
+                .any(|d| matches!(d, Directive::Insert { gpa, .. } if *gpa == wanted))
+        {
+            return Err(LaunchError::NoHobArea(wanted));
+        }
+        if is_td && self.layout().place(Gpa::new(LEGACY_HOLE.start)).is_none() {
+            self.fill_legacy_hole(environment)?;
+        }
         self.find_memory(&file.directives, environment)?;
-        let own = self.own_range(&file.directives);
+        let launched = launched_ranges(&file.directives);
+        let own = self.own_range(&launched);
 
         let mut state = InProgress {
             digest: if is_td {
@@ -229,6 +251,7 @@ impl<P: PhysicalMemory> Platform<P> {
             },
             pages: LaunchPages::default(),
             areas: BTreeMap::new(),
+            launched,
         };
         let directives = if is_td {
             file.directives
@@ -266,6 +289,15 @@ impl<P: PhysicalMemory> Platform<P> {
         Ok(launched)
     }
 
+    /// The RAM that QEMU tells a trust domain of has no hole below 1 MiB: OVMF accepts it, and Linux
+    /// looks there for ROMs with private accesses.
+    fn fill_legacy_hole(&mut self, environment: &mut Environment<'_>) -> Result<(), LaunchError> {
+        let pages = (LEGACY_HOLE.end - LEGACY_HOLE.start) / PAGE_SIZE;
+        let spa =
+            (environment.allocate)(pages as usize).ok_or(LaunchError::OutOfMemory { pages })?;
+        self.add_legacy(spa).map_err(LaunchError::Layout)
+    }
+
     /// Puts memory of the machine where the image wants pages and there is no RAM, as QEMU
     /// does, but only where a PC has ROM, and for the VMSA.
     fn find_memory(
@@ -295,16 +327,16 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 
     /// The part of RAM that the image takes: from its first page in RAM to its last.
-    fn own_range(&self, directives: &[Directive<'_>]) -> Range<u64> {
+    fn own_range(&self, launched: &[Range<u64>]) -> Range<u64> {
         let in_ram = |range: &Range<u64>| {
             self.layout()
                 .range(Gpa::new(range.start))
                 .is_some_and(|known| known.backing == Backing::Ram)
         };
-        directives
+        launched
             .iter()
-            .filter_map(launched_range(directives))
-            .filter(in_ram)
+            .filter(|range| in_ram(range))
+            .cloned()
             .reduce(|all, next| all.start.min(next.start)..all.end.max(next.end))
             .unwrap_or(0..0)
     }
@@ -331,7 +363,11 @@ impl<P: PhysicalMemory> Platform<P> {
                 fill(&mut state.areas, index, offset as usize, &value)
             }
             Directive::Insert { gpa, index } => {
-                let area = state.areas.remove(&index).unwrap_or_default();
+                let mut area = state.areas.remove(&index).unwrap_or_default();
+                if self.settings.td_hob == Some(gpa) {
+                    let list = hob::list(gpa.get(), self.layout(), &state.launched);
+                    write_into(&mut area, 0, &list)?;
+                }
                 for (page, data) in area.chunks_exact(PAGE_SIZE as usize).enumerate() {
                     let gpa = Gpa::new(gpa.get() + page as u64 * PAGE_SIZE);
                     self.launch_page(state, PageType::Unmeasured, gpa, &whole_page(Some(data)))?;
@@ -437,6 +473,16 @@ fn launched_range<'d>(
     }
 }
 
+/// What all of them launch, ascending; neighbours are one range.
+fn launched_ranges(directives: &[Directive<'_>]) -> Vec<Range<u64>> {
+    let mut all: Vec<_> = directives
+        .iter()
+        .filter_map(launched_range(directives))
+        .collect();
+    layout::join(&mut all);
+    all
+}
+
 /// Joins ascending page addresses into ranges.
 fn runs(pages: &[u64]) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
@@ -459,6 +505,11 @@ fn fill(
     let area = areas
         .get_mut(&index)
         .ok_or(LaunchError::File(FileError::Area(index)))?;
+    write_into(area, offset, value)
+}
+
+/// Writes what the host says into a part of an area.
+fn write_into(area: &mut [u8], offset: usize, value: &[u8]) -> Result<(), LaunchError> {
     let room = area.len().saturating_sub(offset);
     area.get_mut(offset..)
         .and_then(|area| area.get_mut(..value.len()))

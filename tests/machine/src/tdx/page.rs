@@ -214,7 +214,7 @@ impl<P: PhysicalMemory> Platform<P> {
                     self.host
                         .invalidate(operand.gpa, size, Views::of(level), cause);
                     if let Some(td) = self.td_mut() {
-                        td.note_withdrawn(vm, operand.gpa);
+                        td.note_withdrawn(vcpu, vm, operand.gpa);
                     }
                 }
             }

@@ -16,6 +16,7 @@ pub mod vmcs;
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
+use alloc::vec::Vec;
 
 use protocols::tdx::l2::{
     EnterState, Exit, Flush, GlaList, decode_enter_operand, decode_invgla_operand,
@@ -47,8 +48,19 @@ pub(super) struct L2 {
     status: u16,
     /// It has run since its translations were dropped.
     used: bool,
-    /// And a right to a page was withdrawn since.
-    stale: Option<Gpa>,
+    /// And rights to pages were withdrawn since: by each processor, the first.
+    stale: Vec<Withdrawn>,
+}
+
+/// A right that is withdrawn and may still be used.
+#[derive(Clone, Copy)]
+struct Withdrawn {
+    gpa: Gpa,
+    /// Who has withdrawn it.
+    by: VcpuId,
+    /// That processor has gone on: from now on L1 takes the right for gone. Before, it may be about to
+    /// see to it, and it does not matter whether others run the VM meanwhile.
+    relied_on: bool,
 }
 
 impl Default for L2 {
@@ -59,7 +71,7 @@ impl Default for L2 {
             bitmaps: Box::new([u64::MAX; msr_bitmaps::WORDS]),
             status: 0,
             used: false,
-            stale: None,
+            stale: Vec::new(),
         }
     }
 }
@@ -106,14 +118,26 @@ impl Td {
         Some((inside, vp.l2.get_mut(inside.vm.index())?))
     }
 
-    /// L1 has withdrawn a right of `vm` to `gpa`: processors that have run it may still use it until
-    /// they drop its translations.
-    pub(super) fn note_withdrawn(&mut self, vm: L2Vm, gpa: Gpa) {
+    /// L1 has withdrawn a right of `vm` to `gpa` on processor `by`: processors that have run the VM may
+    /// still use it until they drop its translations.
+    pub(super) fn note_withdrawn(&mut self, by: VcpuId, vm: L2Vm, gpa: Gpa) {
         for vp in &mut self.vps {
             let l2 = &mut vp.l2[vm.index()];
-            if l2.used && l2.stale.is_none() {
-                l2.stale = Some(gpa);
+            if l2.used && l2.stale.iter().all(|withdrawn| withdrawn.by != by) {
+                l2.stale.push(Withdrawn {
+                    gpa,
+                    by,
+                    relied_on: false,
+                });
             }
+        }
+    }
+
+    /// Processor `by` goes on in `vm`: what it has withdrawn is gone as far as L1 knows.
+    fn rely_on_withdrawals(&mut self, by: VcpuId, vm: L2Vm) {
+        let all = self.vps.iter_mut();
+        for withdrawn in all.flat_map(|vp| &mut vp.l2[vm.index()].stale) {
+            withdrawn.relied_on |= withdrawn.by == by;
         }
     }
 
@@ -121,7 +145,8 @@ impl Td {
     pub(super) fn flush_l2(&mut self, vcpu: VcpuId, vm: L2Vm) {
         if let Some(vp) = self.vp(vcpu) {
             let l2 = &mut vp.l2[vm.index()];
-            (l2.used, l2.stale) = (vp.inside.is_some_and(|inside| inside.vm == vm), None);
+            l2.used = vp.inside.is_some_and(|inside| inside.vm == vm);
+            l2.stale.clear();
         }
     }
 }
@@ -132,7 +157,7 @@ impl<P: PhysicalMemory> Platform<P> {
     pub(crate) fn flushed_by_host(&mut self) {
         let Some(td) = self.td_mut() else { return };
         for l2 in td.vps.iter_mut().flat_map(|vp| &mut vp.l2) {
-            l2.stale = None;
+            l2.stale.clear();
         }
     }
 
@@ -165,16 +190,19 @@ impl<P: PhysicalMemory> Platform<P> {
         if let Some(status) = self.entry_fault(vcpu, vm, &controls) {
             return Ok(Entry::Status(status));
         }
-        if flush == Flush::Ept
-            && let Some(td) = self.td_mut()
-        {
-            td.flush_l2(vcpu, vm);
+        if let Some(td) = self.td_mut() {
+            if flush == Flush::Ept {
+                td.flush_l2(vcpu, vm);
+            }
+            td.rely_on_withdrawals(vcpu, vm);
         }
         let Some(l2) = self.l2_mut(vcpu, vm) else {
             return Ok(Entry::Status(Operand::RCX.invalid()));
         };
         l2.used = true;
-        if let Some(gpa) = l2.stale.take() {
+        let relied_on = l2.stale.iter().find(|withdrawn| withdrawn.relied_on);
+        if let Some(&Withdrawn { gpa, .. }) = relied_on {
+            l2.stale.retain(|withdrawn| !withdrawn.relied_on);
             self.counters.violations.stale_translation += 1;
             let why = String::from("an L2 VM goes on with translations that L1 has withdrawn");
             self.refuse(Vmpl::VMPL0, Some(gpa), why);

@@ -184,6 +184,49 @@ fn withdrawn_rights_need_a_flush_on_each_processor_that_ran_the_vm() {
     assert_eq!(stale(&td), 1);
 }
 
+/// Whoever withdraws a right needs time to get the other processors out of the VM. Until it goes on itself
+/// they may enter; from then on they have to flush.
+#[test]
+fn others_may_enter_until_the_withdrawal_is_relied_on() {
+    let other = VcpuId(1);
+    let mut td = entered(Flush::Ept);
+    leave(&mut td);
+    let call = |td: &mut Platform<Sparse>, leaf: Leaf, operands: &[(usize, u64)]| {
+        let mut gprs = [0; COUNT];
+        gprs[RAX] = leaf.0.into();
+        for &(number, value) in operands {
+            gprs[number] = value;
+        }
+        td.tdcall(other, KERNEL, &mut gprs, &mut FakeCpu::default())
+    };
+    let second = |td: &mut Platform<Sparse>, flush| {
+        let enter = [(RCX, enter_operand(VM, flush)), (RDX, STATE.get())];
+        assert_eq!(call(td, Leaf::VP_ENTER, &enter), Outcome::Enter(L2));
+        td.enter(other, L2).unwrap();
+        td.exit_l2(other, Exit::new(ExitReason::HLT), Interruptibility::empty());
+        td.enter(other, L1).unwrap();
+        stale(td)
+    };
+    let field = Field::VIRTUAL_APIC.id(VM).0;
+    let set = [(RDX, field), (R8, APIC.get()), (R9, u64::MAX)];
+    assert_eq!(call(&mut td, Leaf::VP_WR, &set), Outcome::Complete);
+    assert_eq!(second(&mut td, Flush::None), 0);
+    let mask = VM.field(PageAttributes::ALL_ACCESS);
+    let gone = VM.field(PageAttributes::VALID);
+    for flush in [Flush::Ept, Flush::None] {
+        let before = stale(&td);
+        td.write_attributes(GIVEN, PageSize::Size4K, full(VM), mask);
+        td.write_attributes(GIVEN, PageSize::Size4K, gone, mask);
+        assert_eq!(second(&mut td, Flush::None), before, "not yet relied on");
+        assert_eq!(td.enter_l2(Flush::Ept).0, Outcome::Enter(L2));
+        td.enter(CPU0, L2).unwrap();
+        leave(&mut td);
+        let told = u64::from(flush == Flush::None);
+        assert_eq!(second(&mut td, flush), before + told, "{flush:?}");
+        assert_eq!(second(&mut td, Flush::None), before + told, "told once");
+    }
+}
+
 #[test]
 fn msrs_exit_are_virtual_or_native() {
     let mut td = ready();
