@@ -346,6 +346,7 @@ fn what_is_on_its_way_to_the_host_is_nobodys() {
         let answers = RefCell::new(Vec::new());
         let racing = Model {
             asked: RefCell::default(),
+            fatal: RefCell::default(),
             answer: quiet.answer,
             mapping: quiet.mapping,
             meanwhile: || {
@@ -471,7 +472,7 @@ fn a_host_that_does_not_convert_ends_the_machine() {
 #[test]
 fn a_fatal_error_is_told_with_its_whole_text() {
     let (sept, model) = (Sept::default(), Model::default());
-    with(&sept, &model, Touch::Strict, |service, vp| {
+    with(&sept, &model, Touch::FAULT, |service, vp| {
         // All, then all but RSI and R8.
         for passed in [0xFFCC, 0xFFCC & !(1 << 6 | 1 << 8)] {
             let mut registers: [(usize, u64); 16] =
