@@ -12,9 +12,11 @@ use crate::block::{Block, Frame};
 /// one fill of memory).
 pub trait Backend {
     /// Whether a valid page stays valid until the host removes it, and is zero when it becomes
-    /// valid (TDX). [`Backend::rescind`] then has nothing to do: the host removes the page when
-    /// the guest's request is passed on to it, and a host that does not is found out by the next
-    /// [`Backend::validate`].
+    /// valid (TDX). [`Backend::rescind`] is then never called: pages leave by
+    /// [`Engine::withdraw`], the host removes them when it is asked to, and one that does not is
+    /// found out by the next [`Backend::validate`].
+    ///
+    /// [`Engine::withdraw`]: crate::Engine::withdraw
     const HOST_REMOVES: bool = false;
 
     /// Makes the block valid for the guest (SNP: PVALIDATE with validate = 1).

@@ -129,6 +129,16 @@ impl<'m, B: Backend> Engine<'m, B> {
         )
     }
 
+    /// Whether a page of the block is not the guest's to give or take. Takes no lock, as
+    /// [`Engine::state`].
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn is_owned(&self, block: Block) -> Result<bool, Error> {
+        let Glance { place, .. } = self.look(block)?;
+        Ok(!place.words.states(&PageSet::of(block)).owned.is_empty())
+    }
+
     /// Pays every debt there is, this one included: one flush is enough for many rescinds.
     ///
     /// # Errors

@@ -22,7 +22,7 @@
 //! | `lock` | the hashed region locks with a bounded wait |
 //! | `backend` | what the platform must be able to do, and how it may fail |
 //! | `sweep` | the one loop that tries 2 MiB and falls back to 4 KiB |
-//! | `engine`, `accepting`, `rescinding`, `owned` | the flows |
+//! | `engine`, `accepting`, `rescinding`, `withdrawing`, `owned` | the flows |
 //! | `list` | small pages of one region, one after the other, under one hold of its lock |
 //! | `ahead`, `given_back` | acceptance before the guest asks, and what it must keep off |
 //! | `view` | what others may see of the map: the EFI table's bits, totals |
@@ -36,7 +36,8 @@
 //!   instruction said so.
 //! * **I2** A page is validated only when the map says [`PageState::Unaccepted`].
 //! * **I3** Accepting is validate, scrub, grant, record. Rescinding is record as leaving, revoke,
-//!   invalidate, record, and a flush of the whole guest before anybody relies on it.
+//!   invalidate, record, and a flush of the whole guest before anybody relies on it. Where only
+//!   the host makes pages invalid, they are nobody's until it has ([`Engine::withdraw`]).
 //! * **I4** A request never touches an [`PageState::Owned`] page.
 //! * **I5** "Already valid" on a page that the map calls Unaccepted means that the host lied: the
 //!   page is not granted, and the event is counted ([`Error::HostLied`]).
@@ -101,6 +102,7 @@ mod shape;
 mod sweep;
 mod sync;
 mod view;
+mod withdrawing;
 
 pub use ahead::{Order, Step, Walk};
 pub use backend::{AdjustFault, Backend, Broken, Fault, NotFlushed, Operation, Run, ValidateFault};
@@ -114,3 +116,4 @@ pub use map::{BadMap, BadRange, Map, Range};
 pub use owned::{NotReturned, Role, Taken};
 pub use pages::{PageState, Region};
 pub use view::{Census, Extent};
+pub use withdrawing::Withdrawn;

@@ -29,11 +29,16 @@ mod checked {
 
     /// One of loom's atomics, made at its first use: loom's own cannot be made in a constant, as
     /// the engine makes its regions and locks.
+    ///
+    /// Beside it lies a second one, which each load touches first. Loom decides what may be swapped by
+    /// the last access to an atomic alone, and a load does not count against another load. Where a
+    /// thread looks without the lock, and the other loads the word once more before it stores to it,
+    /// the store would be held against that load, and the look would never be tried after the store.
     macro_rules! atomic {
         ($name:ident, $value:ty) => {
             pub(crate) struct $name {
                 initial: $value,
-                cell: OnceLock<loom::sync::atomic::$name>,
+                cell: OnceLock<(loom::sync::atomic::$name, loom::sync::atomic::AtomicBool)>,
             }
 
             impl $name {
@@ -44,14 +49,26 @@ mod checked {
                     }
                 }
 
+                fn cells(&self) -> &(loom::sync::atomic::$name, loom::sync::atomic::AtomicBool) {
+                    self.cell.get_or_init(|| {
+                        (
+                            loom::sync::atomic::$name::new(self.initial),
+                            loom::sync::atomic::AtomicBool::new(false),
+                        )
+                    })
+                }
+
                 fn cell(&self) -> &loom::sync::atomic::$name {
-                    self.cell
-                        .get_or_init(|| loom::sync::atomic::$name::new(self.initial))
+                    &self.cells().0
                 }
 
                 #[track_caller]
                 pub(crate) fn load(&self, order: Ordering) -> $value {
-                    self.cell().load(order)
+                    let (cell, looked) = self.cells();
+                    if order == Ordering::Acquire {
+                        looked.swap(true, Ordering::Relaxed);
+                    }
+                    cell.load(order)
                 }
 
                 #[track_caller]

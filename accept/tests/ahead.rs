@@ -226,8 +226,7 @@ fn i5_a_walk_that_meets_a_lie_says_so_and_keeps_the_map_true() {
 
 #[test]
 fn i2_walkers_and_guest_at_once_never_validate_twice() {
-    let mut model = Model::new(REGIONS as usize, false);
-    model.yield_often = true;
+    let model = Model::shared(REGIONS as usize, false);
     let (claims, over) = (AtomicU64::new(0), AtomicBool::new(false));
     with_memory(&model, |engine| {
         let walk = Walk::new(Order::HighFirst, u64::MAX);

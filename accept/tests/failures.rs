@@ -49,6 +49,11 @@ fn all_accepted(engine: &Engine<'_, &Model>, model: &Model) {
 }
 
 #[test]
+fn i9_i11_a_failure_at_any_call_leaves_the_map_true() {
+    model::every_call::the_map_stays_true(|on_large| Model::new(1, on_large));
+}
+
+#[test]
 fn i9_a_failed_accept_is_fully_undone() {
     for (on_large, calls) in [(true, 3), (false, 1 + 512 + 1 + 512)] {
         let failures = at_every_call(

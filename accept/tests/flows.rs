@@ -247,7 +247,12 @@ fn i4_no_request_touches_an_owned_page() {
                 assert_eq!(engine.accept(block, on_no_change), Err(Error::Owned));
                 assert_eq!(engine.rescind(block, on_no_change), Err(Error::Owned));
             }
+            assert_eq!(engine.is_owned(block), Ok(true));
         }
+        for block in [page(19), page(22), large(1)] {
+            assert_eq!(engine.is_owned(block), Ok(false));
+        }
+        assert_eq!(engine.is_owned(large(2)), Err(Error::OutOfRange));
         for number in [20, 21] {
             assert_eq!(engine.take(frame(number), Role::Vmsa), Err(Error::Owned));
         }

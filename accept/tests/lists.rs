@@ -142,8 +142,7 @@ fn i1_a_hold_ends_at_the_end_of_its_range() {
 
 #[test]
 fn i2_two_lists_over_the_same_pages_share_them() {
-    let mut model = Model::new(2, false);
-    model.yield_often = true;
+    let model = Model::shared(2, false);
     with_engine(&model, 2, 1 << 30, |engine| {
         let won: u64 = std::thread::scope(|scope| {
             let vcpus: Vec<_> = (0..3)

@@ -3,8 +3,8 @@
 
 mod model;
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Barrier, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -12,88 +12,26 @@ use accept::{
     AdjustFault, Backend, Block, Error, Fault, NotFlushed, OnNoChange, PageState, Role,
     ValidateFault,
 };
+use model::race::{PATIENCE, one_of_many_wins_a_region, random_work_never_validates_twice};
 use model::{Model, frame, large, page, with_engine};
 
-/// Looks at a lock that never run out.
-const PATIENCE: u32 = 1 << 30;
 /// How long a test waits for its other thread before it fails.
 const LONG_ENOUGH: Duration = Duration::from_secs(20);
 
 #[test]
 fn i2_one_of_many_wins_a_region() {
-    for round in 0..12 {
-        let mut model = Model::new(1, round % 2 == 0);
-        model.yield_often = true;
-        let (won, late) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        with_engine(&model, 1, PATIENCE, |engine| {
-            let start = Barrier::new(6);
-            thread::scope(|scope| {
-                for _ in 0..6 {
-                    scope.spawn(|| {
-                        start.wait();
-                        match engine.accept(large(0), OnNoChange::Fail) {
-                            Ok(_) => won.fetch_add(1, Ordering::Relaxed),
-                            Err(Error::NoChange) => late.fetch_add(1, Ordering::Relaxed),
-                            Err(error) => panic!("{error:?}"),
-                        };
-                    });
-                }
-            });
-            model.assert_agrees(engine);
-        });
-        assert_eq!((won.into_inner(), late.into_inner()), (1, 5));
-        assert_eq!(model.double_validations(), 0);
-        model.assert_lawful();
-    }
+    one_of_many_wins_a_region(|on_large| Model::shared(1, on_large));
 }
 
 #[test]
 fn i1_i2_random_work_on_few_regions_never_validates_twice() {
-    let mut model = Model::new(2, false);
-    model.yield_often = true;
-    with_engine(&model, 2, PATIENCE, |engine| {
-        thread::scope(|scope| {
-            for seed in 1..=4u64 {
-                scope.spawn(move || {
-                    // A small generator is enough: the interleaving is the random part.
-                    let mut dice = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-                    for _ in 0..60 {
-                        dice = dice
-                            .wrapping_mul(6_364_136_223_846_793_005)
-                            .wrapping_add(seed);
-                        let draw = dice >> 33;
-                        let block = match draw % 8 {
-                            0 => large(draw >> 3 & 1),
-                            _ => page(508 + (draw >> 3) % 8),
-                        };
-                        let choice = match draw >> 10 & 1 {
-                            0 => OnNoChange::Fail,
-                            _ => OnNoChange::Ignore,
-                        };
-                        let result = match draw >> 11 & 1 {
-                            0 => engine.accept(block, choice).map(|_| None),
-                            _ => engine.rescind(block, choice).map(|done| done.flush),
-                        };
-                        match result {
-                            Ok(Some(owed)) => engine.flush(owed).expect("flushed"),
-                            Ok(None) => {}
-                            Err(error) => assert_eq!(error, Error::NoChange),
-                        }
-                    }
-                });
-            }
-        });
-        model.assert_agrees(engine);
-        model.assert_lawful();
-    });
-    assert_eq!(model.double_validations(), 0);
+    random_work_never_validates_twice(&Model::shared(2, false));
 }
 
 #[test]
 fn a_page_on_its_way_out_is_waited_for_not_called_owned() {
     // While a page leaves, the map calls it Owned; a concurrent request must never say so.
-    let mut model = Model::new(1, true);
-    model.yield_often = true;
+    let model = Model::shared(1, true);
     with_engine(&model, 1, PATIENCE, |engine| {
         engine.accept(page(0), OnNoChange::Fail).expect("accepted");
         let over = AtomicBool::new(false);

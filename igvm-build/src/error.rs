@@ -6,6 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::file::Problem;
+
 /// A problem with the content of an input, in one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -119,7 +121,7 @@ pub enum Error {
     },
     /// The firmware for trust domains cannot be used.
     #[error(
-        "not a usable firmware for trust domains ({reason}); use OVMF.inteltdx.fd of ovmf-inteltdx 2026.08 or newer"
+        "not a usable firmware for trust domains ({reason}); use OVMF.inteltdx.ms.fd of ovmf-inteltdx 2026.08 or newer"
     )]
     TdFirmware {
         /// What is wrong with it.
@@ -137,15 +139,56 @@ pub enum Error {
         /// The position asked for.
         c_bit: u32,
     },
-    /// The bytes are no IGVM file.
-    #[error("not a usable IGVM file ({reason}); build one with `igvm-build build`")]
-    NotIgvm {
+    /// The IGVM file breaks a rule.
+    #[error(transparent)]
+    Igvm(#[from] Problem),
+    /// The IGVM file could not be written.
+    #[error("the image cannot be written as an IGVM file ({reason}); this is a bug of igvm-build")]
+    Unwritable {
+        /// What the writer said.
+        reason: String,
+    },
+    /// The file has no directives for a platform.
+    #[error("IGVM file without the platform {platform}; `igvm-build show` says which it has")]
+    NoPlatform {
+        /// The platform asked for.
+        platform: &'static str,
+    },
+    /// An IGVM file has no firmware where one lies.
+    #[error(
+        "IGVM file without a page that ends at 4 GiB; expected a firmware, wrapped as it lies in a ROM"
+    )]
+    NoFirmware,
+    /// The firmware takes no data from the image.
+    #[error(
+        "the firmware has no area for data of the image; expected OVMF 2025.11 or newer, use OVMF.fd of ovmf-generic"
+    )]
+    NoDataArea,
+    /// Data for the firmware that cannot be handed over.
+    #[error("data for the firmware: {reason}; change what --uki and the keys name")]
+    BadData {
+        /// What is wrong.
+        reason: String,
+    },
+    /// There is no launch policy to be signed.
+    #[error("IGVM file without a launch policy for SEV-SNP; an ID block signs it with the digest")]
+    NoPolicy,
+    /// The bytes are no key that can sign.
+    #[error(
+        "not a private key on P-384 ({reason}); make one with `openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-384`"
+    )]
+    Key {
         /// What the parser said.
         reason: String,
     },
-    /// The file has no directives for SEV-SNP.
-    #[error("IGVM file without an SEV-SNP platform; build one with `igvm-build build`")]
-    NoSnpPlatform,
+    /// A processor is measured in its reset state, which depends on the CPU's model.
+    #[error(
+        "processor {processor} is measured as it is after reset, with the CPU's signature in EDX; give --vcpu-type or --vcpu-signature"
+    )]
+    NoSignature {
+        /// The processor.
+        processor: u16,
+    },
 }
 
 /// An [`Error`] or an input/output error, with the file it is about.

@@ -10,11 +10,15 @@
 //! 4. no two areas of the SEV metadata overlap, so that none is prepared twice. (The areas for
 //!    IGVM parameters lie inside of them.)
 
+use std::collections::BTreeMap;
+
+use igvm_defs::IgvmPlatformType;
 use protocols::addr::PAGE_SIZE;
 use protocols::launch::{LaunchParams, REGION_GPA, Section, SectionKind};
 use protocols::ovmf::{Area, IgvmAreaKind, Metadata, MetadataError, RESET_VECTOR};
 
 use crate::error::Error;
+use crate::file::{Content, File};
 use crate::flat::FLAT_END;
 use crate::layout::REGION_END;
 
@@ -37,21 +41,8 @@ impl<'a> Firmware<'a> {
     ///
     /// Says which of them does not hold.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Error> {
-        let size = bytes.len() as u64;
-        if size == 0 || size > MAX_SIZE || !size.is_multiple_of(PAGE_SIZE) {
-            return Err(Error::FirmwareSize { size });
-        }
-        let metadata = Metadata::parse(bytes).map_err(|error| match error {
-            MetadataError::NoSevMetadata => Error::NoSevMetadata {
-                missing: "SEV metadata",
-            },
-            MetadataError::NoFooter => Error::NotOvmf {
-                reason: error.to_string(),
-            },
-            other => Error::BadSevMetadata {
-                reason: other.to_string(),
-            },
-        })?;
+        let size = check_size(bytes)?;
+        let metadata = metadata(bytes)?;
         for (kind, missing) in [
             (SectionKind::SECRETS, "secrets page"),
             (SectionKind::CPUID, "CPUID page"),
@@ -72,7 +63,7 @@ impl<'a> Firmware<'a> {
         let start = FLAT_END - size;
         let section = |area: &Area| {
             check_area(area, start)?;
-            Ok(Section {
+            Ok::<_, Error>(Section {
                 gpa: area.gpa.get().into(),
                 size: area.size.get().into(),
                 kind: area.section_kind(),
@@ -82,7 +73,7 @@ impl<'a> Firmware<'a> {
         let igvm_area = |kind| {
             metadata.igvm_area(kind).map_or(Ok(0), |area| {
                 check_area(area, start)?;
-                Ok(area.gpa.get().into())
+                Ok::<_, Error>(area.gpa.get().into())
             })
         };
         let sections: Vec<Section> = metadata
@@ -131,6 +122,30 @@ impl<'a> Firmware<'a> {
     }
 }
 
+/// Checks invariant 1; the size.
+pub(crate) fn check_size(bytes: &[u8]) -> Result<u64, Error> {
+    let size = bytes.len() as u64;
+    if size == 0 || size > MAX_SIZE || !size.is_multiple_of(PAGE_SIZE) {
+        return Err(Error::FirmwareSize { size });
+    }
+    Ok(size)
+}
+
+/// The metadata of an image.
+pub(crate) fn metadata(bytes: &[u8]) -> Result<Metadata<'_>, Error> {
+    Metadata::parse(bytes).map_err(|error| match error {
+        MetadataError::NoSevMetadata => Error::NoSevMetadata {
+            missing: "SEV metadata",
+        },
+        MetadataError::NoFooter => Error::NotOvmf {
+            reason: error.to_string(),
+        },
+        other => Error::BadSevMetadata {
+            reason: other.to_string(),
+        },
+    })
+}
+
 /// Checks invariant 3 for one area of a firmware that begins at `start`.
 fn check_area(area: &Area, start: u64) -> Result<(), Error> {
     let (gpa, size) = (u64::from(area.gpa.get()), u64::from(area.size.get()));
@@ -162,4 +177,41 @@ fn check_disjoint(sections: &[Section]) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// The firmware in an IGVM file that has one where OVMF lies, such as `igvm-wrap` makes of an image: all
+/// pages that end at 4 GiB without a gap. Its processor state and its other pages are not used: behind a
+/// paravisor the firmware starts as it would from a ROM, and says itself what it needs.
+///
+/// # Errors
+///
+/// When the file cannot be read, is not for SEV-SNP, or has no page that ends at 4 GiB.
+pub fn of_igvm(bytes: &[u8]) -> Result<Vec<u8>, Error> {
+    let file = File::read(bytes)?;
+    let mask = file
+        .mask_of(IgvmPlatformType::SEV_SNP)
+        .ok_or(Error::NoPlatform {
+            platform: "SEV-SNP",
+        })?;
+    let mut pages = BTreeMap::new();
+    for header in file.of_platform(mask) {
+        if let Content::Page(page) = &header.content
+            && (FLAT_END - MAX_SIZE..FLAT_END).contains(&page.gpa)
+        {
+            pages.insert(page.gpa, file.page_data(header, page)?.unwrap_or_default());
+        }
+    }
+    let mut start = FLAT_END;
+    while pages.contains_key(&(start - PAGE_SIZE)) {
+        start -= PAGE_SIZE;
+    }
+    if start == FLAT_END {
+        return Err(Error::NoFirmware);
+    }
+    let mut image = vec![0; (FLAT_END - start) as usize];
+    let chunks = image.chunks_mut(PAGE_SIZE as usize);
+    for (to, (_, from)) in chunks.zip(pages.range(start..)) {
+        to.iter_mut().zip(*from).for_each(|(to, from)| *to = *from);
+    }
+    Ok(image)
 }

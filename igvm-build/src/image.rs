@@ -34,11 +34,14 @@ use protocols::launch::{
 use protocols::measure::Digest;
 use zerocopy::IntoBytes;
 
-use crate::digest::{launch_digest, mrtd};
 use crate::elf::Program;
 use crate::error::Error;
+use crate::file::File;
 use crate::firmware::Firmware;
-use crate::layout::{Layout, REGION_END, page_behind, program_pages};
+use crate::handover::{self, Item};
+use crate::layout::{Layout, page_behind, program_pages};
+use crate::measure::{self, quietly};
+use crate::target::Target;
 use crate::td_firmware::TdFirmware;
 use crate::tdx::{self, TDX_MASK};
 use crate::{native, page_tables, params, vmsa};
@@ -67,8 +70,10 @@ pub struct Options {
     pub acceptance: Acceptance,
     /// A deliberate fault, for test builds of the paravisor.
     pub fault: Fault,
-    /// Whether an image with a firmware is for the native platform as well.
+    /// Whether an image with a firmware is for the native platform as well, where its loader can be.
     pub native: bool,
+    /// Whose loader it is for.
+    pub target: Target,
 }
 
 impl Default for Options {
@@ -78,6 +83,7 @@ impl Default for Options {
             acceptance: Acceptance::LAZY,
             fault: Fault::NONE,
             native: true,
+            target: Target::Qemu,
         }
     }
 }
@@ -115,6 +121,21 @@ pub fn build(
     td_firmware: Option<&TdFirmware<'_>>,
     options: &Options,
 ) -> Result<Image, Error> {
+    build_with_data(program, firmware, td_firmware, &[], options)
+}
+
+/// The same, with data that the firmware is handed on SEV-SNP.
+///
+/// # Errors
+///
+/// As [`build`]; and when the firmware has no area for the list of the data, or there is too much of it.
+pub fn build_with_data(
+    program: &Program<'_>,
+    firmware: Option<&Firmware<'_>>,
+    td_firmware: Option<&TdFirmware<'_>>,
+    items: &[Item<'_>],
+    options: &Options,
+) -> Result<Image, Error> {
     if !(32..=51).contains(&options.c_bit) {
         return Err(Error::CBit {
             c_bit: options.c_bit,
@@ -128,16 +149,21 @@ pub fn build(
     let layout = Layout::behind(page_behind(&program_pages))?;
 
     // Natively the paravisor's last act is to start a firmware.
-    let with_native = options.native && firmware.is_some();
+    let with_native = options.native && options.target.has_native() && firmware.is_some();
     let untrusting = SNP_MASK | if with_native { NATIVE_MASK } else { 0 };
     let all = untrusting | td_firmware.map_or(0, |_| TDX_MASK);
-    let mut directives = parameter_directives(&layout, all);
+    let mut directives = parameter_directives(&layout, options.target, all);
     directives.extend(
         program_pages
             .iter()
             .map(|page| normal(page.gpa, &page.data, all)),
     );
-    let params = params::build(&layout, firmware, options);
+    let mut params = params::build(&layout, firmware, options);
+    let data = handover::pages(items, firmware)?;
+    if !data.is_empty() {
+        params.data_gpa = handover::DATA_GPA;
+        params.data_size = (data.len() as u64) * PAGE_SIZE;
+    }
     let tables = page_tables::build(&layout, &program_pages, Some(options.c_bit));
     directives.extend(table_pages(&layout, &tables, SNP_MASK));
     directives.push(normal(layout.params, params.as_bytes(), SNP_MASK));
@@ -162,6 +188,12 @@ pub fn build(
         directives.push(normal(layout.secrets, &[], NATIVE_MASK));
         directives.push(normal(layout.cpuid, &[], NATIVE_MASK));
     }
+    directives.extend(
+        (handover::DATA_GPA..)
+            .step_by(PAGE_SIZE as usize)
+            .zip(&data)
+            .map(|(gpa, page)| normal(gpa, page, SNP_MASK)),
+    );
     if let Some(firmware) = firmware {
         directives.extend(
             (firmware.gpa()..)
@@ -194,27 +226,32 @@ pub fn build(
             )),
         });
     }
-    let vmsa = vmsa::build(&vmsa::Start {
+    let mut vmsa = vmsa::build(&vmsa::Start {
         page_table_root: layout.page_tables,
         c_bit: options.c_bit,
         entry: program.entry(),
         params: layout.params,
     });
+    options.target.adjust(&mut vmsa);
     directives.push(Directive::SnpVpContext {
-        gpa: protocols::vmsa::LAUNCH_GPA,
+        gpa: options.target.vmsa_gpa(),
         compatibility_mask: SNP_MASK,
         vp_index: 0,
         // The same page in the words of the igvm crate.
         vmsa: Box::new(zerocopy::transmute!(vmsa)),
     });
 
-    let digest = launch_digest(&directives, SNP_MASK)?;
+    let bytes = serialize(directives, options.target, all)?;
+    // What was written is read again, as anybody who measures the image does.
+    let file = File::read(&bytes)?;
+    let digest = measure::snp::launch_digest(&file, options.target.loader(), &mut quietly)?;
+    let mrtd = td_firmware
+        .map(|_| measure::tdx::mrtd(&file, &mut quietly))
+        .transpose()?;
     Ok(Image {
-        mrtd: td_firmware
-            .map(|_| mrtd(&directives, TDX_MASK))
-            .transpose()?,
-        bytes: serialize(directives, all)?,
+        bytes,
         digest,
+        mrtd,
         layout,
         map_descriptor: program.symbol(protocols::map::SYMBOL),
         low_end: firmware
@@ -224,7 +261,7 @@ pub fn build(
 }
 
 /// The host's memory map and the number of processors, and the memory behind the image.
-fn parameter_directives(layout: &Layout, mask: u32) -> Vec<Directive> {
+fn parameter_directives(layout: &Layout, target: Target, mask: u32) -> Vec<Directive> {
     let areas = [
         (area::MEMORY_MAP, layout.memory_map, MEMORY_MAP_SIZE),
         (area::GENERAL, layout.general, PAGE_SIZE),
@@ -254,11 +291,12 @@ fn parameter_directives(layout: &Layout, mask: u32) -> Vec<Directive> {
             parameter_area_index,
         })
     }));
-    if layout.image_end < REGION_END {
+    let end = target.region_end();
+    if layout.image_end < end {
         directives.push(Directive::RequiredMemory {
             gpa: layout.image_end,
             compatibility_mask: mask,
-            number_of_bytes: (REGION_END - layout.image_end) as u32,
+            number_of_bytes: (end - layout.image_end) as u32,
             vtl2_protectable: false,
         });
     }
@@ -300,26 +338,28 @@ fn page(gpa: u64, data_type: IgvmPageDataType, data: &[u8], mask: u32) -> Direct
 }
 
 /// Puts the headers around the directives and writes the file.
-fn serialize(directives: Vec<Directive>, all: u32) -> Result<Vec<u8>, Error> {
-    let platform = |compatibility_mask, platform_type, platform_version| {
+fn serialize(directives: Vec<Directive>, target: Target, all: u32) -> Result<Vec<u8>, Error> {
+    let platform = |compatibility_mask, platform_type, platform_version, shared_gpa_boundary| {
         IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
             compatibility_mask,
             highest_vtl: 0,
             platform_type,
             platform_version,
-            shared_gpa_boundary: 0,
+            shared_gpa_boundary,
         })
     };
     let mut platforms = vec![platform(
         SNP_MASK,
         IgvmPlatformType::SEV_SNP,
         IGVM_SEV_SNP_PLATFORM_VERSION,
+        target.shared_boundary(),
     )];
     if all & NATIVE_MASK != 0 {
         platforms.push(platform(
             NATIVE_MASK,
             IgvmPlatformType::NATIVE,
             IGVM_NATIVE_PLATFORM_VERSION,
+            0,
         ));
     }
     let mut policies = vec![IgvmInitializationHeader::GuestPolicy {
@@ -330,7 +370,7 @@ fn serialize(directives: Vec<Directive>, all: u32) -> Result<Vec<u8>, Error> {
         platforms.push(tdx::platform());
         policies.push(tdx::policy());
     }
-    let invalid = |error: igvm::Error| Error::NotIgvm {
+    let invalid = |error: igvm::Error| Error::Unwritable {
         reason: error.to_string(),
     };
     let file = IgvmFile::new(IgvmRevision::V1, platforms, policies, directives).map_err(invalid)?;

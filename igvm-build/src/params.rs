@@ -49,6 +49,8 @@ pub fn native(snp: &LaunchParams) -> LaunchParams {
         c_bit: 0,
         secrets_gpa: 0,
         cpuid_gpa: 0,
+        data_gpa: 0,
+        data_size: 0,
         ..snp.clone()
     }
 }

@@ -1,23 +1,32 @@
-//! Images of trust domains: a program whose every page is added and measured where it is linked.
+//! Images of trust domains without a paravisor: a program, or a firmware that is L1 itself.
 //!
 //! The file has the TDX platform alone. There is no processor state in it: a trust domain's
-//! processors start at the reset vector, so the program has to bring the last page below 4 GiB
-//! itself. Pages are in ascending order, which is the order they are measured in.
+//! processors start at the reset vector, so the last page below 4 GiB has to be among its pages. The
+//! order of pages is the order they are measured in: for a program ascending, every one of them
+//! measured; for a firmware as its sections are listed, measured where it asks for that, which is what
+//! QEMU does with the same firmware.
+//!
+//! Where the firmware looks for the host's list of hand-off blocks the image has a parameter area that
+//! no parameter of IGVM fills; the machine does ([`Firmware::hob`]).
 
 use igvm::{
     IgvmDirectiveHeader as Directive, IgvmFile, IgvmInitializationHeader, IgvmPlatformHeader,
     IgvmRevision,
 };
 use igvm_defs::{
-    IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataFlags, IgvmPageDataType,
-    IgvmPlatformType,
+    IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_SUPPORTED_PLATFORM,
+    IgvmPageDataFlags, IgvmPageDataType, IgvmPlatformType,
 };
 use protocols::addr::PAGE_SIZE;
 use protocols::measure::{Digest, Mrtd};
+use protocols::tdvf::{self, Attributes, SectionKind};
 use protocols::tdx::shared_bit;
 
 use crate::elf::Program;
 use crate::error::Error;
+use crate::file::File;
+use crate::measure::{self, quietly};
+use crate::td_firmware::TdFirmware;
 
 /// TDX, as bit of every compatibility mask.
 const TDX_MASK: u32 = 4;
@@ -27,6 +36,10 @@ const GPA_WIDTH: u32 = 48;
 
 /// No debugging, no migration, #VE for pages that are not accepted.
 const POLICY: u64 = 0;
+
+/// The same without that #VE, as QEMU launches firmware: an operating system must not have its own
+/// memory turned into exceptions.
+const POLICY_FIRMWARE: u64 = 1 << 1;
 
 /// The page with the reset vector.
 const RESET_PAGE: u64 = (1 << 32) - PAGE_SIZE;
@@ -66,9 +79,82 @@ pub fn build(program: &Program<'_>) -> Result<Image, Error> {
         })
         .collect();
     Ok(Image {
-        bytes: serialize(directives)?,
+        bytes: serialize(POLICY, directives)?,
         mrtd: mrtd.value(),
     })
+}
+
+/// The image of a firmware.
+#[derive(Debug, Clone)]
+pub struct Firmware {
+    /// The image itself.
+    pub image: Image,
+    /// Where the host has to put the list of hand-off blocks.
+    pub hob: u64,
+}
+
+/// Builds the image of a firmware that is the only software of the launch.
+///
+/// # Errors
+///
+/// When the firmware does not cover the reset vector.
+pub fn build_firmware(firmware: &TdFirmware<'_>) -> Result<Firmware, Error> {
+    let mut directives = Vec::new();
+    let mut hob = 0;
+    for section in firmware.listed() {
+        let attributes = Attributes::from_bits_retain(section.attributes.get());
+        if section.section_kind() == SectionKind::TD_HOB {
+            hob = section.gpa.get();
+            directives.extend(parameter_area(hob, section.size.get()));
+        } else if !attributes.contains(Attributes::AUGMENT) {
+            let measured = attributes.contains(Attributes::EXTEND);
+            directives.extend(section_pages(section, firmware.bytes_of(section), measured));
+        }
+    }
+    let resets = |d: &Directive| matches!(d, Directive::PageData { gpa, .. } if *gpa == RESET_PAGE);
+    if !directives.iter().any(resets) {
+        return Err(Error::NoResetVector);
+    }
+    let bytes = serialize(POLICY_FIRMWARE, directives)?;
+    let mrtd = measure::tdx::mrtd(&File::read(&bytes)?, &mut quietly)?;
+    let image = Image { bytes, mrtd };
+    Ok(Firmware { image, hob })
+}
+
+/// A parameter area at `gpa`.
+fn parameter_area(gpa: u64, bytes: u64) -> [Directive; 2] {
+    [
+        Directive::ParameterArea {
+            number_of_bytes: bytes,
+            parameter_area_index: 0,
+            initial_data: Vec::new(),
+        },
+        Directive::ParameterInsert(IGVM_VHS_PARAMETER_INSERT {
+            gpa,
+            compatibility_mask: TDX_MASK,
+            parameter_area_index: 0,
+        }),
+    ]
+}
+
+/// The pages of a section, zero behind its `data`.
+fn section_pages<'a>(
+    section: &'a tdvf::Section,
+    data: &'a [u8],
+    measured: bool,
+) -> impl Iterator<Item = Directive> + 'a {
+    let (gpa, size) = (section.gpa.get(), section.size.get());
+    let pages = (gpa..gpa + size).step_by(PAGE_SIZE as usize);
+    let chunks = data.chunks(PAGE_SIZE as usize).map(<[u8]>::to_vec);
+    pages
+        .zip(chunks.chain(std::iter::repeat_with(Vec::new)))
+        .map(move |(gpa, data)| Directive::PageData {
+            gpa,
+            compatibility_mask: TDX_MASK,
+            flags: IgvmPageDataFlags::new().with_unmeasured(!measured),
+            data_type: IgvmPageDataType::NORMAL,
+            data,
+        })
 }
 
 /// The pages of the program, ascending.
@@ -97,7 +183,7 @@ fn pages(program: &Program<'_>) -> Result<Vec<(u64, Box<[u8; PAGE_SIZE as usize]
     Ok(pages)
 }
 
-fn serialize(directives: Vec<Directive>) -> Result<Vec<u8>, Error> {
+fn serialize(policy: u64, directives: Vec<Directive>) -> Result<Vec<u8>, Error> {
     let platform = IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
         compatibility_mask: TDX_MASK,
         highest_vtl: 0,
@@ -106,10 +192,10 @@ fn serialize(directives: Vec<Directive>) -> Result<Vec<u8>, Error> {
         shared_gpa_boundary: shared_bit(GPA_WIDTH),
     });
     let policy = IgvmInitializationHeader::GuestPolicy {
-        policy: POLICY,
+        policy,
         compatibility_mask: TDX_MASK,
     };
-    let invalid = |error: igvm::Error| Error::NotIgvm {
+    let invalid = |error: igvm::Error| Error::Unwritable {
         reason: error.to_string(),
     };
     let file = IgvmFile::new(IgvmRevision::V1, vec![platform], vec![policy], directives)

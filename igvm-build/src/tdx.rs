@@ -93,6 +93,8 @@ fn params(firmware: &TdFirmware<'_>, layout: &Layout, snp: &LaunchParams) -> Lau
         firmware_last_page: layout.secrets,
         igvm_parameter_gpa: 0,
         igvm_hob_gpa: 0,
+        data_gpa: 0,
+        data_size: 0,
         section_count: 0,
         sections: LaunchParams::new().sections,
         ..snp.clone()

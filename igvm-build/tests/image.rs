@@ -76,7 +76,7 @@ fn the_same_inputs_give_the_same_bytes() {
     assert_ne!(first.digest, other.digest);
 }
 
-/// Written apart from `igvm_build::digest`, over the parsed file, with its own record.
+/// Written apart from `igvm_build::measure`, over the parsed file, with its own record.
 #[test]
 fn the_digest_is_that_of_the_file() {
     let image = image(&OPTIONS());

@@ -7,13 +7,16 @@ use igvm_build::elf::Program;
 use igvm_build::error::Error;
 use igvm_build::firmware::Firmware;
 use igvm_build::image::{Image, Options, build};
-use igvm_build::td_firmware::TdFirmware;
+use igvm_build::td;
+use igvm_build::td_firmware::{TdFirmware, with_variables};
 use igvm_build::tdx::TDX_MASK;
 use igvm_defs::IgvmPlatformType;
 use protocols::guid::Guid;
 use protocols::launch::{Acceptance, LaunchParams, PlatformKind, REGION_GPA, ResetPage, Touch};
 use protocols::ovmf::FOOTER_GUID;
-use protocols::tdvf::{Descriptor, METADATA_GUID, SIGNATURE, Section, SectionKind, VERSION};
+use protocols::tdvf::{
+    Attributes, Descriptor, METADATA_GUID, SIGNATURE, Section, SectionKind, VERSION,
+};
 use sha2::{Digest, Sha384};
 use support::{AREAS, ENTRY, elf, loads, ovmf, paravisor};
 use zerocopy::{FromBytes, IntoBytes};
@@ -133,7 +136,7 @@ fn sev_snp_is_measured_as_if_tdx_were_not_there() {
     assert_eq!(kinds(&with), [both[0], both[1], IgvmPlatformType::TDX]);
 }
 
-/// Written apart from `igvm_build::digest`.
+/// Written apart from `igvm_build::measure`.
 #[test]
 fn mrtd_is_that_of_the_file() {
     let image = image(true);
@@ -242,6 +245,90 @@ fn memory_is_accepted_on_touch_in_trust_domains_only() {
     let plain = build(&program, None, Some(&td_firmware), &Options::default()).unwrap();
     assert_eq!(image.digest, plain.digest);
     assert_ne!(image.mrtd, plain.mrtd);
+}
+
+/// Without a paravisor: sections in their order, measured where they ask for it (`tdx.md` §10, §11).
+#[test]
+fn a_firmware_of_its_own_is_launched_as_it_lists_itself() {
+    let base = (1 << 32) - SIZE as u64;
+    let mut code = section(SectionKind::BFV, base + 0x1000, 0x3000, 0x3000);
+    code.data_offset = 0x1000.into();
+    code.attributes = Attributes::EXTEND.bits().into();
+    let mut later = section(SectionKind::PERM_MEM, 0x100_0000, 0x1000, 0);
+    later.attributes = Attributes::AUGMENT.bits().into();
+    let list = [
+        code,
+        section(SectionKind::CFV, base, 0x1000, 0x1000),
+        section(SectionKind::TEMP_MEM, 0x81_0000, 0x2000, 0),
+        section(SectionKind::TD_HOB, 0x80_9000, 0x1000, 0),
+        later,
+    ];
+    let bytes = tdvf(&list);
+    let built = td::build_firmware(&TdFirmware::parse(&bytes).unwrap()).unwrap();
+    assert_eq!(built.hob, 0x80_9000);
+    let file = IgvmFile::new_from_binary(&built.image.bytes, None).unwrap();
+    let mut mrtd = protocols::measure::Mrtd::new();
+    let mut seen = Vec::new();
+    for directive in file.directives() {
+        match directive {
+            Directive::PageData {
+                gpa, flags, data, ..
+            } => {
+                let mut page = data.clone();
+                page.resize(4096, 0);
+                let page: &[u8; 4096] = page.as_slice().try_into().unwrap();
+                mrtd.add_page(*gpa, (!flags.unmeasured()).then_some(page));
+                seen.push((*gpa, !flags.unmeasured(), page[0]));
+            }
+            Directive::ParameterInsert(insert) => {
+                mrtd.add_page(insert.gpa, None);
+                seen.push((insert.gpa, false, 0));
+            }
+            _ => {}
+        }
+    }
+    let wanted = [
+        (base + 0x1000, true, 2),
+        (base + 0x2000, true, 3),
+        (base + 0x3000, true, 4),
+        (base, false, 1),
+        (0x81_0000, false, 0),
+        (0x81_1000, false, 0),
+        (0x80_9000, false, 0),
+    ];
+    assert_eq!(seen, wanted);
+    assert_eq!(built.image.mrtd, mrtd.value());
+    // Nothing is at the reset vector without the code.
+    let bytes = tdvf(&list[1..]);
+    let error = td::build_firmware(&TdFirmware::parse(&bytes).unwrap()).unwrap_err();
+    assert!(matches!(error, Error::NoResetVector), "{error}");
+}
+
+/// Variables can be changed for others of the same size, and nothing else with them.
+#[test]
+fn variables_come_from_a_store_of_their_size() {
+    let base = (1 << 32) - SIZE as u64;
+    let mut list = good();
+    list[0] = section(SectionKind::CFV, base, 0x1000, 0x1000);
+    let image = tdvf(&list);
+    let store = |bytes: u64| {
+        let mut store = vec![0xFF; 0x1800];
+        store[0x20..0x28].copy_from_slice(&bytes.to_le_bytes());
+        store[0x28..0x2C].copy_from_slice(b"_FVH");
+        store
+    };
+    let changed = with_variables(&image, &store(0x1000)).unwrap();
+    assert_eq!(changed[..0x1000], store(0x1000)[..0x1000]);
+    assert_eq!(changed[0x1000..], image[0x1000..]);
+    let mut unmarked = store(0x1000);
+    unmarked[0x28] = 0;
+    let short = store(0x1000)[..0xFFF].to_vec();
+    for bad in [store(0x2000), unmarked, short, Vec::new()] {
+        let error = with_variables(&image, &bad).unwrap_err();
+        assert!(matches!(error, Error::TdFirmware { .. }), "{error}");
+    }
+    let error = with_variables(&tdvf(&good()), &store(0x1000)).unwrap_err();
+    assert!(matches!(error, Error::TdFirmware { .. }), "{error}");
 }
 
 #[test]

@@ -194,11 +194,17 @@ pub struct LaunchParams {
     /// In a trust domain: where the firmware's last page lies until no processor needs the
     /// paravisor's reset vector any more ([`ResetPage`]); 0 elsewhere.
     pub firmware_last_page: u64,
+    /// First page of what the image hands to the firmware: the list for its area for IGVM data HOBs
+    /// ([`crate::hob::IgvmData`]), and behind it what the list names. All of it was launched; 0 if there
+    /// is none.
+    pub data_gpa: u64,
+    /// Bytes of it, whole pages.
+    pub data_size: u64,
     /// In a trust domain: what becomes of a guest that touches memory which it has not accepted;
     /// [`Touch::FAULT`] elsewhere.
     pub touch: Touch,
     /// Zero.
-    pub reserved: [u8; 3156],
+    pub reserved: [u8; 3140],
 }
 
 const _: () = {
@@ -214,8 +220,9 @@ const _: () = {
     assert!(offset_of!(LaunchParams, read_ahead) == 0x398);
     assert!(offset_of!(LaunchParams, platform) == 0x39C);
     assert!(offset_of!(LaunchParams, firmware_last_page) == 0x3A0);
-    assert!(offset_of!(LaunchParams, touch) == 0x3A8);
-    assert!(offset_of!(LaunchParams, reserved) == 0x3AC);
+    assert!(offset_of!(LaunchParams, data_gpa) == 0x3A8);
+    assert!(offset_of!(LaunchParams, touch) == 0x3B8);
+    assert!(offset_of!(LaunchParams, reserved) == 0x3BC);
 };
 
 /// The page with the reset vector of a trust domain, as `igvm-build` makes it.

@@ -46,6 +46,7 @@ mod open_enum;
 
 pub mod acceptance;
 pub mod addr;
+pub mod amd_sp;
 pub mod cpuid;
 pub mod efi;
 pub mod exit_code;

@@ -115,9 +115,15 @@ open_enum! {
         ACCEPT_4K = 14,
         /// TDG.MEM.PAGE.ACCEPT of 2 MiB by L1, any result.
         ACCEPT_2M = 15,
+        /// Keys (VMPCK0 to 3) that are still where the launch put them: in its secrets page.
+        KEYS_IN_LAUNCH_PAGE = 19,
         /// Exits of a trust domain to its host that the module made in the midst of an instruction
         /// of L1's.
         TD_EXIT = 16,
+        /// TDCALLs of L1, VP.ENTER and requests to the host among them.
+        TDCALL = 17,
+        /// TDG.MEM.PAGE.ATTR.WR by L1.
+        ATTR_WR = 18,
     }
 }
 
@@ -139,6 +145,24 @@ open_enum! {
         RE_ADD_2M = 5,
         /// Blocks the page's entry in the secure EPT of a trust domain.
         BLOCK = 6,
+        /// The next guest request gets the answer to an earlier one; the address counts for nothing, here and
+        /// below. Only with `hostile=messages-replayed`.
+        REPLAY_ANSWER = 7,
+        /// The next guest request gets its answer with a bit changed. Only with `hostile=messages-tampered`.
+        TAMPER_ANSWER = 8,
+        /// The next guest request is answered, and the answer does not come back. Only with
+        /// `hostile=messages-lost`.
+        LOSE_ANSWER = 9,
+        /// The next guest request does not get to the firmware. This and the rest with each of the three.
+        DROP_MESSAGE = 10,
+        /// The next guest request is put off.
+        SAY_BUSY = 11,
+        /// The next extended guest request meets a host that wants more room than there is.
+        TOO_MANY_CERTIFICATES = 12,
+        /// The next guest request is said to have failed in the firmware, which was not asked.
+        SAY_FAILED = 13,
+        /// Keeps the page's entry in the secure EPT of a trust domain busy; asked again, lets go of it.
+        HOLD = 14,
     }
 }
 

@@ -11,8 +11,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::guid::Guid;
 use crate::ovmf::{self, MetadataError};
 
-/// GUID of the entry that leads to the list (u32 distance from the end of the image).
-pub const METADATA_GUID: Guid = Guid::from_text("e9eaf9f3-168e-44d5-a8eb-7f4d8738f6ae");
+/// GUID of the entry that leads to the list (u32 distance from the end of the image). The list itself
+/// stands behind another GUID, e9eaf9f3-168e-44d5-a8eb-7f4d8738f6ae, which no entry has.
+pub const METADATA_GUID: Guid = Guid::from_text("e47a6535-984a-4798-865e-4685a7bf8ec2");
 /// First bytes of the list.
 pub const SIGNATURE: [u8; 4] = *b"TDVF";
 /// Version of its layout.
@@ -181,6 +182,14 @@ mod tests {
         let kinds: Vec<_> = found.iter().map(Section::section_kind).collect();
         assert_eq!(kinds, [SectionKind::TD_HOB, SectionKind(77)]);
         assert_eq!(found[0].gpa.get(), 0x80_9000);
+    }
+
+    /// As Debian's OVMF.inteltdx.ms.fd 2026.08 has it: the entry's GUID is not the list's own.
+    #[test]
+    fn the_entry_is_the_one_that_ovmf_has() {
+        let bytes = METADATA_GUID.to_bytes();
+        assert_eq!(bytes[..4], [0x35, 0x65, 0x7A, 0xE4]);
+        assert_eq!(bytes[14..], [0x8E, 0xC2]);
     }
 
     #[test]

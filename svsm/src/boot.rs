@@ -31,8 +31,11 @@ use protocols::secrets::SecretsPage;
 use protocols::terminate::TurnstileReason;
 use protocols::vmsa::{SevFeatures, SevStatus};
 use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
+use zeroize::Zeroize;
 
 use crate::ahead::{Ahead, HostLied};
+use crate::attestation::Line;
+use crate::attestation::shared::SharedPages;
 use crate::backend::WindowBackend;
 use crate::cpuid::CpuidTable;
 use crate::entry::boot_stack_guard;
@@ -54,10 +57,13 @@ use crate::secondary::{self, vmsa_page};
 use crate::system::{self, GuestRegistry, System};
 use crate::terminate::terminate;
 use crate::vcpus::{RECORDS_PER_VCPU, Record, Registry, Shown, Tables, Vcpu};
-use crate::{apic_ids, console, descriptor, exceptions, native, percpu, requests};
+use crate::{apic_ids, attestation, console, descriptor, exceptions, native, percpu, requests};
 
 /// Bytes of the carve-out for each processor: its context, and its share of tables, generously.
 const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 1024;
+/// Bytes of the carve-out for the line to the security processor.
+const BYTES_OF_LINE: usize =
+    attestation::CERTIFICATE_BYTES + size_of::<Line<SharedPages>>() + PAGE_SIZE as usize;
 /// How often the boot processor looks whether the others have ended their last step.
 const LOOKS_AT_OTHERS: u32 = 1 << 16;
 /// CPUID leaf whose EDX is the x2APIC id of the processor that executes it.
@@ -115,6 +121,7 @@ fn start(
     let locks = RegionLocks::count_for(vp_count);
     let others = locks * size_of::<RegionLock>()
         + vp_count * BYTES_PER_VCPU as usize
+        + BYTES_OF_LINE
         + secondary::bytes_of_tables(vp_count) as usize;
     let place = match launch.params().igvm_parameter_gpa {
         0 => CarveOut::WithRegion,
@@ -147,7 +154,9 @@ fn start(
     let backend = WindowBackend::new(platform, vcpus.registry);
     let backend = system::backend(backend, params.fault);
     let engine = make_engine(backend, &launch, &plan, locks, &mut pool)?;
+    let line = open_line(ghcbs, &mut pool)?;
     let system = system::publish(System {
+        line,
         ahead: Ahead::new(launch.acceptance(), memory_with_state(&plan)),
         engine,
         registry: vcpus.registry,
@@ -163,8 +172,14 @@ fn start(
         engine: &system.engine,
     };
     preparation.grant_firmware()?;
-    let secrets: &SecretsPage = launch_page(params.secrets_gpa);
+    // SAFETY: nobody else has a reference to the page, and this is made once.
+    let secrets: &mut SecretsPage = unsafe { own_launch_page(params.secrets_gpa) };
+    let [own_key, ..] = &mut secrets.vmpck;
+    line.take_key(own_key);
     let calling_area = preparation.fill_areas(secrets, cpuid)?;
+    preparation.hand_over_data()?;
+    // The guest has its copies now, and nobody here needs the others.
+    secrets.vmpck.zeroize();
     let guest_map = guest_memory_map(&host_map, [launch.region(), plan.carve_out])?;
     preparation.fill_parameters(guest_map, vp_count as u32)?;
 
@@ -273,6 +288,20 @@ fn make_private(system: &System, host: &impl Hypervisor) -> Result<(), Turnstile
     host.make_private(batch.get(..filled).unwrap_or_default())
 }
 
+/// A page of the launch as a value that is written to.
+///
+/// # Safety
+///
+/// As long as the reference is used there is no other to the page.
+unsafe fn own_launch_page<T: zerocopy::FromBytes + zerocopy::IntoBytes>(
+    gpa: u64,
+) -> &'static mut T {
+    const { assert!(size_of::<T>() == PAGE_SIZE as usize) };
+    // SAFETY: as in `launch_page`; the image maps the page writable, any bytes are a value of T and any value
+    // of T is bytes, and nobody else has a reference by the caller's promise.
+    unsafe { &mut *(gpa as *mut T) }
+}
+
 /// A page of the launch as a value that lives for ever.
 fn launch_page<T: zerocopy::FromBytes>(gpa: u64) -> &'static T {
     const { assert!(size_of::<T>() == PAGE_SIZE as usize) };
@@ -330,10 +359,11 @@ pub(crate) fn check_vp_count(params: &LaunchParams) -> Result<usize, TurnstileRe
 }
 
 /// The pages at the end of the region that are shared and not validated: a GHCB per processor,
-/// and one for the list of APIC ids.
+/// those for guest messages, and one for the list of APIC ids.
 fn shared_pages(launch: &Launch<'_>, vp_count: usize) -> Result<PageRange, TurnstileReason> {
     let end = launch.region().end_frame();
-    PageRange::try_from_frames(end - 1 - vp_count as u64, end)
+    let count = vp_count as u64 + attestation::shared::PAGES + 1;
+    PageRange::try_from_frames(end - count, end)
         .filter(|pages| launch.unlaunched().contains(*pages))
         .ok_or(TurnstileReason::LAUNCH_PARAMS)
 }
@@ -341,6 +371,20 @@ fn shared_pages(launch: &Launch<'_>, vp_count: usize) -> Result<PageRange, Turns
 /// The last of [`shared_pages`].
 fn list_page(shared: PageRange) -> Result<Gpa, TurnstileReason> {
     shared.frames().next_back().ok_or(TurnstileReason::INTERNAL)
+}
+
+/// Opens the line to the security processor, on the pages of [`shared_pages`] before the last.
+fn open_line(
+    shared: PageRange,
+    pool: &mut Pool,
+) -> Result<&'static Line<SharedPages>, TurnstileReason> {
+    let end = shared.end_frame() - 1;
+    let pages = PageRange::try_from_frames(end - attestation::shared::PAGES, end)
+        .ok_or(TurnstileReason::INTERNAL)?;
+    // SAFETY: the pages are those of the region that are set aside for messages; nobody validates them.
+    let carrier = unsafe { SharedPages::establish(pages) }?;
+    let (_, certificates) = pool.slice(attestation::CERTIFICATE_BYTES, |_| 0)?;
+    pool.leak(Line::new(carrier, certificates))
 }
 
 /// Asks the host for the APIC ids, and checks them.

@@ -200,6 +200,14 @@ impl<M: GuestMemory> GuestMemory for FaultyMemory<M> {
         let off_by_one = u16::from(self.fault == Fault::WRONG_NEXT);
         self.inner.write_u16(gpa, value.wrapping_add(off_by_one))
     }
+
+    fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Unreachable> {
+        self.inner.read_bytes(gpa, bytes)
+    }
+
+    fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Unreachable> {
+        self.inner.write_bytes(gpa, bytes)
+    }
 }
 
 #[cfg(test)]

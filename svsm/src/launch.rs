@@ -22,6 +22,7 @@ pub struct Launch<'a> {
     region: PageRange,
     unlaunched: PageRange,
     firmware: PageRange,
+    data: PageRange,
 }
 
 impl<'a> Launch<'a> {
@@ -74,11 +75,18 @@ impl<'a> Launch<'a> {
         }
         let firmware = PageRange::try_from_bytes(params.firmware_gpa, params.firmware_size)?;
         let at_top = firmware.end().get() == FIRMWARE_END && !firmware.is_empty();
-        at_top.then_some(Self {
+        let data = PageRange::try_from_bytes(params.data_gpa, params.data_size)?;
+        let data_fits = data.is_empty()
+            || params.platform == PlatformKind::SEV_SNP
+                && params.igvm_hob_gpa != 0
+                && !data.overlaps(region)
+                && !data.overlaps(firmware);
+        (at_top && data_fits).then_some(Self {
             params,
             region,
             unlaunched,
             firmware,
+            data,
         })
     }
 
@@ -116,6 +124,12 @@ impl<'a> Launch<'a> {
     #[must_use]
     pub const fn firmware(&self) -> PageRange {
         self.firmware
+    }
+
+    /// What the image hands to the firmware, which was launched; empty if there is none.
+    #[must_use]
+    pub const fn data(&self) -> PageRange {
+        self.data
     }
 
     /// The areas the firmware wants prepared.
@@ -193,6 +207,25 @@ mod tests {
                 "change {index}"
             );
         }
+    }
+
+    #[test]
+    fn data_for_the_firmware_lies_apart_and_has_a_place() {
+        let with = |change: fn(&mut LaunchParams)| {
+            let mut params = good();
+            params.igvm_hob_gpa = 0x81_3000;
+            (params.data_gpa, params.data_size) = (REGION_GPA + REGION_SIZE, 0x3000);
+            change(&mut params);
+            Launch::check(&params)
+                .map(|launch| launch.data().bytes())
+                .ok()
+        };
+        assert_eq!(with(|_| {}), Some(0x3000));
+        assert_eq!(with(|p| p.data_size = 0), Some(0));
+        assert_eq!(with(|p| p.igvm_hob_gpa = 0), None);
+        assert_eq!(with(|p| p.data_gpa -= 0x1000), None);
+        assert_eq!(with(|p| p.data_gpa += 1), None);
+        assert_eq!(with(|p| p.data_gpa = p.firmware_gpa), None);
     }
 
     #[test]

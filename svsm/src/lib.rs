@@ -10,6 +10,7 @@
 //! | `entry` | the first instructions and the boot stack |
 //! | `boot`, `secondary` | the order of the start-up; the other processors |
 //! | [`ahead`] | acceptance before the guest asks |
+//! | [`attestation`] | the line to the security processor, and its key |
 //! | [`launch`], [`host_map`], [`apic_ids`], [`cpuid`] | checks on what image and host hand over |
 //! | [`memory`] | address space, page tables, the guest window |
 //! | `exceptions`, `percpu` | descriptor tables, #VC, faults that are allowed |
@@ -32,6 +33,7 @@
 
 pub mod ahead;
 pub mod apic_ids;
+pub mod attestation;
 pub mod cpuid;
 #[cfg(feature = "faults")]
 pub mod faulty;

@@ -6,6 +6,8 @@ use protocols::launch::Fault;
 use spin::Once;
 
 use crate::ahead::Ahead;
+use crate::attestation::Line;
+use crate::attestation::shared::SharedPages;
 use crate::backend::WindowBackend;
 use crate::guest::vmsa::{NewVmsas, VmsaWindow};
 use crate::memory::guest_map::Window;
@@ -20,7 +22,7 @@ pub type GuestRegistry = Registry<'static, VmsaWindow>;
 pub type GuestEngine = Engine<'static, GuestBackend>;
 /// The SVSM service.
 pub type GuestService =
-    Service<'static, GuestBackend, GuestMemory, &'static GuestRegistry, NewVmsas>;
+    Service<'static, GuestBackend, GuestMemory, &'static GuestRegistry, NewVmsas, SharedPages>;
 
 /// The engine's backend.
 #[cfg(not(feature = "faults"))]
@@ -44,6 +46,8 @@ pub struct System {
     pub registry: &'static GuestRegistry,
     /// What is accepted before the guest asks.
     pub ahead: Ahead,
+    /// The line to the security processor.
+    pub line: &'static Line<SharedPages>,
     /// Where VMSAs are mapped.
     pub vmsas: VmsaWindow,
     /// The pages of the processors' GHCBs, by number of the processor.
@@ -78,6 +82,7 @@ impl System {
             self.registry,
             vmsa_pages,
             &self.ahead,
+            self.line,
         )
     }
 }

@@ -13,6 +13,7 @@ fn main() {
         ("svsm_counts", "svsm_cases"),
         ("tdx_cases", "tdx_cases"),
         ("l2_cases", "l2_cases"),
+        ("l2_counts", "l2_cases"),
     ] {
         let script = format!("{directory}/{script}.ld");
         println!("cargo::rerun-if-changed={script}");

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use e2e::chip::Chip;
 use e2e::image::{self, Recipe, write_flat};
 use protocols::launch::{Acceptance, Fault};
 
@@ -17,8 +18,10 @@ use crate::toolchain::{BARE_TARGET, BareTarget, Toolchain};
 
 /// Size of the machine's ROM in bytes, as its linker script has it.
 const MACHINE_ROM_SIZE: u64 = 1 << 20;
-/// Size of the VMPL1 test guest in bytes, as its linker script has it.
-const GUEST_ROM_SIZE: u64 = 256 << 10;
+/// Size of the VMPL1 test guests in bytes, as their linker script has it.
+const GUEST_ROM_SIZE: u64 = 512 << 10;
+/// Size of the test guest for an L2 VM in bytes, as its linker script has it.
+const L2_ROM_SIZE: u64 = 256 << 10;
 
 /// A program for the bare-metal target.
 struct Program {
@@ -70,6 +73,12 @@ const L2_CASES: Program = Program {
     bin: "l2_cases",
     features: &[],
     artefact: "l2_cases.elf",
+};
+const L2_COUNTS: Program = Program {
+    package: "guest",
+    bin: "l2_counts",
+    features: &[],
+    artefact: "l2_counts.elf",
 };
 const FAULTY_PARAVISOR: Program = Program {
     package: "svsm",
@@ -152,6 +161,8 @@ pub struct ForTests {
     pub tdx_cases: PathBuf,
     /// The test guest for an L2 VM, packed as a firmware.
     pub l2_cases: PathBuf,
+    /// The guest for an L2 VM that counts, packed as a firmware.
+    pub l2_counts: PathBuf,
 }
 
 /// Builds what only the scenarios need.
@@ -162,13 +173,16 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let counts = compile(layout, target, &SVSM_COUNTS, &step)?;
     let tdx_cases = compile(layout, target, &TDX_CASES, &step)?;
     let l2_guest = compile(layout, target, &L2_CASES, &step)?;
+    let l2_counting = compile(layout, target, &L2_COUNTS, &step)?;
     step.done("");
     let svsm_cases = layout.artefacts.join("svsm_cases.fd");
     write_flat(&guest, GUEST_ROM_SIZE, &svsm_cases)?;
     let svsm_counts = layout.artefacts.join("svsm_counts.fd");
     write_flat(&counts, GUEST_ROM_SIZE, &svsm_counts)?;
     let l2_cases = layout.artefacts.join("l2_cases.fd");
-    write_flat(&l2_guest, GUEST_ROM_SIZE, &l2_cases)?;
+    write_flat(&l2_guest, L2_ROM_SIZE, &l2_cases)?;
+    let l2_counts = layout.artefacts.join("l2_counts.fd");
+    write_flat(&l2_counting, L2_ROM_SIZE, &l2_counts)?;
     let step = progress::step("build the paravisor with deliberate faults");
     let faulty_paravisor = compile(layout, target, &FAULTY_PARAVISOR, &step)?;
     step.done("");
@@ -179,7 +193,17 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         svsm_counts,
         tdx_cases,
         l2_cases,
+        l2_counts,
     })
+}
+
+/// The chip of the emulated security processor, made if there is none.
+pub fn chip(layout: &Layout) -> Result<Chip> {
+    let dir = layout.artefacts.join("chip");
+    let step = progress::step("the keys of the emulated security processor");
+    let chip = Chip::obtain(&dir)?;
+    step.done("");
+    Ok(chip)
 }
 
 /// The toolchain made ready for the bare-metal target.

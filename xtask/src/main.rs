@@ -33,6 +33,7 @@ mod disk;
 mod doctor;
 mod fetch;
 mod layout;
+mod modules;
 mod observe;
 mod progress;
 mod qemu;

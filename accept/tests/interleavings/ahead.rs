@@ -1,9 +1,12 @@
 //! Memory that is made ready before the guest asks.
 
-use accept::{Done, OnNoChange, PageState, Step};
+use accept::{Done, Error, OnNoChange, PageState, Step};
 use loom::sync::atomic::Ordering;
 
-use crate::hardware::{Guarded, NEIGHBOURS, accept, explore, large, page, rescind};
+use crate::Hardware;
+use crate::hardware::{
+    Guarded, LEAVING_IS_SEEN, NEIGHBOURS, Platform, accept, explore, large, page, rescind,
+};
 
 #[test]
 fn a_claim_against_acceptance_in_the_background() {
@@ -15,7 +18,7 @@ fn a_claim_against_acceptance_in_the_background() {
         |shared, claimed, prepared| {
             assert_eq!(prepared, Ok(()));
             assert_eq!(claimed, Ok(()), "to the guest the page is new");
-            assert_eq!(shared.hardware.content.load(Ordering::Relaxed), 0);
+            assert_eq!(shared.hardware.content().load(Ordering::Relaxed), 0);
             let state = shared.with_engine(|engine| engine.state(page(0, 0).first()));
             assert_eq!(state, Some(PageState::Accepted));
         },
@@ -42,10 +45,12 @@ fn a_claim_against_a_rescind_of_what_was_never_claimed() {
         NEIGHBOURS,
         |engine| engine.prepare(page(0, 0)).map(drop).expect("prepared"),
         |engine| accept(engine, page(0, 0)),
-        |engine| engine.rescind(page(0, 0), OnNoChange::Ignore).map(drop),
+        |engine| <Hardware as Platform>::rescind(engine, page(0, 0), OnNoChange::Ignore),
         // Map and hardware agree at the end, whoever was first; the page is in no other state.
         |shared, claimed, rescinded| {
-            assert_eq!((claimed, rescinded), (Ok(()), Ok(())));
+            let met_leaving = LEAVING_IS_SEEN && claimed == Err(Error::Owned);
+            assert!(claimed.is_ok() || met_leaving, "{claimed:?}");
+            assert_eq!(rescinded, Ok(()));
             let state = shared.with_engine(|engine| engine.state(page(0, 0).first()));
             assert!(matches!(
                 state,

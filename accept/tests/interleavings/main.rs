@@ -6,6 +6,9 @@
 //! RUSTFLAGS="--cfg loom" cargo test -p accept --release --test interleavings
 //! ```
 //!
+//! The hardware below is that of SEV-SNP; the paravisor's crate runs the same models on its TDX backend
+//! (`svsm/tests/interleavings`).
+//!
 //! Each model runs until loom has tried every order in which the threads' atomic operations and
 //! instructions can happen, without a bound on preemptions, and every value that a load may return
 //! under the memory model. What is not explored: more than two threads, waiting for longer than
@@ -17,3 +20,6 @@ mod hardware;
 mod lent;
 mod locks;
 mod memory;
+mod rmp;
+
+use rmp::Rmp as Hardware;

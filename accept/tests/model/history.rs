@@ -12,7 +12,7 @@ use super::{Injected, Model, frame, large, page, with_engine};
 pub const REGIONS: u64 = 2;
 
 /// A platform that the histories run on. The engine's backend is a reference to it.
-pub trait Hardware {
+pub trait Hardware: Sized {
     /// I11: map and hardware agree on every page.
     fn assert_agrees<B: Backend>(&self, engine: &Engine<'_, B>);
     /// Panics with every law of the instructions that was broken.
@@ -21,9 +21,15 @@ pub trait Hardware {
     fn double_validations(&self) -> usize;
     /// The host breaks a large page into small ones, which changes nothing else.
     fn smash(&self, region: usize);
-    /// The guest asks the host to take a page that it gave back. Whoever is rid of the page with
-    /// the rescind need not listen.
-    fn convert(&self, _page: usize) {}
+    /// The guest gives a block back, and everything follows that belongs to it on this platform.
+    fn rescind(
+        &self,
+        engine: &Engine<'_, &Self>,
+        block: Block,
+        choice: OnNoChange,
+    ) -> Result<(), Error>
+    where
+        for<'a> &'a Self: Backend;
     /// The host removes a page and puts one there that nobody has accepted.
     fn remove(&self, page: usize);
     /// The host puts a page there that was accepted and granted long ago.
@@ -46,6 +52,17 @@ impl Hardware for Model {
     }
     fn smash(&self, region: usize) {
         Self::smash(self, region);
+    }
+    fn rescind(
+        &self,
+        engine: &Engine<'_, &Self>,
+        block: Block,
+        choice: OnNoChange,
+    ) -> Result<(), Error> {
+        if let Some(owed) = engine.rescind(block, choice)?.flush {
+            engine.flush(owed).expect("flushed");
+        }
+        Ok(())
     }
     fn remove(&self, page: usize) {
         Self::remove(self, page);
@@ -189,22 +206,18 @@ impl Reference {
 }
 
 /// One step on the engine; debts are paid at once.
-fn apply<B: Backend, H: Hardware>(
-    engine: &Engine<'_, B>,
+fn apply<H: Hardware>(
+    engine: &Engine<'_, &H>,
     hardware: &H,
     step: &Step,
     lent: &mut Vec<Taken>,
-) -> Result<(), Error> {
+) -> Result<(), Error>
+where
+    for<'a> &'a H: Backend,
+{
     match step {
         Step::Accept(block, choice) => engine.accept(*block, *choice).map(|_| ())?,
-        Step::Rescind(block, choice) => {
-            if let Some(owed) = engine.rescind(*block, *choice)?.flush {
-                engine.flush(owed).expect("flushed");
-            }
-            for number in block.first().number()..=block.last().number() {
-                hardware.convert(usize::try_from(number).expect("a small number"));
-            }
-        }
+        Step::Rescind(block, choice) => hardware.rescind(engine, *block, *choice)?,
         Step::Prepare(block) => engine.prepare(*block).map(|_| ())?,
         Step::Touch(number) => engine.accept_around(frame(*number)).map(|_| ())?,
         Step::Acquire(block) => engine.acquire(*block).map(|_| ())?,

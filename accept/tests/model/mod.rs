@@ -9,7 +9,9 @@
     reason = "each test file uses the part of the model that it needs"
 )]
 
+pub mod every_call;
 pub mod history;
+pub mod race;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -87,7 +89,7 @@ pub struct Model {
     machine: Mutex<Machine>,
     double_validations: AtomicUsize,
     /// Give other threads the chance to get between two instructions.
-    pub yield_often: bool,
+    yield_often: bool,
 }
 
 impl Model {
@@ -107,6 +109,14 @@ impl Model {
             }),
             double_validations: AtomicUsize::new(0),
             yield_often: false,
+        }
+    }
+
+    /// The same, where other threads often come between two instructions.
+    pub fn shared(regions: usize, large: bool) -> Self {
+        Self {
+            yield_often: true,
+            ..Self::new(regions, large)
         }
     }
 
@@ -146,6 +156,13 @@ impl Model {
         let mut machine = self.machine.lock().unwrap();
         machine.large[page / 512] = false;
         machine.entries[page] = FRESH;
+    }
+
+    /// The host removes pages that the guest gave back, on a platform where nobody else can.
+    pub fn host_takes(&self, pages: std::ops::Range<usize>) {
+        let mut machine = self.machine.lock().unwrap();
+        machine.entries[pages.clone()].fill(FRESH);
+        machine.witness[pages].fill(false);
     }
 
     /// The host puts a page there that was validated for this address, and granted, long ago.
@@ -377,12 +394,12 @@ impl Backend for &Model {
 }
 
 /// Runs `test` with an engine over `regions` regions from address 0 that remembers what is given back.
-pub fn with_engine<B: Backend>(
+pub fn with_engine<B: Backend, T>(
     backend: B,
     regions: usize,
     spin_limit: u32,
-    test: impl FnOnce(&Engine<'_, B>),
-) {
+    test: impl FnOnce(&Engine<'_, B>) -> T,
+) -> T {
     let states: Vec<Region> = (0..regions).map(|_| Region::new()).collect();
     let flags: Vec<GivenBack> = (0..GivenBack::needed(regions))
         .map(|_| GivenBack::new())
@@ -393,7 +410,7 @@ pub fn with_engine<B: Backend>(
     let locks = RegionLocks::try_new(&locks)
         .unwrap()
         .with_spin_limit(spin_limit);
-    test(&Engine::new(backend, Map::try_new(&ranges).unwrap(), locks));
+    test(&Engine::new(backend, Map::try_new(&ranges).unwrap(), locks))
 }
 
 /// The small page with this number.

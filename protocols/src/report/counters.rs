@@ -87,13 +87,16 @@ pub struct AcceptResults {
     pub size_mismatch: u64,
     /// OPERAND_INVALID.
     pub invalid: u64,
+    /// OPERAND_BUSY.
+    #[serde(default)]
+    pub busy: u64,
 }
 
 impl AcceptResults {
     /// How often the leaf was executed.
     #[must_use]
     pub const fn total(&self) -> u64 {
-        self.ok + self.already_accepted + self.size_mismatch + self.invalid
+        self.ok + self.already_accepted + self.size_mismatch + self.invalid + self.busy
     }
 }
 

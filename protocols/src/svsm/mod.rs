@@ -8,8 +8,10 @@
 //! - this module: calling area, call numbers, result codes;
 //! - [`list`]: the lists of PVALIDATE, DEPOSIT_MEM and WITHDRAW_MEM;
 //! - [`registers`]: register encodings of QUERY_PROTOCOL and CONFIGURE_VTOM;
+//! - [`attestation`]: reports on the paravisor;
 //! - [`turnstile`]: our own protocol.
 
+pub mod attestation;
 pub mod list;
 pub mod registers;
 pub mod turnstile;

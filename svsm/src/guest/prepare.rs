@@ -40,14 +40,60 @@ pub struct Preparation<'a, P> {
 }
 
 impl<P: Platform> Preparation<'_, P> {
-    /// Grants the launched firmware pages to the guest, 4 KiB each: so they were launched.
+    /// Grants the launched firmware to the guest.
     ///
     /// # Errors
     ///
     /// [`TurnstileReason::RMPADJUST`].
     pub fn grant_firmware(&self) -> Result<(), TurnstileReason> {
-        let firmware = self.launch.firmware();
-        for page in firmware.frames() {
+        self.grant_launched(self.launch.firmware())
+    }
+
+    /// Grants what the image hands to the firmware, and puts the list of it where the firmware looks:
+    /// into an area that was filled with zeroes like any other before.
+    ///
+    /// # Errors
+    ///
+    /// [`TurnstileReason::FIRMWARE`] if data or place are not the guest's memory.
+    pub fn hand_over_data(&self) -> Result<(), TurnstileReason> {
+        let data = self.launch.data();
+        if data.is_empty() {
+            return Ok(());
+        }
+        let place = Gpa::new(self.launch.params().igvm_hob_gpa);
+        let list = PageRange::try_from_bytes(place.get(), PAGE_SIZE);
+        let is_guests = |pages| self.plan.is_guest_memory(pages, self.launch.region());
+        if !is_guests(data) || !list.is_some_and(is_guests) {
+            return Err(TurnstileReason::FIRMWARE);
+        }
+        self.grant_launched(data)?;
+        let accepted = Some(PageState::Accepted);
+        if self.engine.state(Frame::containing(place.get())) != accepted {
+            return Err(TurnstileReason::FIRMWARE);
+        }
+        guest_map::copy_page(data.start(), place).map_err(|_| TurnstileReason::NOT_VALIDATED)?;
+        // The firmware knows of the data that the list names, but not of the page the list came in: it
+        // will accept that one like other memory.
+        let list = Block::page(Frame::containing(data.start().get()));
+        let rescinded =
+            self.engine
+                .rescind(list, OnNoChange::Fail)
+                .map_err(|error| match error {
+                    Error::HostLied => TurnstileReason::NOT_VALIDATED,
+                    _ => TurnstileReason::PVALIDATE,
+                })?;
+        match rescinded.flush {
+            Some(owed) => self
+                .engine
+                .flush(owed)
+                .map_err(|_| TurnstileReason::INTERNAL),
+            None => Ok(()),
+        }
+    }
+
+    /// Grants launched pages to the guest, 4 KiB each: so they were launched.
+    fn grant_launched(&self, pages: PageRange) -> Result<(), TurnstileReason> {
+        for page in pages.frames() {
             let block = guest_map::address(page, PAGE_SIZE)
                 .ok()
                 .and_then(|address| MappedBlock::try_new(address, PageSize::Size4K))
@@ -56,9 +102,9 @@ impl<P: Platform> Preparation<'_, P> {
                 .adjust(block, GUEST_VMPL, Rights::Full)
                 .map_err(|_| TurnstileReason::RMPADJUST)?;
         }
-        let first = Frame::containing(firmware.start().get());
+        let first = Frame::containing(pages.start().get());
         self.engine
-            .record_launch(first, firmware.pages(), PageState::Accepted)
+            .record_launch(first, pages.pages(), PageState::Accepted)
             .map_err(|_| TurnstileReason::INTERNAL)
     }
 

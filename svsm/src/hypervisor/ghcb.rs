@@ -11,6 +11,7 @@
 use core::ptr;
 
 use protocols::addr::{Gpa, PAGE_SIZE, PageSize, Vmpl};
+use protocols::amd_sp::GuestRequestOutcome;
 use protocols::exit_code::ExitCode;
 use protocols::ghcb::event::{ApCreation, ApRequest, IoDirection, IoInfo, IoWidth};
 use protocols::ghcb::page::{self, Field, Ghcb as GhcbPage, Response, USAGE_STANDARD, ValidBitmap};
@@ -49,7 +50,48 @@ pub unsafe fn share(gpa: Gpa) -> Result<(), TurnstileReason> {
     Ok(())
 }
 
+/// Where a host may write its certificates.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// The first of the shared pages.
+    pub gpa: Gpa,
+    /// How many there are.
+    pub pages: u64,
+}
+
 impl Ghcb {
+    /// Has the host carry the message in the shared page `request` to the security processor, and the answer
+    /// into the shared page `response`; with `certificates`, to have those written as well. Returns what the
+    /// host says came of it.
+    ///
+    /// # Errors
+    ///
+    /// One of the GHCB reasons.
+    pub fn guest_request(
+        &self,
+        request: Gpa,
+        response: Gpa,
+        certificates: Option<Room>,
+    ) -> Result<GuestRequestOutcome, TurnstileReason> {
+        let refused = TurnstileReason::GHCB_MALFORMED;
+        let (info_1, info_2) = (request.get(), response.get());
+        match certificates {
+            None => self.request(ExitCode::GUEST_REQUEST, info_1, info_2, &[], refused)?,
+            Some(Room { gpa, pages }) => self.request(
+                ExitCode::EXTENDED_GUEST_REQUEST,
+                info_1,
+                info_2,
+                &[(Field::RAX, gpa.get()), (Field::RBX, pages)],
+                refused,
+            )?,
+        }
+        if !ValidBitmap(self.read(page::VALID_BITMAP_OFFSET)).contains(Field::EXIT_INFO_2) {
+            return Err(TurnstileReason::GHCB_REPLY);
+        }
+        let info_2 = self.read(Field::EXIT_INFO_2.offset());
+        Ok(GuestRequestOutcome::decode(info_2))
+    }
+
     /// Turns a page of the region into the running processor's GHCB.
     ///
     /// # Errors
@@ -95,7 +137,7 @@ impl Ghcb {
         event: ExitCode,
         info_1: u64,
         info_2: u64,
-        argument: Option<(Field, u64)>,
+        arguments: &[(Field, u64)],
         refused: TurnstileReason,
     ) -> Result<(), TurnstileReason> {
         let mut valid = ValidBitmap::default();
@@ -106,7 +148,7 @@ impl Ghcb {
         put(Field::EXIT_CODE, event.0);
         put(Field::EXIT_INFO_1, info_1);
         put(Field::EXIT_INFO_2, info_2);
-        if let Some((field, value)) = argument {
+        for &(field, value) in arguments {
             put(field, value);
         }
         self.write(page::VALID_BITMAP_OFFSET, valid.0);
@@ -139,7 +181,7 @@ impl Hypervisor for Ghcb {
             ExitCode::RUN_VMPL,
             number,
             0,
-            None,
+            &[],
             TurnstileReason::RUN_VMPL,
         )
     }
@@ -159,7 +201,7 @@ impl Hypervisor for Ghcb {
             ExitCode::AP_CREATION,
             info_1,
             request.vmsa.get(),
-            Some((Field::RAX, request.sev_features)),
+            &[(Field::RAX, request.sev_features)],
             TurnstileReason::AP_CREATION,
         )
     }
@@ -170,7 +212,7 @@ impl Hypervisor for Ghcb {
             ExitCode::GET_APIC_IDS,
             list.get(),
             0,
-            Some((Field::RAX, pages)),
+            &[(Field::RAX, pages)],
             TurnstileReason::APIC_IDS,
         )?;
         // The host answers with the number of pages that it needs.
@@ -205,10 +247,10 @@ impl Hypervisor for Ghcb {
                 ExitCode::PAGE_STATE_CHANGE,
                 0,
                 0,
-                Some((
+                &[(
                     Field::SCRATCH,
                     self.gpa.get() + page::SHARED_BUFFER_OFFSET as u64,
-                )),
+                )],
                 TurnstileReason::GHCB_PAGE_STATE,
             )?;
             let outcome = psc::Outcome(self.read(Field::EXIT_INFO_2.offset()));
@@ -231,7 +273,7 @@ impl Hypervisor for Ghcb {
             ExitCode::IOIO,
             info_1,
             0,
-            Some((Field::RAX, value.into())),
+            &[(Field::RAX, value.into())],
             TurnstileReason::GHCB_MALFORMED,
         )
     }

@@ -11,7 +11,7 @@
 //!
 //! Pages that vanish under an access are reported, never fatal here.
 
-use protocols::addr::Gpa;
+use protocols::addr::{Gpa, PAGE_SIZE};
 use zerocopy::{Immutable, IntoBytes};
 
 use super::access;
@@ -63,6 +63,22 @@ pub fn write_value<T: IntoBytes + Immutable>(gpa: Gpa, value: &T) -> Result<(), 
     write(gpa, value.as_bytes())
 }
 
+/// Copies a page of guest memory to another one.
+///
+/// # Errors
+///
+/// The fault; the target may be written in part.
+pub fn copy_page(from: Gpa, to: Gpa) -> Result<(), AccessFault> {
+    const PIECE: u64 = 256;
+    let mut piece = [0; PIECE as usize];
+    for offset in (0..PAGE_SIZE).step_by(PIECE as usize) {
+        let at = |gpa: Gpa| gpa.checked_add(offset).ok_or(OUTSIDE);
+        access::copy_in(address(at(from)?, PIECE)?, &mut piece)?;
+        write(at(to)?, &piece)?;
+    }
+    Ok(())
+}
+
 /// The window as the protocols see it.
 #[derive(Clone, Copy, Debug)]
 pub struct Window;
@@ -88,5 +104,15 @@ impl GuestMemory for Window {
         address(gpa, 2)
             .and_then(|at| access::store_u16(at, value))
             .map_err(|_| Unreachable)
+    }
+
+    fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Unreachable> {
+        address(gpa, bytes.len() as u64)
+            .and_then(|at| access::copy_in(at, bytes))
+            .map_err(|_| Unreachable)
+    }
+
+    fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Unreachable> {
+        write(gpa, bytes).map_err(|_| Unreachable)
     }
 }

@@ -56,8 +56,27 @@ impl<'a, B: Backend, M: GuestMemory> ArgumentPage<'a, B, M> {
 
     /// Writes the half word at `offset` in the page.
     pub(super) fn write_u16(&self, offset: u64, value: u16) -> Result<(), Stop> {
+        self.write(|| self.memory.write_u16(self.gpa(offset), value))
+    }
+
+    /// Reads what is at `offset` in the page, and does not leave it; each byte once.
+    pub(super) fn read_bytes(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Stop> {
+        self.access(|| self.memory.read_bytes(self.gpa(offset), bytes))
+    }
+
+    /// Writes to `offset` in the page, and does not leave it.
+    pub(super) fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Stop> {
+        self.write(|| self.memory.write_bytes(self.gpa(offset), bytes))
+    }
+
+    /// Checks that the page is one that may be accessed, now.
+    pub(super) fn check(&self) -> Result<(), Stop> {
+        self.access(|| Ok(()))
+    }
+
+    fn write(&self, write: impl Fn() -> Result<(), Unreachable>) -> Result<(), Stop> {
         for _ in 1..WRITE_TRIES {
-            match self.access(|| self.memory.write_u16(self.gpa(offset), value)) {
+            match self.access(&write) {
                 Err(Stop::Result(ResultCode::BUSY)) => {}
                 ended => return ended,
             }

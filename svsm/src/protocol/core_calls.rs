@@ -2,15 +2,17 @@
 
 use accept::Backend;
 use protocols::svsm::{
-    CORE_PROTOCOL_VERSION, ConfigureVtom, CoreCall, Protocol, ProtocolQuery, ResultCode, turnstile,
+    CORE_PROTOCOL_VERSION, ConfigureVtom, CoreCall, Protocol, ProtocolQuery, ResultCode,
+    attestation, turnstile,
 };
 
 use super::{Finished, GuestMemory, Registers, Service, Stop, VcpuIndex, Vcpus, VmsaPages};
+use crate::attestation::Carrier;
 
 /// The lowest version of the core protocol that is spoken here.
 const CORE_PROTOCOL_MINIMUM: u32 = 1;
 
-impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P> {
+impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_, B, M, V, P, C> {
     pub(super) fn core(
         &self,
         caller: VcpuIndex,
@@ -41,6 +43,7 @@ fn query_protocol(rcx: u64) -> u64 {
     let query = ProtocolQuery::decode(rcx);
     match query.protocol {
         Protocol::CORE => query.answer(CORE_PROTOCOL_MINIMUM, CORE_PROTOCOL_VERSION),
+        Protocol::ATTESTATION => query.answer(attestation::VERSION, attestation::VERSION),
         Protocol::TURNSTILE => query.answer(turnstile::VERSION, turnstile::VERSION),
         _ => ProtocolQuery::UNAVAILABLE,
     }

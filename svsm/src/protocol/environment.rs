@@ -15,7 +15,7 @@ pub struct Unreachable;
 
 /// The guest's memory as VMPL0 sees it, private, through accesses that survive a fault.
 ///
-/// The protocols ask only for naturally aligned words, and only in pages that the map lets them
+/// The protocols ask only for naturally aligned words and for stretches inside a page, and only in pages that the map lets them
 /// touch; an implementation need not check either, but must never reach anything that is not the
 /// guest's.
 pub trait GuestMemory {
@@ -42,6 +42,18 @@ pub trait GuestMemory {
     /// # Errors
     /// [`Unreachable`]; nothing was written.
     fn write_u16(&self, gpa: Gpa, value: u16) -> Result<(), Unreachable>;
+
+    /// Reads a stretch, each byte once.
+    ///
+    /// # Errors
+    /// [`Unreachable`]; some of it may have been read.
+    fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Unreachable>;
+
+    /// Writes a stretch.
+    ///
+    /// # Errors
+    /// [`Unreachable`]; some of it may be written.
+    fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Unreachable>;
 }
 
 /// A processor, by its number in the registry. It proves nothing; the registry answers "none" for

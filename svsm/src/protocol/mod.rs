@@ -13,6 +13,7 @@
 //! | `core_calls` | the core protocol: which calls exist; the calls that need no memory |
 //! | `pvalidate` | accepting and rescinding by list |
 //! | `vcpu` | calling areas and VMSAs |
+//! | `attestation` | reports on the paravisor |
 //! | `turnstile` | our own protocol: accepting by range, statistics |
 //!
 //! Rules:
@@ -25,6 +26,7 @@
 //! * One direction: request loop → protocol → engine → backend.
 
 mod argument;
+mod attestation;
 mod core_calls;
 mod environment;
 mod pvalidate;
@@ -41,6 +43,7 @@ use protocols::svsm::{CallId, CallingArea, Protocol, ResultCode};
 use protocols::terminate::TurnstileReason;
 
 use crate::ahead::{Ahead, HostLied};
+use crate::attestation::{Carrier, Line};
 
 pub use environment::{
     Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Steps,
@@ -102,15 +105,18 @@ enum Finished {
 }
 
 /// The SVSM service of one VM. Shared by all processors.
-pub struct Service<'a, B, M, V, P> {
+pub struct Service<'a, B, M, V, P, C> {
     engine: &'a Engine<'a, B>,
     memory: M,
     vcpus: V,
     vmsa_pages: P,
     ahead: &'a Ahead,
+    line: &'a Line<C>,
 }
 
-impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'a, B, M, V, P> {
+impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier>
+    Service<'a, B, M, V, P, C>
+{
     /// A service on the given parts.
     pub const fn new(
         engine: &'a Engine<'a, B>,
@@ -118,6 +124,7 @@ impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'a, B, M, V
         vcpus: V,
         vmsa_pages: P,
         ahead: &'a Ahead,
+        line: &'a Line<C>,
     ) -> Self {
         Self {
             engine,
@@ -125,6 +132,7 @@ impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'a, B, M, V
             vcpus,
             vmsa_pages,
             ahead,
+            line,
         }
     }
 
@@ -167,6 +175,7 @@ impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'a, B, M, V
         let id = CallId::decode(registers.rax);
         match id.protocol {
             Protocol::CORE => self.core(caller, id.call, registers),
+            Protocol::ATTESTATION => self.attestation(caller, id.call, registers),
             Protocol::TURNSTILE => self.turnstile(id.call, registers),
             // Linux asks every SVSM for a vTPM and takes this for "none".
             _ => Err(ResultCode::UNSUPPORTED_PROTOCOL.into()),

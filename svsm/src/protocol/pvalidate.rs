@@ -20,6 +20,7 @@ use zerocopy::transmute;
 
 use super::argument::ArgumentPage;
 use super::{Debt, GuestMemory, Service, Stop, VcpuIndex, Vcpus, VmsaPages, WORK_BUDGET, stop_for};
+use crate::attestation::Carrier;
 
 const _: () = assert!(WORK_BUDGET >= PageSize::Size2M.bytes());
 
@@ -86,7 +87,7 @@ impl<'a, B: Backend, M: GuestMemory> List<'a, B, M> {
     }
 }
 
-impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P> {
+impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_, B, M, V, P, C> {
     pub(super) fn pvalidate(&self, caller: VcpuIndex, rcx: u64) -> Result<(), Stop> {
         let gpa = Gpa::new(rcx);
         let area = self.vcpus.calling_area(caller);

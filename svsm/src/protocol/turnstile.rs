@@ -13,6 +13,7 @@ use protocols::terminate::TurnstileReason;
 use super::{
     Finished, GuestMemory, Registers, Service, Stop, Vcpus, VmsaPages, WORK_BUDGET, stop_for,
 };
+use crate::attestation::Carrier;
 
 /// First byte that no guest-physical address reaches.
 const ADDRESS_END: u64 = 1 << 52;
@@ -20,7 +21,7 @@ const ADDRESS_END: u64 = 1 << 52;
 /// What a block costs of the work a call may do, if nothing changes: some 8,000 blocks per call.
 const LOOK_COST: u64 = PAGE_SIZE;
 
-impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P> {
+impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_, B, M, V, P, C> {
     pub(super) fn turnstile(&self, call: u32, registers: &mut Registers) -> Result<Finished, Stop> {
         match TurnstileCall(call) {
             TurnstileCall::ACCEPT => self.accept_range(registers)?,

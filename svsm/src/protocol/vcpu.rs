@@ -16,6 +16,7 @@ use super::environment::{
     VcpuIndex, VcpuPages, Vcpus, VmsaPages,
 };
 use super::{Finished, LOST, Service, Stop, pending_flag, stop_for};
+use crate::attestation::Carrier;
 
 /// How often a page is tried to be given back although another processor holds the lock.
 const RETURN_TRIES: u32 = 64;
@@ -29,7 +30,7 @@ const STATUS_IN_USE: u32 = 3;
 /// EAX of RMPADJUST on a small page that "mismatches", which no processor says.
 const STATUS_SIZE_MISMATCH: u32 = 6;
 
-impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages> Service<'_, B, M, V, P> {
+impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_, B, M, V, P, C> {
     /// Moves the caller's calling area to the page at `gpa`.
     pub(super) fn remap_calling_area(&self, caller: VcpuIndex, gpa: u64) -> Result<(), Stop> {
         let new = calling_area_at(gpa)?;

@@ -76,6 +76,26 @@ impl Firmware {
     }
 }
 
+/// A firmware of Debian's for trust domains.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TdFirmware {
+    /// OVMF 2026.08, the build for TDX.
+    #[default]
+    Ovmf2026_08,
+}
+
+impl TdFirmware {
+    /// All of them.
+    pub const ALL: [TdFirmware; 1] = [TdFirmware::Ovmf2026_08];
+
+    /// The name on command lines.
+    pub const fn name(self) -> &'static str {
+        match self {
+            TdFirmware::Ovmf2026_08 => "2026.08",
+        }
+    }
+}
+
 /// A name that stands for nothing here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unknown;
@@ -102,9 +122,20 @@ impl FromStr for Firmware {
     }
 }
 
+impl FromStr for TdFirmware {
+    type Err = Unknown;
+
+    fn from_str(text: &str) -> Result<TdFirmware, Unknown> {
+        TdFirmware::ALL
+            .into_iter()
+            .find(|firmware| firmware.name() == text)
+            .ok_or(Unknown)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{Firmware, Kernel, Unknown};
+    use super::{Firmware, Kernel, TdFirmware, Unknown};
 
     #[test]
     fn a_kernel_is_known_by_what_it_calls_itself() {
@@ -128,6 +159,9 @@ mod tests {
             assert_eq!(kernel.name().parse(), Ok(kernel));
         }
         for firmware in Firmware::ALL {
+            assert_eq!(firmware.name().parse(), Ok(firmware));
+        }
+        for firmware in TdFirmware::ALL {
             assert_eq!(firmware.name().parse(), Ok(firmware));
         }
         assert_eq!("6.1".parse::<Kernel>(), Err(Unknown));

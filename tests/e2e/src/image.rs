@@ -12,10 +12,11 @@ use igvm_build::elf::Program;
 use igvm_build::error::FileError;
 use igvm_build::firmware::Firmware;
 use igvm_build::flat::elf_to_flat;
+pub use igvm_build::handover::Item;
 use igvm_build::image::{self, Options};
 use igvm_build::sidecar::{Sidecar, hex};
 use igvm_build::td;
-use igvm_build::td_firmware::TdFirmware;
+use igvm_build::td_firmware::{TdFirmware, with_variables};
 use protocols::launch::{Acceptance, Fault};
 
 /// The emulated machine's C-bit: its nested tables have four levels, so 47 is the highest bit that
@@ -40,6 +41,11 @@ pub struct Recipe<'a> {
 impl Recipe<'_> {
     /// Builds the image in memory.
     pub fn build(&self) -> Result<(image::Image, Sidecar)> {
+        self.build_with(&[])
+    }
+
+    /// The same, with data that the firmware is handed.
+    pub fn build_with(&self, items: &[Item<'_>]) -> Result<(image::Image, Sidecar)> {
         let paravisor = read(self.paravisor, "the paravisor's ELF file")?;
         let program = Program::parse(&paravisor).map_err(FileError::content(self.paravisor))?;
         let firmware_bytes = match self.firmware {
@@ -64,9 +70,10 @@ impl Recipe<'_> {
             c_bit: MACHINE_C_BIT,
             fault: self.fault,
             acceptance: self.acceptance,
-            native: true,
+            ..Options::default()
         };
-        let image = image::build(&program, firmware.as_ref(), td_firmware.as_ref(), &options)
+        let (firmware, td_firmware) = (firmware.as_ref(), td_firmware.as_ref());
+        let image = image::build_with_data(&program, firmware, td_firmware, items, &options)
             .map_err(FileError::content(self.firmware.unwrap_or(self.paravisor)))?;
         let name = self.firmware.and_then(Path::file_name);
         let sidecar = Sidecar::new(
@@ -79,7 +86,12 @@ impl Recipe<'_> {
 
     /// Builds the image and writes it to `out`, its sidecar to `out` with `.json` appended.
     pub fn write(&self, out: &Path) -> Result<Sidecar> {
-        let (image, sidecar) = self.build()?;
+        self.write_with(&[], out)
+    }
+
+    /// The same, with data that the firmware is handed.
+    pub fn write_with(&self, items: &[Item<'_>], out: &Path) -> Result<Sidecar> {
+        let (image, sidecar) = self.build_with(items)?;
         write(out, &image.bytes)?;
         write(
             &sidecar_path(out),
@@ -96,6 +108,35 @@ pub fn write_td(elf: &Path, out: &Path) -> Result<String> {
     let image = td::build(&program).map_err(FileError::content(elf))?;
     write(out, &image.bytes)?;
     Ok(hex(&image.mrtd))
+}
+
+/// The image of a trust domain whose firmware is its only software.
+#[derive(Clone, Debug)]
+pub struct TdFirmwareImage {
+    /// Its measurement, hexadecimal.
+    pub mrtd: String,
+    /// Where the host writes the hand-off blocks.
+    pub hob: u64,
+}
+
+/// Builds the image of a trust domain that runs `firmware`, without a paravisor, and writes it to `out`.
+pub fn write_td_firmware(firmware: &Path, out: &Path) -> Result<TdFirmwareImage> {
+    let bytes = read(firmware, "a TDVF image")?;
+    let parsed = TdFirmware::parse(&bytes).map_err(FileError::content(firmware))?;
+    let built = td::build_firmware(&parsed).map_err(FileError::content(firmware))?;
+    write(out, &built.image.bytes)?;
+    Ok(TdFirmwareImage {
+        mrtd: hex(&built.image.mrtd),
+        hob: built.hob,
+    })
+}
+
+/// Writes to `out` the TDVF image `firmware` with the variables of `store`.
+pub fn write_with_variables(firmware: &Path, store: &Path, out: &Path) -> Result<()> {
+    let image = read(firmware, "a TDVF image")?;
+    let store = read(store, "an OVMF image or variable store")?;
+    let image = with_variables(&image, &store).map_err(FileError::content(firmware))?;
+    write(out, &image)
 }
 
 /// Where the description of an image lies.

@@ -3,9 +3,13 @@
 //! Owns everything between an image on disk and a verdict about a run:
 //!
 //! - [`vm`]: one run of the machine, also used by `xtask run`;
+//! - [`attestation`]: how a Linux guest gathers its evidence;
+//! - [`chip`]: the chip of the emulated security processor, and its certificates;
+//! - [`verify`]: what a verifier does with a report;
 //! - [`image`]: the images that are run;
 //! - [`guests`]: the kernels and firmware that are booted, by name;
 //! - [`initramfs`]: the guest's userspace;
+//! - [`uki`]: kernels as EFI programs;
 //! - [`stress`]: the stress program's place in it;
 //! - [`bench`]: what is measured in the machine;
 //! - [`report_laws`]: what is true of every report;
@@ -17,7 +21,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod attestation;
 pub mod bench;
+pub mod chip;
 pub mod guests;
 pub mod image;
 pub mod initramfs;
@@ -25,4 +31,6 @@ pub mod report_laws;
 pub mod scenario;
 pub mod scenarios;
 pub mod stress;
+pub mod uki;
+pub mod verify;
 pub mod vm;

@@ -10,9 +10,11 @@ use igvm_build::sidecar::Sidecar;
 use protocols::launch::{Acceptance, Fault};
 use protocols::report::{Event, Outcome, Report};
 
+use crate::chip::Chip;
 use crate::guests::{Firmware, Kernel};
 use crate::image::Recipe;
 use crate::initramfs::Extra;
+use crate::uki;
 use crate::vm::{Config, Console, Cores, Finished, Linux, Loader, Settings};
 
 /// Everything that was built and fetched for the scenarios.
@@ -36,18 +38,28 @@ pub struct Artefacts {
     pub tdx_cases: PathBuf,
     /// The test guest for an L2 VM, packed as a firmware.
     pub l2_cases: PathBuf,
+    /// The guest for an L2 VM that counts, packed as a firmware.
+    pub l2_counts: PathBuf,
     /// The default firmware.
     pub ovmf: PathBuf,
+    /// The firmware of trust domains, if a chosen scenario boots it.
+    pub td_firmware: Option<PathBuf>,
     /// The firmware that the chosen scenarios need, the default one included.
     pub firmwares: BTreeMap<Firmware, PathBuf>,
     /// The kernels that the chosen scenarios need, the default one included.
     pub kernels: BTreeMap<Kernel, PathBuf>,
     /// The disks that the chosen scenarios need, by the kernel in them, or why one is not there.
     pub disks: BTreeMap<Kernel, Result<PathBuf, String>>,
+    /// What UKIs are made with, if one of the chosen scenarios makes one, or why it is not there.
+    pub uki: Option<Result<uki::Tools, String>>,
     /// Debian's static busybox.
     pub busybox: PathBuf,
     /// The stress program and its module, for the kernels of the chosen scenarios that run it.
     pub stress: BTreeMap<Kernel, Vec<Extra>>,
+    /// The kernel modules for attestation, for the kernels of the chosen scenarios that load them.
+    pub modules: BTreeMap<Kernel, Vec<Extra>>,
+    /// The chip of the emulated security processor.
+    pub chip: Chip,
     /// The `xtask` program itself, for scenarios about what it says.
     pub xtask: PathBuf,
 }
@@ -65,6 +77,21 @@ impl Artefacts {
             Some(Ok(disk)) => Ok(disk),
             Some(Err(reason)) => bail!("the disk with kernel {}: {reason}", kernel.name()),
             None => bail!("the disk with kernel {}: not asked for", kernel.name()),
+        }
+    }
+
+    /// The firmware of trust domains, for a scenario that said it boots it.
+    pub fn td_firmware(&self) -> Result<&Path> {
+        let found = self.td_firmware.as_deref();
+        found.context("OVMF for TDX: not fetched for this scenario")
+    }
+
+    /// What UKIs are made with, for a scenario that said it makes one.
+    pub fn uki(&self) -> Result<&uki::Tools> {
+        match &self.uki {
+            Some(Ok(tools)) => Ok(tools),
+            Some(Err(reason)) => bail!("what UKIs are made with: {reason}"),
+            None => bail!("what UKIs are made with: not asked for"),
         }
     }
 
@@ -97,10 +124,16 @@ pub struct Scenario {
     pub kernel: Kernel,
     /// The firmware it boots; the default one is there always.
     pub firmware: Firmware,
+    /// Whether it boots the firmware of trust domains.
+    pub trust_domain: bool,
     /// Whether it runs the stress program.
     pub stress: bool,
+    /// Whether it loads the kernel's modules for attestation.
+    pub modules: bool,
     /// Whether it boots its kernel from the disk.
     pub disk: bool,
+    /// Whether it makes a unified kernel image.
+    pub uki: bool,
     /// Does it. An error means that it could not be carried out, which is a failure as well.
     #[expect(
         clippy::type_complexity,
@@ -121,8 +154,11 @@ impl Scenario {
             full_only: false,
             kernel: Kernel::default(),
             firmware: Firmware::default(),
+            trust_domain: false,
             stress: false,
+            modules: false,
             disk: false,
+            uki: false,
             run: Box::new(run),
         }
     }
@@ -148,6 +184,15 @@ impl Scenario {
         Scenario { firmware, ..self }
     }
 
+    /// The same, started by the firmware of trust domains.
+    #[must_use]
+    pub fn in_trust_domain(self) -> Scenario {
+        Scenario {
+            trust_domain: true,
+            ..self
+        }
+    }
+
     /// The same, with the stress program in the guest.
     #[must_use]
     pub fn with_stress(self) -> Scenario {
@@ -157,10 +202,25 @@ impl Scenario {
         }
     }
 
+    /// The same, with the kernel's modules for attestation in the guest.
+    #[must_use]
+    pub fn with_modules(self) -> Scenario {
+        Scenario {
+            modules: true,
+            ..self
+        }
+    }
+
     /// The same, booting from the disk.
     #[must_use]
     pub fn on_disk(self) -> Scenario {
         Scenario { disk: true, ..self }
+    }
+
+    /// The same, making a unified kernel image.
+    #[must_use]
+    pub fn with_uki(self) -> Scenario {
+        Scenario { uki: true, ..self }
     }
 
     /// The same, left out unless everything is asked for.
@@ -210,8 +270,19 @@ impl Findings {
     /// What every good run has in common: the machine measured the image that was built, saw no
     /// violation, its RMP agrees with the paravisor's map, and its figures fit each other.
     pub fn good_run(&mut self, finished: &Finished, sidecar: &Sidecar) -> Result<()> {
-        let report = finished.report()?;
         self.measured(finished, sidecar);
+        self.lawful_run(finished, sidecar)
+    }
+
+    /// The same of a trust domain.
+    pub fn good_td_run(&mut self, finished: &Finished, sidecar: &Sidecar) -> Result<()> {
+        let digest = finished.launch.as_ref().map(|launch| launch.digest.clone());
+        self.equal("MRTD as built", digest, sidecar.mrtd.clone());
+        self.lawful_run(finished, sidecar)
+    }
+
+    fn lawful_run(&mut self, finished: &Finished, sidecar: &Sidecar) -> Result<()> {
+        let report = finished.report()?;
         self.check("no violations", report.violations.total() == 0, || {
             format!("{:?}", report.violations)
         });
@@ -232,7 +303,8 @@ impl Findings {
         );
     }
 
-    fn referee_agrees(&mut self, report: &Report) {
+    /// The paravisor's map and the machine say the same of every page.
+    pub fn referee_agrees(&mut self, report: &Report) {
         let verdict = report.referee.clone().unwrap_or_default();
         self.check("the referee looked at pages", verdict.checked > 0, || {
             "none".into()
@@ -338,6 +410,7 @@ impl Context {
             linux: None,
             disk: None,
             console: Console::File,
+            chip: Some(self.artefacts.chip.clone()),
             debugger: None,
             dir: self.dir.clone(),
         }

@@ -8,11 +8,12 @@
 //!   secure EPT, #VE, the host's answers.
 //! - `l2_cases` is the guest of the paravisor there, an ordinary trust domain to itself.
 //!
-//! All are tables of [`harness::Case`]s. A case makes something happen and compares what
-//! *others* say about it (results of instructions, replies, the oracle, memory that others
-//! filled) with what the fact sheets promise; it never compares with a value it wrote itself
-//! unless the point is that the value survived. One line per case goes to the second serial
-//! port, then a summary; a write to port 0xF4 ends the run.
+//! These are tables of [`harness::Case`]s; `svsm_counts` and `l2_counts` count what calls cost in the
+//! places of the second and the last. A case makes something happen and compares what *others* say
+//! about it (results of instructions, replies, the oracle, memory that others filled) with what the
+//! fact sheets promise; it never compares with a value it wrote itself unless the point is that the
+//! value survived. One line per case goes to the second serial port, then a summary; a write to port
+//! 0xF4 ends the run.
 //!
 //! A guest runs its cases on one virtual processor with interrupts off. Everything here relies
 //! on that: the modules keep their state in plain atomics and are not meant for more processors.
@@ -24,8 +25,11 @@
     reason = "there is no heap for findings, and one ends its case: its size costs nothing"
 )]
 
+pub mod amd_sp;
 #[cfg(target_os = "none")]
 pub mod console;
+#[cfg(target_os = "none")]
+pub mod counting;
 #[cfg(target_os = "none")]
 pub mod ghcb;
 pub mod harness;

@@ -124,3 +124,34 @@ pub fn expect_zero(address: u64, bytes: u64) -> Verdict {
 fn lines(address: u64, bytes: u64) -> impl Iterator<Item = u64> {
     (address..address + bytes).step_by(LINE as usize)
 }
+
+/// Writes whole words, which must be writable.
+///
+/// # Errors
+///
+/// A finding with the exception.
+pub fn put_bytes(address: u64, bytes: &[u8]) -> Verdict {
+    assert!(bytes.len().is_multiple_of(8), "whole words");
+    for (at, word) in (address..).step_by(8).zip(bytes.chunks_exact(8)) {
+        write(
+            at,
+            word.iter()
+                .rev()
+                .fold(0, |all, &byte| all << 8 | u64::from(byte)),
+        )?;
+    }
+    Ok(())
+}
+
+/// Reads whole words, which must be readable.
+///
+/// # Errors
+///
+/// A finding with the exception.
+pub fn take_bytes(address: u64, bytes: &mut [u8]) -> Verdict {
+    assert!(bytes.len().is_multiple_of(8), "whole words");
+    for (at, word) in (address..).step_by(8).zip(bytes.chunks_exact_mut(8)) {
+        word.copy_from_slice(&read(at)?.to_le_bytes());
+    }
+    Ok(())
+}

@@ -151,11 +151,25 @@ impl Caller {
     ///
     /// A finding when the call was not taken.
     pub fn call_once(self, call: CoreCall, registers: Registers) -> Result<ResultCode, Finding> {
+        self.call_of(CallId::core(call), registers)
+            .map(|(code, _)| code)
+    }
+
+    /// Makes a call of any protocol once.
+    ///
+    /// # Errors
+    ///
+    /// A finding when the call was not taken.
+    pub fn call_of(
+        self,
+        id: CallId,
+        registers: Registers,
+    ) -> Result<(ResultCode, Registers), Finding> {
         set_pending_of(self.0, 1);
         ghcb::set_msr(Request::RunVmpl { vmpl: 0 }.encode());
-        let (rax, _) = exit_with(CallId::core(call).encode(), registers);
+        let (rax, registers) = exit_with(id.encode(), registers);
         expect("call_pending", take_pending_of(self.0), 0)?;
-        Ok(ResultCode::decode(rax))
+        Ok((ResultCode::decode(rax), registers))
     }
 
     /// PVALIDATE of a list in the calling area.

@@ -195,6 +195,16 @@ impl Counters {
         *level.tdcalls.entry(what).or_default() += 1;
     }
 
+    /// How many TDCALLs of a kind a level has made.
+    pub fn tdcalls(&self, vmpl: Vmpl, is_meant: impl Fn(&Tdcall) -> bool) -> u64 {
+        self.vcpus
+            .iter()
+            .flat_map(|levels| &levels[vmpl.index()].tdcalls)
+            .filter(|(call, _)| is_meant(call))
+            .map(|(_, count)| count)
+            .sum()
+    }
+
     /// Counts an exit to the host of a trust domain, by what it was about.
     pub fn count_td_exit(&mut self, vmpl: Vmpl, about: &'static str) {
         let level = &mut self.served()[vmpl.index()];
@@ -335,7 +345,9 @@ fn add_accept(sum: &mut AcceptCounters, more: &AcceptCounters) {
             already_accepted,
             size_mismatch,
             invalid,
+            busy,
         } = more;
+        sum.busy += busy;
         sum.ok += ok;
         sum.already_accepted += already_accepted;
         sum.size_mismatch += size_mismatch;

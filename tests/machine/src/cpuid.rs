@@ -212,6 +212,18 @@ impl Table {
         &self.entries
     }
 
+    /// Family, model and stepping of the processor, as leaf 1 tells them.
+    pub fn family_model_stepping(&self) -> [u8; 3] {
+        let leaf_1 = self.entries.iter().find(|entry| entry.leaf == 1);
+        let eax = leaf_1.map_or(0, |entry| entry.value.eax);
+        let bits = |low: u32, mask: u32| (eax >> low & mask) as u8;
+        [
+            bits(8, 0xF).wrapping_add(bits(20, 0xFF)),
+            bits(16, 0xF) << 4 | bits(4, 0xF),
+            bits(0, 0xF),
+        ]
+    }
+
     /// What a guest sees.
     pub fn lookup(&self, leaf: u32, subleaf: u32, context: &Context) -> Leaf {
         let subleaf = if is_indexed(leaf) { subleaf } else { 0 };

@@ -36,6 +36,21 @@ impl Slot {
     }
 }
 
+/// Where a PC has video memory and ROMs.
+pub const LEGACY_HOLE: core::ops::Range<u64> = 0xA_0000..0x10_0000;
+
+/// Sorts ranges of bytes that do not overlap, and joins neighbours.
+pub(crate) fn join(ranges: &mut Vec<core::ops::Range<u64>>) {
+    ranges.sort_unstable_by_key(|range| range.start);
+    ranges.dedup_by(|next, last| {
+        let touch = last.end == next.start;
+        if touch {
+            last.end = next.end;
+        }
+        touch
+    });
+}
+
 /// What stands behind a range.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Backing {
@@ -43,6 +58,8 @@ pub enum Backing {
     Ram,
     /// Memory of the machine, put where the image wants pages and QEMU has none.
     Window,
+    /// Memory of the machine in the legacy hole below 1 MiB, for guests that have RAM there.
+    Legacy,
 }
 
 /// A run of existing pages.
@@ -126,6 +143,12 @@ impl Layout {
         self.add(gpa, bytes, spa, Backing::Window)
     }
 
+    /// Makes the legacy hole memory, backed by machine memory at `spa`.
+    pub fn add_legacy(&mut self, spa: Spa) -> Result<(), LayoutError> {
+        let (start, end) = (LEGACY_HOLE.start, LEGACY_HOLE.end);
+        self.add(Gpa::new(start), end - start, spa, Backing::Legacy)
+    }
+
     fn add(&mut self, gpa: Gpa, bytes: u64, spa: Spa, backing: Backing) -> Result<(), LayoutError> {
         let aligned = (gpa.get() | spa.get() | bytes) & (PAGE_SIZE - 1) == 0;
         if !aligned || bytes == 0 {
@@ -159,6 +182,16 @@ impl Layout {
         &self.ranges
     }
 
+    /// The memory that a guest is told of: ascending, neighbours joined.
+    pub fn memory(&self) -> Vec<core::ops::Range<u64>> {
+        let told = self.ranges.iter().filter(|r| r.backing != Backing::Window);
+        let mut told: Vec<_> = told
+            .map(|range| range.gpa.get()..range.gpa.get() + range.bytes())
+            .collect();
+        join(&mut told);
+        told
+    }
+
     /// The range `gpa` lies in.
     #[inline]
     pub fn range(&self, gpa: Gpa) -> Option<&Range> {
@@ -168,7 +201,7 @@ impl Layout {
     /// Whether the page of `gpa` is backed by memory of the machine.
     pub fn is_window(&self, gpa: Gpa) -> bool {
         self.range(gpa)
-            .is_some_and(|range| range.backing == Backing::Window)
+            .is_some_and(|range| range.backing != Backing::Ram)
     }
 
     /// Where the page of `gpa` is; `None` if there is no memory.
@@ -252,6 +285,20 @@ mod tests {
         assert_eq!(
             map.spa_of(Gpa::new(0xFFFF_FFFF_FFFF)),
             Some(Spa::new(0x540_0FFF))
+        );
+    }
+
+    #[test]
+    fn a_guest_is_told_of_ram_and_of_a_filled_hole() {
+        let mut map = map();
+        assert_eq!(map.memory(), [0..0xA_0000, 0x10_0000..0x400_0000]);
+        map.add_legacy(Spa::new(0x560_0000)).unwrap();
+        assert_eq!(map.memory(), [0..0x400_0000]);
+        assert_eq!(map.spa_of(Gpa::new(0xC_0000)), Some(Spa::new(0x562_0000)));
+        assert!(map.is_window(Gpa::new(0xC_0000)));
+        assert_eq!(
+            map.add_legacy(Spa::new(0x600_0000)),
+            Err(LayoutError::Overlap)
         );
     }
 

@@ -30,6 +30,7 @@
 extern crate alloc;
 
 pub mod access;
+pub mod amd_sp;
 pub mod calls;
 pub mod counters;
 pub mod cpuid;

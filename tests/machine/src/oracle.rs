@@ -9,7 +9,12 @@ use protocols::oracle::{
     Call, Counter, HOST_ACT_DONE, HOST_ACT_NOT_POSSIBLE, HostAct, PageFlags, Table,
 };
 use protocols::report::PvalidateResults;
+use protocols::secrets::SecretsPage;
+use protocols::tdx::Leaf;
+use zerocopy::{FromZeros, IntoBytes};
 
+use crate::counters::Tdcall;
+use crate::ghcb::guest_request::Lie;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::settings::{Hostile, PlatformKind};
@@ -111,13 +116,32 @@ impl<P: PhysicalMemory> Platform<P> {
             Counter::IN_USE_RESCIND => violations.in_use_rescind,
             Counter::ACCEPT_4K => level.accept.size_4k.total(),
             Counter::ACCEPT_2M => level.accept.size_2m.total(),
+            Counter::TDCALL => self.counters.tdcalls(Vmpl::VMPL0, |_| true),
+            Counter::ATTR_WR => self.counters.tdcalls(Vmpl::VMPL0, |call| {
+                *call == Tdcall::Module(Leaf::MEM_PAGE_ATTR_WR)
+            }),
             Counter::TD_EXIT => self.counters.td_exits(Vmpl::VMPL0),
+            Counter::KEYS_IN_LAUNCH_PAGE => self.keys_in_launch_page(),
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
                 .iter()
                 .map(|&vmpl| self.counters.level(vmpl).implicit_conversions)
                 .sum(),
             _ => u64::MAX,
         }
+    }
+
+    /// How many of the guest's keys are still in the page that the launch put them in.
+    fn keys_in_launch_page(&self) -> u64 {
+        let Some(processor) = &self.security_processor else {
+            return 0;
+        };
+        let spa = processor.secrets_page().and_then(|gpa| self.spa_of(gpa));
+        let mut page = SecretsPage::new_zeroed();
+        if let Some(spa) = spa {
+            self.memory.read(spa, page.as_mut_bytes());
+        }
+        let there = page.vmpck.iter().zip(processor.keys());
+        there.filter(|(found, key)| found == key).count() as u64
     }
 
     /// Whether this host is one that does such things.
@@ -127,7 +151,18 @@ impl<P: PhysicalMemory> Platform<P> {
             HostAct::EXCHANGE => {
                 self.kind() == PlatformKind::Snp && self.settings.is_hostile(Hostile::Remap)
             }
-            HostAct::BLOCK => self.kind() == PlatformKind::Tdx,
+            HostAct::BLOCK | HostAct::HOLD => self.kind() == PlatformKind::Tdx,
+            HostAct::TAMPER_ANSWER => self.settings.is_hostile(Hostile::MessagesTampered),
+            HostAct::REPLAY_ANSWER => self.settings.is_hostile(Hostile::MessagesReplayed),
+            HostAct::LOSE_ANSWER => self.settings.is_hostile(Hostile::MessagesLost),
+            act if Lie::of(act).is_some() => {
+                let hosts = [
+                    Hostile::MessagesTampered,
+                    Hostile::MessagesReplayed,
+                    Hostile::MessagesLost,
+                ];
+                hosts.iter().any(|&host| self.settings.is_hostile(host))
+            }
             HostAct::RE_ADD | HostAct::RE_ADD_2M => self.settings.is_hostile(Hostile::ReAdd),
             act => act.is_known(),
         }
@@ -139,6 +174,13 @@ impl<P: PhysicalMemory> Platform<P> {
         let place = self.host.layout().place(gpa)?;
         if !self.would_act(act) || self.is_vmsa_in_use(gpa, PageSize::Size4K) {
             return None;
+        }
+        if let Some(lie) = Lie::of(act) {
+            self.courier.lie = Some(lie);
+            return Some(());
+        }
+        if act == HostAct::HOLD {
+            return self.hold(gpa);
         }
         let memory = &self.memory;
         let result = match act {
@@ -204,6 +246,18 @@ mod tests {
         let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
         assert_eq!(count(Counter::INSTRUCTIONS), 7);
         assert_eq!(count(Counter::INSTRUCTIONS_OF_GUEST), 8);
+        let leaves = [Leaf::MEM_PAGE_ATTR_WR, Leaf::VP_ENTER];
+        for (level, leaf) in [Vmpl::VMPL0, Vmpl::VMPL0, Vmpl::VMPL1]
+            .into_iter()
+            .zip(leaves.into_iter().cycle())
+        {
+            platform
+                .counters()
+                .count_tdcall(level, Tdcall::Module(leaf));
+        }
+        let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
+        assert_eq!(count(Counter::TDCALL), 2);
+        assert_eq!(count(Counter::ATTR_WR), 1);
     }
 
     #[test]
@@ -227,7 +281,7 @@ mod tests {
         );
         assert_eq!(flags(&mut platform), PageFlags::empty());
         // SEV-SNP has no secure EPT.
-        for unknown in [HostAct::BLOCK, HostAct(9)] {
+        for unknown in [HostAct::BLOCK, HostAct::HOLD, HostAct(9)] {
             assert_eq!(act(&mut platform, unknown), HOST_ACT_NOT_POSSIBLE);
         }
     }
@@ -241,8 +295,24 @@ mod tests {
                 "oracle=on\nhostile=re-add",
                 &[HostAct::RE_ADD, HostAct::RE_ADD_2M],
             ),
+            (
+                "oracle=on\nhostile=messages-lost",
+                &[
+                    HostAct::LOSE_ANSWER,
+                    HostAct::SAY_BUSY,
+                    HostAct::DROP_MESSAGE,
+                ],
+            ),
         ] {
-            for act in [HostAct::EXCHANGE, HostAct::RE_ADD, HostAct::RE_ADD_2M] {
+            for act in [
+                HostAct::EXCHANGE,
+                HostAct::RE_ADD,
+                HostAct::RE_ADD_2M,
+                HostAct::LOSE_ANSWER,
+                HostAct::TAMPER_ANSWER,
+                HostAct::SAY_BUSY,
+                HostAct::DROP_MESSAGE,
+            ] {
                 let mut platform = platform(settings);
                 let back = HostAct::BACK_BY_2M.0;
                 ask(&mut platform, Call::HOST_ACT, BLOCK.get(), back);

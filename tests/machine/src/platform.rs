@@ -20,7 +20,9 @@ use protocols::report::{
     Event, Log, Memory, Outcome, Progress, Refusal, Report, Sample, Termination,
 };
 
+use crate::amd_sp::{Chip, SecurityProcessor};
 use crate::counters::{self, Counters};
+use crate::ghcb::guest_request::Courier;
 use crate::host_memory::HostMemory;
 use crate::layout::{Layout, LayoutError};
 use crate::memory::PhysicalMemory;
@@ -91,6 +93,10 @@ pub struct Platform<P> {
     pub(crate) ap_jump_table: u64,
     pub(crate) stale: Stale,
     pub(crate) personality: Personality,
+    pub(crate) courier: Courier,
+    pub(crate) chip: Option<Chip>,
+    /// From the launch of an SNP guest on.
+    pub(crate) security_processor: Option<SecurityProcessor>,
     progress: u64,
 }
 
@@ -109,6 +115,9 @@ impl<P: PhysicalMemory> Platform<P> {
             ap_jump_table: 0,
             stale: Stale::default(),
             personality: Personality::Snp,
+            courier: Courier::default(),
+            chip: None,
+            security_processor: None,
             progress: 0,
         };
         let reset = platform.sev_info();
@@ -128,6 +137,17 @@ impl<P: PhysicalMemory> Platform<P> {
     /// Adds pages where QEMU has no RAM, backed by machine memory at `spa`.
     pub fn add_window(&mut self, gpa: Gpa, bytes: u64, spa: Spa) -> Result<(), LayoutError> {
         self.host.add_window(gpa, bytes, spa)
+    }
+
+    /// Makes the legacy hole below 1 MiB memory, backed by machine memory at `spa`.
+    pub fn add_legacy(&mut self, spa: Spa) -> Result<(), LayoutError> {
+        self.host.add_legacy(spa)
+    }
+
+    /// Gives the platform the identity of its chip, and the host the certificates to it. Before the launch.
+    pub fn endorse(&mut self, chip: Chip, certificates: &[u8]) {
+        self.chip = Some(chip);
+        self.courier.certificates = certificates.into();
     }
 
     /// The memory map.

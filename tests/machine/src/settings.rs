@@ -119,6 +119,13 @@ hostile! {
     Remap = "remap",
     /// An accepted page is removed and added again, when the test guest says so.
     ReAdd = "re-add",
+    /// Guest requests are put off, dropped or said to have failed, when the test guest says so; and an
+    /// answer is changed.
+    MessagesTampered = "messages-tampered",
+    /// The same, and an earlier answer comes back.
+    MessagesReplayed = "messages-replayed",
+    /// The same, and an answer is lost.
+    MessagesLost = "messages-lost",
     /// MapGPA is answered with "again" and makes no progress.
     MapGpaRetry = "map-gpa-retry",
 }
@@ -136,6 +143,8 @@ pub struct Settings {
     pub referee: Option<Gpa>,
     /// `low-end=0xGPA`: where memory below 4 GiB ends for firmware that asks fw_cfg.
     pub low_end: Option<Gpa>,
+    /// `td-hob=0xGPA`: the parameter area in which a trust domain's firmware looks for hand-off blocks.
+    pub td_hob: Option<Gpa>,
     /// `oracle=on|off`.
     pub oracle: bool,
     /// `icount=on|off`: QEMU counts instructions, so the time stamp counter does.
@@ -248,6 +257,7 @@ impl Settings {
             }
             "referee" => self.referee = Some(parse_gpa(value)?),
             "low-end" => self.low_end = Some(parse_gpa(value)?),
+            "td-hob" => self.td_hob = Some(parse_gpa(value)?),
             "oracle" => self.oracle = on_off(value)?,
             "icount" => self.icount = on_off(value)?,
             "trace" => {
@@ -274,8 +284,8 @@ impl Settings {
             }
             _ => {
                 return Err(
-                    "one of backing, platform, vc, referee, low-end, oracle, icount, trace, hostile, \
-                     break, table",
+                    "one of backing, platform, vc, referee, low-end, td-hob, oracle, icount, trace, \
+                     hostile, break, table",
                 );
             }
         }
@@ -327,6 +337,9 @@ impl Settings {
         if let Some(gpa) = self.low_end {
             echo.insert("low-end".to_string(), format!("{gpa:#x}"));
         }
+        if let Some(gpa) = self.td_hob {
+            echo.insert("td-hob".to_string(), format!("{gpa:#x}"));
+        }
         if let Some(breakage) = self.breakage {
             let name = match breakage {
                 Breakage::Panic => "panic",
@@ -372,12 +385,13 @@ mod tests {
     #[test]
     fn all_keys_are_read_and_echoed() {
         let text = "backing=2m\nvc=strict\n# why\n\nreferee=0x8123000\noracle=on\n\
-                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\nplatform=tdx\n\
+                    hostile=map-wrap,early-return\ntrace=on\nbreak=exception\nplatform=tdx\ntd-hob=0x809000\n\
                     table=ahead\n";
         let settings = Settings::parse(text).unwrap();
         assert_eq!(settings.backing, HostBacking::Size2M);
         assert_eq!(settings.reflection, Reflection::Strict);
         assert_eq!(settings.referee, Some(Gpa::new(0x812_3000)));
+        assert_eq!(settings.td_hob, Some(Gpa::new(0x80_9000)));
         assert!(settings.oracle);
         assert_eq!(settings.platform, Some(PlatformKind::Tdx));
         assert_eq!(settings.trace, Trace::Switches);

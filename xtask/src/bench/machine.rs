@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use e2e::bench::boots::{Boot, Policy};
-use e2e::bench::counts::{Count, Counts};
+use e2e::bench::counts::{Count, Counts, Place};
 use e2e::bench::{BUDGET_LAZY, counts};
 use e2e::scenario::{Artefacts, Context};
 use e2e::vm::Backing;
@@ -19,7 +19,7 @@ const MEMORY: &str = "4G";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MachineBench {
     /// What calls cost.
-    Counts(Backing),
+    Counts(Place, Backing),
     /// What a boot takes with each policy.
     Boots(Backing),
 }
@@ -33,17 +33,18 @@ impl MachineBench {
     /// All of them.
     pub fn all() -> Vec<MachineBench> {
         let backings = [Backing::Large, Backing::Small];
-        let counts = backings.map(MachineBench::Counts);
-        counts
+        let counts = Place::ALL
             .into_iter()
-            .chain(backings.map(MachineBench::Boots))
-            .collect()
+            .flat_map(|place| backings.map(|backing| MachineBench::Counts(place, backing)));
+        counts.chain(backings.map(MachineBench::Boots)).collect()
     }
 
     /// Its name.
     pub fn name(self) -> String {
         match self {
-            MachineBench::Counts(backing) => format!("counts-{}", backing.name()),
+            MachineBench::Counts(place, backing) => {
+                format!("{}counts-{}", place.prefix(), backing.name())
+            }
             MachineBench::Boots(backing) => format!("boots-{}", backing.name()),
         }
     }
@@ -65,8 +66,8 @@ impl MachineBench {
             })
         };
         match self {
-            MachineBench::Counts(backing) => {
-                let counts = Counts::run(&context("run")?, backing)?;
+            MachineBench::Counts(place, backing) => {
+                let counts = Counts::run(&context("run")?, place, backing)?;
                 counts_figures(&counts)
             }
             MachineBench::Boots(backing) => {
@@ -105,7 +106,7 @@ fn figures_of(count: &Count, counts: &Counts) -> Vec<Figure> {
         0 => count.name.clone(),
         entries => format!("{} x {entries}", count.name),
     };
-    let used = count.without_scrub();
+    let used = counts.without_scrub(count);
     let figure =
         |what: &str, value: f64, unit: &str| Figure::new(format!("{name}: {what}"), value, unit);
     if count.name == counts::FILL {
@@ -126,13 +127,18 @@ fn figures_of(count: &Count, counts: &Counts) -> Vec<Figure> {
     if count.name == counts::ACCEPT_2M {
         instructions = instructions.limit(Limit::AtMost(counts.budget() as f64));
     }
-    vec![
+    let [validate, adjust] = counts.place.instructions();
+    let mut figures = vec![
         instructions,
         figure("calls", count.calls as f64, "calls"),
         figure("per 2 MiB", count.per_2m(count.switches), "switches"),
-        figure("per 2 MiB", count.per_2m(count.pvalidates), "PVALIDATE"),
-        figure("per 2 MiB", count.per_2m(count.rmpadjusts), "RMPADJUST"),
-    ]
+        figure("per 2 MiB", count.per_2m(count.validates), validate),
+        figure("per 2 MiB", count.per_2m(count.adjusts), adjust),
+    ];
+    if counts.place == Place::Tdx {
+        figures.push(figure("per 2 MiB", count.per_2m(count.tdcalls), "TDCALL"));
+    }
+    figures
 }
 
 fn boot_figures(boots: &[Boot]) -> Vec<Figure> {

@@ -5,7 +5,6 @@
 //! | [`recipe`] | what is in it: packages, added files, command line, GUIDs |
 //! | [`tools`] | the programs that make it |
 //! | [`root`] | the root file system |
-//! | [`uki`] | kernel, initrd and command line as one PE program |
 //! | [`image`] | partitions and file systems |
 //! | [`options`] | `xtask run --disk` |
 //!
@@ -15,8 +14,7 @@ mod image;
 mod options;
 mod recipe;
 mod root;
-mod tools;
-mod uki;
+pub mod tools;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -90,17 +88,14 @@ fn make(recipe: &Recipe, tools: &Tools, work: &Path, disk: &Path) -> Result<()> 
     write(&command_line, recipe.command_line())?;
     write(&release, &root.release)?;
     let uki = work.join("uki.efi");
-    let parts = uki::Parts {
-        stub: &tools.stub,
-        sections: [
-            (".osrel", root.dir.join("usr/lib/os-release")),
-            (".uname", release),
-            (".cmdline", command_line),
-            (".initrd", root.initrd.clone()),
-            (".linux", root.kernel.clone()),
-        ],
-    };
-    uki::write(&parts, &tools.objcopy, &uki)?;
+    let sections = [
+        (".osrel", root.dir.join("usr/lib/os-release")),
+        (".uname", release),
+        (".cmdline", command_line),
+        (".initrd", root.initrd.clone()),
+        (".linux", root.kernel.clone()),
+    ];
+    e2e::uki::write(&tools.uki, &sections, &uki)?;
     let image = work.join("disk.img");
     image::write(&uki, &root.dir, &tools.mke2fs, &image)?;
     fs::rename(&image, disk).with_context(|| format!("{}", disk.display()))?;

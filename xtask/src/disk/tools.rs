@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use e2e::uki;
 
 use crate::fetch::apt::{self, Archive};
 use crate::fetch::sources::Debian;
@@ -46,10 +47,8 @@ pub struct Tools {
     pub mmdebstrap: PathBuf,
     /// Makes ext4.
     pub mke2fs: PathBuf,
-    /// Adds sections to a PE program.
-    pub objcopy: PathBuf,
-    /// A PE program, to which the parts of a UKI are added.
-    pub stub: PathBuf,
+    /// Makes the UKI.
+    pub uki: uki::Tools,
 }
 
 impl Tools {
@@ -71,10 +70,17 @@ impl Tools {
             perl,
             mmdebstrap: MMDEBSTRAP.obtain(layout)?,
             mke2fs: program(layout, "mke2fs", "e2fsprogs")?,
-            objcopy: program(layout, "objcopy", "binutils")?,
-            stub: STUB.obtain(layout)?,
+            uki: for_uki(layout)?,
         })
     }
+}
+
+/// Finds what UKIs are made with, fetching and installing what is missing.
+pub fn for_uki(layout: &Layout) -> Result<uki::Tools> {
+    Ok(uki::Tools {
+        objcopy: program(layout, "objcopy", "binutils")?,
+        stub: STUB.obtain(layout)?,
+    })
 }
 
 /// Whether `perl` has the modules that mmdebstrap uses and that `perl-base` lacks.

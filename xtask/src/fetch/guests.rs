@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
-use e2e::guests::{Firmware, Kernel};
+use e2e::guests::{Firmware, Kernel, TdFirmware};
 
 use super::apt::Candidate;
 use super::{Version, Wanted};
@@ -70,6 +70,14 @@ static OVMF_2025_02: Wanted = Wanted {
     keep: Cow::Borrowed("usr/share/ovmf/OVMF.fd"),
     purpose: "the guest's firmware 2025.02",
 };
+static OVMF_TDX_2026_08: Wanted = Wanted {
+    name: "ovmf-inteltdx-2026.08",
+    package: "ovmf-inteltdx",
+    suites: &["forky", "sid"],
+    version: Version::AtLeast("2026.08"),
+    keep: Cow::Borrowed("usr/share/ovmf/OVMF.inteltdx.ms.fd"),
+    purpose: "the firmware of trust domains",
+};
 
 /// The package of `kernel`.
 pub fn kernel(kernel: Kernel) -> &'static Wanted {
@@ -87,6 +95,25 @@ pub fn firmware(firmware: Firmware) -> &'static Wanted {
         Firmware::Ovmf2026_08 => &OVMF_2026_08,
         Firmware::Ovmf2025_02 => &OVMF_2025_02,
     }
+}
+
+/// The package of `firmware`.
+pub fn td_firmware(firmware: TdFirmware) -> &'static Wanted {
+    match firmware {
+        TdFirmware::Ovmf2026_08 => &OVMF_TDX_2026_08,
+    }
+}
+
+/// `firmware` as it is booted here: Debian's build for TDX with the empty variable store of its build for
+/// everything. With the keys that it comes with, Secure Boot is on, and a kernel that is started
+/// directly is refused ([decision 024](../../../docs/decisions/024-stock-firmware-empty-variables.md)).
+pub fn obtain_td_firmware(layout: &Layout, firmware: TdFirmware) -> Result<PathBuf> {
+    let wanted = td_firmware(firmware);
+    let code = wanted.obtain(layout)?;
+    let store = OVMF_2026_08.obtain(layout)?;
+    let place = layout.artefacts.join(format!("{}.fd", wanted.name));
+    e2e::image::write_with_variables(&code, &store, &place)?;
+    Ok(place)
 }
 
 /// What an option of `xtask run` was given: a name of ours, or a file.
@@ -122,8 +149,13 @@ impl<T: Copy> Choice<T> {
 
     /// The file itself, fetched if need be as the package that `package` tells.
     pub fn obtain(&self, layout: &Layout, package: fn(T) -> &'static Wanted) -> Result<PathBuf> {
+        self.file_or(|named| package(named).obtain(layout))
+    }
+
+    /// The file itself, or what `named` makes of the name.
+    pub fn file_or(&self, named: impl FnOnce(T) -> Result<PathBuf>) -> Result<PathBuf> {
         match self {
-            Choice::Named(named) => package(*named).obtain(layout),
+            Choice::Named(name) => named(*name),
             Choice::File(file) => Ok(file.clone()),
         }
     }

@@ -272,7 +272,7 @@ fn remove_dir(dir: &Path) -> Result<()> {
 mod tests {
     use std::fs;
 
-    use e2e::guests::{Firmware, Kernel};
+    use e2e::guests::{Firmware, Kernel, TdFirmware};
 
     use super::{BUSYBOX, Layout, Version, find, for_a_run, guests};
 
@@ -327,6 +327,7 @@ mod tests {
         let mut names: Vec<&str> = kernels
             .into_iter()
             .chain(firmwares)
+            .chain(TdFirmware::ALL.map(|firmware| guests::td_firmware(firmware).name))
             .chain([BUSYBOX.name])
             .collect();
         let all = names.len();

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use e2e::guests::{Firmware, Kernel};
+use e2e::guests::{Firmware, Kernel, TdFirmware};
 use e2e::image::{Accept, Extras};
 use e2e::vm::{
     Backing, Config, Console, Cores, Finished, Happening, Linux, Loader, Platform, Settings, Stage,
@@ -75,9 +75,10 @@ pub struct Options {
     /// Firmware to use, one of Debian's OVMF or a file: 2026.08, 2025.02, FILE
     #[arg(long, value_name = "FIRMWARE", default_value = "2026.08", value_parser = choice::<Firmware>)]
     firmware: Choice<Firmware>,
-    /// Firmware of the guest of a trust domain, a TDVF image; makes the image one for TDX, too
-    #[arg(long, value_name = "FILE")]
-    td_firmware: Option<PathBuf>,
+    /// Firmware of the guest of a trust domain, Debian's OVMF or a TDVF image: 2026.08, FILE; makes
+    /// the image one for TDX, too [with --platform tdx: 2026.08]
+    #[arg(long, value_name = "FIRMWARE", value_parser = choice::<TdFirmware>)]
+    td_firmware: Option<Choice<TdFirmware>>,
     /// When the paravisor accepts memory: lazy (on request), eager (all of it before the guest
     /// starts), ahead (in the background on processors the guest has not started, in a trust domain
     /// on those that halt); the last two
@@ -120,6 +121,9 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     options.accept.with(options.accept_extras)?;
     options.kernel.check("a kernel")?;
     options.firmware.check("an OVMF image")?;
+    if let Some(firmware) = &options.td_firmware {
+        firmware.check("a TDVF image")?;
+    }
     options.disk.check()?;
     if let Some(file) = &options.initrd
         && !file.is_file()
@@ -131,11 +135,6 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     }
     if options.platform == Platform::Native && options.vcpus != 1 {
         bail!("--platform native has one processor; leave --vcpus out");
-    }
-    if options.platform == Platform::Tdx && options.td_firmware.is_none() {
-        bail!(
-            "--platform tdx needs a firmware for trust domains: name one with --td-firmware FILE"
-        );
     }
     if options.platform != Platform::Tdx && options.accept_extras.touch != Touch::FAULT {
         bail!("--on-touch accept is for --platform tdx: elsewhere the fault is the guest's own");
@@ -177,6 +176,14 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
     let qemu = qemu::obtain(layout)?;
     let target = build::prepare(layout)?;
     let firmware = options.firmware.obtain(layout, guests::firmware)?;
+    let default = Choice::Named(TdFirmware::default());
+    let td_firmware = match &options.td_firmware {
+        None if options.platform == Platform::Tdx => Some(&default),
+        chosen => chosen.as_ref(),
+    };
+    let td_firmware = td_firmware
+        .map(|choice| choice.file_or(|named| guests::obtain_td_firmware(layout, named)))
+        .transpose()?;
     let dir = match &options.out {
         Some(dir) => dir.clone(),
         None => layout
@@ -195,7 +202,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         layout,
         target,
         &firmware,
-        options.td_firmware.as_deref(),
+        td_firmware.as_deref(),
         options.observe.fault(),
         options.accept.with(options.accept_extras)?,
         &dir,
@@ -227,6 +234,7 @@ fn prepare(layout: &Layout, options: &Options, terminal: bool) -> Result<Config>
         } else {
             Console::File
         },
+        chip: Some(build::chip(layout)?),
         debugger: options.observe.debugger(&dir),
         dir,
     })

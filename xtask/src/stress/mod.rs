@@ -6,6 +6,8 @@
 
 mod room;
 
+pub use room::suites;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -99,7 +101,7 @@ fn sources(dir: &Path) -> Result<Vec<(String, String)>> {
 /// The release that a bzImage names: the first word of the text that `kernel_version` points at
 /// (Linux, Documentation/arch/x86/boot.rst). It is part of package names and of paths, so only
 /// what Debian's releases consist of is let through.
-fn release(image: &[u8]) -> Option<String> {
+pub fn release(image: &[u8]) -> Option<String> {
     const MAGIC: usize = 0x202;
     const KERNEL_VERSION: usize = 0x20e;
     /// What the pointer is relative to.

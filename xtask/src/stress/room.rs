@@ -170,7 +170,7 @@ fn unpack_into_merged(deb: &Path, room: &Path) -> Result<()> {
 
 /// The suites that have the headers of `release` and the tools that fit: Debian's releases carry
 /// the Debian they were built for in their name, as in `6.12.95+deb12-cloud-amd64`.
-fn suites(release: &str) -> Result<Vec<String>> {
+pub fn suites(release: &str) -> Result<Vec<String>> {
     let code_name = match release.split_once("+deb").map(|(_, rest)| rest) {
         Some(rest) if rest.starts_with("12") => "bookworm",
         Some(rest) if rest.starts_with("13") => "trixie",

@@ -102,8 +102,10 @@ impl Job {
                 vec![cargo]
             }
             Job::Interleavings => {
-                let mut cargo = host(&["test", "--package", "accept", "--release"]);
+                let mut cargo = host(&["test", "--release", "--no-fail-fast"]);
                 cargo
+                    // The engine on the model of SEV-SNP, and with the paravisor's TDX backend.
+                    .args(["--package", "accept", "--package", "svsm"])
                     .args(["--test", "interleavings"])
                     .env("RUSTFLAGS", "--cfg loom")
                     // Other flags, other builds: they must not push each other out.

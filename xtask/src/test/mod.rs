@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use e2e::guests::{Firmware, Kernel};
+use e2e::guests::{Firmware, Kernel, TdFirmware};
 use e2e::scenario::{Artefacts, Check, Context, Scenario};
 use e2e::scenarios;
 use e2e::vm::Logs;
@@ -128,10 +128,24 @@ fn artefacts(
             place.insert(fetch::guests::firmware(firmware).obtain(layout)?);
         }
     }
+    let td_firmware = if scenarios.iter().any(|s| s.trust_domain) {
+        Some(fetch::guests::obtain_td_firmware(
+            layout,
+            TdFirmware::default(),
+        )?)
+    } else {
+        None
+    };
     let mut stress = BTreeMap::new();
     for kernel in scenarios.iter().filter(|s| s.stress).map(|s| s.kernel) {
         if let (Entry::Vacant(place), Some(file)) = (stress.entry(kernel), kernels.get(&kernel)) {
             place.insert(crate::stress::obtain(layout, file)?);
+        }
+    }
+    let mut modules = BTreeMap::new();
+    for kernel in scenarios.iter().filter(|s| s.modules).map(|s| s.kernel) {
+        if let (Entry::Vacant(place), Some(file)) = (modules.entry(kernel), kernels.get(&kernel)) {
+            place.insert(crate::modules::obtain(layout, file)?);
         }
     }
     let mut disks = BTreeMap::new();
@@ -141,6 +155,10 @@ fn artefacts(
             place.insert(disk::obtain(layout, kernel).map_err(|error| format!("{error:#}")));
         }
     }
+    let uki = scenarios
+        .iter()
+        .any(|scenario| scenario.uki)
+        .then(|| disk::tools::for_uki(layout).map_err(|error| format!("{error:#}")));
     let busybox = fetch::BUSYBOX.obtain(layout)?;
     let run = build::for_run(
         layout,
@@ -162,12 +180,17 @@ fn artefacts(
         svsm_counts: tests.svsm_counts,
         tdx_cases: tests.tdx_cases,
         l2_cases: tests.l2_cases,
+        l2_counts: tests.l2_counts,
         ovmf,
+        td_firmware,
         firmwares,
         kernels,
         disks,
+        uki,
         busybox,
         stress,
+        modules,
+        chip: build::chip(layout)?,
         xtask,
     })
 }

@@ -24,6 +24,7 @@ pub struct Module;
 const PASSED: u64 = 0xFC00;
 
 impl Tdcall for Module {
+    #[inline]
     fn tdcall(&self, leaf: Leaf, operands: Operands) -> Outcome {
         let mut outcome = Outcome::default();
         // SAFETY: the registers that leaves change are all named. What a leaf does to memory is
@@ -170,6 +171,7 @@ fn read(leaf: Leaf, field: FieldId) -> Result<u64, Status> {
 /// # Errors
 ///
 /// The status.
+#[inline(never)]
 pub fn write_vp(field: FieldId, value: u64, mask: u64) -> Result<(), Status> {
     let operands = Operands {
         rcx: 0,

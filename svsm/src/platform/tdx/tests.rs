@@ -6,8 +6,8 @@ use std::vec;
 use std::vec::Vec;
 
 use accept::{
-    AdjustFault, Backend, Block, Engine, Error, Fault, Frame, NotFlushed, OnNoChange, PageState,
-    Role, ValidateFault,
+    AdjustFault, Backend, Block, Broken, Engine, Error, Fault, Frame, NotFlushed, OnNoChange,
+    PageState, Role, Run, ValidateFault,
 };
 use proptest::prelude::*;
 use protocols::tdx::{L2Vm, Leaf, MAPPING_PENDING, PageAttributes, Status};
@@ -58,12 +58,11 @@ struct Sept {
     busy_now: u32,
 }
 
-/// The module with a secure EPT of [`REGIONS`] regions from address 0.
+/// The module with a secure EPT of a few regions from address 0.
 struct Module(Mutex<Sept>);
 
 impl Module {
-    fn new(on_large: bool, busy: u32) -> Self {
-        let regions = usize::try_from(REGIONS).expect("a few");
+    fn new(regions: usize, on_large: bool, busy: u32) -> Self {
         Self(Mutex::new(Sept {
             entries: vec![PENDING; regions * 512],
             large: vec![on_large; regions],
@@ -155,6 +154,9 @@ impl Sept {
 
 impl Tdcall for Module {
     fn tdcall(&self, leaf: Leaf, operands: Operands) -> Outcome {
+        if operands.rcx.is_multiple_of(128 << 12) {
+            std::thread::yield_now();
+        }
         let mut sept = self.sept();
         let status = |status: Status| Outcome {
             rax: u64::from(status.0) << 32 | 1,
@@ -208,11 +210,32 @@ struct Tdx(TdxBackend<Module, NoOthers>);
 
 impl Tdx {
     fn new(on_large: bool, busy: u32) -> Self {
-        Self(TdxBackend::new(Module::new(on_large, busy), NoOthers))
+        Self::sized(REGIONS as usize, on_large, busy)
+    }
+
+    fn sized(regions: usize, on_large: bool, busy: u32) -> Self {
+        let module = Module::new(regions, on_large, busy);
+        Self(TdxBackend::new(module, NoOthers))
     }
 
     fn sept(&self) -> MutexGuard<'_, Sept> {
         self.0.module().sept()
+    }
+
+    /// The host removes the pages of a block, one by one.
+    fn convert(&self, block: Block) {
+        for number in block.first().number()..=block.last().number() {
+            let page = usize::try_from(number).expect("small");
+            if page.is_multiple_of(64) {
+                std::thread::yield_now();
+            }
+            let mut sept = self.sept();
+            sept.large[page / 512] = false;
+            if !sept.entries[page].access.is_empty() {
+                sept.unlawful.push("removed under the guest's hands");
+            }
+            sept.entries[page] = PENDING;
+        }
     }
 }
 
@@ -221,6 +244,12 @@ impl Backend for &Tdx {
 
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
         self.0.validate(block)
+    }
+    fn validate_run(&self, run: Run) -> Result<(), Broken<ValidateFault>> {
+        self.0.validate_run(run)
+    }
+    fn grant_run(&self, run: Run) -> Result<(), Broken<AdjustFault>> {
+        self.0.grant_run(run)
     }
     fn rescind(&self, block: Block) -> Result<(), ValidateFault> {
         self.0.rescind(block)
@@ -275,12 +304,19 @@ impl Hardware for Tdx {
         self.sept().large[region] = false;
     }
 
-    fn convert(&self, page: usize) {
-        let mut sept = self.sept();
-        if let Some(large) = sept.large.get_mut(page / 512) {
-            *large = false;
-            sept.entries[page] = PENDING;
+    fn rescind(
+        &self,
+        engine: &Engine<'_, &Self>,
+        block: Block,
+        choice: OnNoChange,
+    ) -> Result<(), Error> {
+        let withdrawn = engine.withdraw(block, choice)?;
+        if let Some(owed) = withdrawn.flush() {
+            engine.flush(owed).expect("flushed");
         }
+        self.convert(block);
+        assert_eq!(engine.settle(withdrawn), None, "the lock is free");
+        Ok(())
     }
 
     fn remove(&self, page: usize) {
@@ -343,6 +379,23 @@ proptest! {
         victim in any_page(),
     ) {
         a_lie_gains_nothing(&Tdx::new(on_large, 0), &steps, lie_at, victim);
+    }
+}
+
+#[test]
+fn i9_i11_a_failure_at_any_call_leaves_the_map_true() {
+    model::every_call::the_map_stays_true(|on_large| Tdx::sized(1, on_large, 0));
+}
+
+#[test]
+fn i2_one_of_many_wins_a_region() {
+    model::race::one_of_many_wins_a_region(|on_large| Tdx::sized(1, on_large, 1));
+}
+
+#[test]
+fn i1_i2_random_work_on_few_regions_never_validates_twice() {
+    for on_large in [true, false] {
+        model::race::random_work_never_validates_twice(&Tdx::new(on_large, 1));
     }
 }
 

@@ -69,7 +69,6 @@ fn a_lost_calling_area_ends_the_machine() {
 fn other_protocols_are_not_supported() {
     in_world(|world| {
         let others = [
-            Protocol::ATTESTATION,
             Protocol::VTPM,
             Protocol::APIC,
             Protocol::UEFI_MM,
@@ -107,7 +106,7 @@ fn unknown_core_calls_are_not_supported() {
 }
 
 #[test]
-fn a_query_tells_the_versions_of_the_core_protocol_only() {
+fn a_query_tells_the_versions_of_the_protocols_that_there_are() {
     in_world(|world| {
         for (protocol, version, answer) in [
             (Protocol::CORE, 1, 1 << 32 | 1),
@@ -115,7 +114,8 @@ fn a_query_tells_the_versions_of_the_core_protocol_only() {
             (Protocol::CORE, 2, 0),
             (Protocol::CORE, u32::MAX, 0),
             (Protocol::VTPM, 1, 0),
-            (Protocol::ATTESTATION, 1, 0),
+            (Protocol::ATTESTATION, 1, 1 << 32 | 1),
+            (Protocol::ATTESTATION, 2, 0),
             (Protocol(77), 1, 0),
         ] {
             let rcx = ProtocolQuery { protocol, version }.encode();

@@ -5,6 +5,7 @@
 
 mod model;
 
+mod attestation;
 mod calls;
 mod histories;
 mod pvalidate;

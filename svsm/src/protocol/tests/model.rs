@@ -17,6 +17,8 @@ use protocols::vmsa::{Efer, SevFeatures, Vmsa};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::ahead::Ahead;
+use crate::attestation::tests::{Model, ToModel};
+use crate::attestation::{self, Line};
 use crate::protocol::{
     Answer, Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place,
     Registers, Service, Steps, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
@@ -297,6 +299,26 @@ impl GuestMemory for &Machine {
         self.contents.borrow_mut()[start..start + 2].copy_from_slice(&value.to_le_bytes());
         Ok(())
     }
+
+    fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Unreachable> {
+        assert!(
+            gpa.offset_in_page() + bytes.len() as u64 <= 4096,
+            "leaves the page"
+        );
+        let start = self.reach(gpa)?;
+        bytes.copy_from_slice(&self.contents.borrow()[start..start + bytes.len()]);
+        Ok(())
+    }
+
+    fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Unreachable> {
+        assert!(
+            gpa.offset_in_page() + bytes.len() as u64 <= 4096,
+            "leaves the page"
+        );
+        let start = self.reach(gpa)?;
+        self.contents.borrow_mut()[start..start + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
 }
 
 impl Vcpus for &Machine {
@@ -475,7 +497,10 @@ pub struct World<'a> {
     pub machine: &'a Machine,
     pub engine: &'a Engine<'a, &'a Machine>,
     pub ahead: &'a Ahead,
-    service: Service<'a, &'a Machine, &'a Machine, &'a Machine, &'a Machine>,
+    /// The security processor, and the host around it.
+    pub firmware: &'a RefCell<Model>,
+    pub line: &'a Line<ToModel<'a>>,
+    service: Service<'a, &'a Machine, &'a Machine, &'a Machine, &'a Machine, ToModel<'a>>,
 }
 
 /// Runs `test` in a world whose guest has been started.
@@ -540,11 +565,15 @@ pub fn in_world_that_accepts(acceptance: Acceptance, test: impl FnOnce(&World<'_
     machine.records.borrow_mut().push(record);
     machine.fill(AREA, &[0; 4096]);
 
+    let firmware = &RefCell::new(Model::new());
+    let line = &attestation::tests::line(firmware);
     let world = World {
         machine,
         engine,
         ahead: &ahead,
-        service: Service::new(engine, machine, machine, machine, &ahead),
+        firmware,
+        line,
+        service: Service::new(engine, machine, machine, machine, &ahead, line),
     };
     test(&world);
     machine.assert_agrees(engine);

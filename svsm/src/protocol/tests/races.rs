@@ -38,6 +38,13 @@ impl<F: Fn()> GuestMemory for Interrupted<'_, F> {
         (self.act)();
         self.inner.write_u16(gpa, value)
     }
+    fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Unreachable> {
+        self.inner.read_bytes(gpa, bytes)
+    }
+    fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), Unreachable> {
+        (self.act)();
+        self.inner.write_bytes(gpa, bytes)
+    }
 }
 
 #[test]
@@ -56,6 +63,7 @@ fn a_list_s_page_cannot_become_a_vmsa_while_the_result_is_written() {
             world.machine,
             world.machine,
             world.ahead,
+            world.line,
         );
         world.write_list(GUEST, 1, 0, &[validate_4k(PAGE)]);
         world.machine.fill(AREA, &[1]);

@@ -18,6 +18,7 @@ const CODE64: u64 = 1 << (16 + 13);
 impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// Answers an exit.
     pub fn handle(&self, vp: &mut Vp, exit: &Exit) -> Next {
+        self.pay(vp);
         let vectoring = Event::decode(exit.idt_vectoring as u32);
         vp.vectoring = vectoring.map(|event| event.kind == Kind::EXCEPTION);
         let next = match exit.status {

@@ -12,7 +12,7 @@ use protocols::tdx::{Operand, Status};
 use protocols::terminate::TurnstileReason;
 
 use super::tdcall::Done;
-use super::vp::Vp;
+use super::vp::{Debt, Vp};
 use super::{Domain, Next, Service};
 use crate::ahead::HostLied;
 use crate::platform::tdx::map_gpa::{Answer, Conversion};
@@ -231,16 +231,12 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
         if !start.is_multiple_of(PAGE_SIZE) || !bytes.is_multiple_of(PAGE_SIZE) {
             return Ok((HostStatus::ALIGN_ERROR, 0));
         }
-        // Paid first: who owes a flush asks again.
-        if let Some(debt) = vp.debt.take()
-            && let Err(debt) = self.engine.flush(debt)
-        {
-            vp.debt = Some(debt);
-            return Ok((HostStatus::RETRY, start));
-        }
         let stop = end.min(start + CONVERTED_AT_ONCE);
         let mut at = start;
         while at < stop {
+            if vp.debt.is_some() {
+                return Ok((HostStatus::RETRY, at));
+            }
             let block = block_at(at & !shared, stop - at);
             let (status, done) = if alias == 0 {
                 self.to_private(block)?
@@ -259,42 +255,49 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     }
 
     /// Takes a block from the guest and has the host share it; status, and how many bytes are done.
+    ///
+    /// Until the host has answered, the block is nobody's: what another processor of the guest's asks
+    /// for it is refused.
     fn to_shared(&self, vp: &mut Vp, block: Block) -> Result<(HostStatus, u64), TurnstileReason> {
-        let rescinded = match self.engine.rescind(block, OnNoChange::Ignore) {
-            Ok(rescinded) => rescinded,
+        let bytes = block.size().bytes();
+        let conversion =
+            Conversion::to_shared(block.gpa(), bytes).ok_or(TurnstileReason::INTERNAL)?;
+        let withdrawn = match self.engine.withdraw(block, OnNoChange::Ignore) {
+            Ok(withdrawn) => withdrawn,
             Err(Error::Busy) => return Ok((HostStatus::RETRY, 0)),
             Err(Error::HostLied) => return Err(TurnstileReason::NOT_VALIDATED),
             Err(Error::Backend { .. }) => return Err(TurnstileReason::TD_ATTRIBUTES),
             Err(_) => return Ok((HostStatus::INVALID_OPERAND, 0)),
         };
-        if let Some(debt) = rescinded.flush
-            && let Err(debt) = self.engine.flush(debt)
+        if let Some(owed) = withdrawn.flush()
+            && self.engine.flush(owed).is_err()
         {
-            vp.debt = Some(debt);
+            // As if nobody had asked: any processor may ask again.
+            vp.debt = self.engine.reinstate(withdrawn).map(Debt::Reinstate);
             return Ok((HostStatus::RETRY, 0));
         }
-        let bytes = block.size().bytes();
-        let conversion =
-            Conversion::to_shared(block.gpa(), bytes).ok_or(TurnstileReason::INTERNAL)?;
-        // The pages have left the map: a host that does not take them now has no second chance to put
-        // others there.
-        match self.convert(conversion)? {
-            HostStatus::SUCCESS => Ok((HostStatus::SUCCESS, bytes)),
-            _ => Err(TurnstileReason::TD_MAP_GPA),
+        // The guest has lost the pages: a host that does not take them now gets no second chance to
+        // put others there.
+        if self.convert(conversion)? != HostStatus::SUCCESS {
+            return Err(TurnstileReason::TD_MAP_GPA);
         }
+        vp.debt = self.engine.settle(withdrawn).map(Debt::Settle);
+        Ok((HostStatus::SUCCESS, bytes))
+    }
+
+    /// Brings a block to its end that is still on its way, if its lock can be had.
+    pub(super) fn pay(&self, vp: &mut Vp) {
+        vp.debt = match vp.debt.take() {
+            Some(Debt::Settle(block)) => self.engine.settle(block).map(Debt::Settle),
+            Some(Debt::Reinstate(block)) => self.engine.reinstate(block).map(Debt::Reinstate),
+            None => None,
+        };
     }
 
     /// Has the host make a block private again. It stays unaccepted.
     fn to_private(&self, block: Block) -> Result<(HostStatus, u64), TurnstileReason> {
         let bytes = block.size().bytes();
-        let is_guests = (0..block.size().pages()).all(|page| {
-            let state = block
-                .first()
-                .checked_add(page)
-                .and_then(|frame| self.engine.state(frame));
-            matches!(state, Some(state) if state != PageState::Owned)
-        });
-        if !is_guests {
+        if self.engine.is_owned(block) != Ok(false) {
             return Ok((HostStatus::INVALID_OPERAND, 0));
         }
         let conversion =

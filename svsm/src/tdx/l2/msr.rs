@@ -25,12 +25,13 @@ pub enum Class {
 }
 
 /// Ranges, first and last, that the guest reads and writes by itself: SPEC_CTRL, PRED_CMD, FLUSH_CMD,
-/// SYSENTER_CS to EIP, PAT, DS_AREA; TPR, PPR, EOI, ISR, TMR, IRR and SELF_IPI of x2APIC; XSS; EFER,
-/// STAR, LSTAR, FMASK, the bases of FS and GS, TSC_AUX.
-pub const NATIVE: [(u32, u32); 14] = [
+/// SYSENTER_CS to EIP, DEBUGCTL, PAT, DS_AREA; TPR, PPR, EOI, ISR, TMR, IRR and SELF_IPI of x2APIC; XSS;
+/// EFER, STAR, LSTAR, FMASK, the bases of FS and GS, TSC_AUX.
+pub const NATIVE: [(u32, u32); 15] = [
     (0x48, 0x49),
     (0x10B, 0x10B),
     (0x174, 0x176),
+    (0x1D9, 0x1D9),
     (0x277, 0x277),
     (0x600, 0x600),
     (0x808, 0x808),
@@ -43,19 +44,29 @@ pub const NATIVE: [(u32, u32); 14] = [
     (0xC000_0100, 0xC000_0102),
     (0xC000_0103, 0xC000_0103),
 ];
-/// Ranges that it reads by itself: the time stamp counter.
-pub const NATIVE_READ: [(u32, u32); 1] = [(0x10, 0x10)];
+/// Ranges that it reads by itself: the time stamp counter, and what the module answers:
+/// XAPIC_DISABLE_STATUS, MISC_ENABLE (which Linux reads before it can handle #VE), PERF_CAPABILITIES.
+pub const NATIVE_READ: [(u32, u32); 4] =
+    [(0x10, 0x10), (0xBD, 0xBD), (0x1A0, 0x1A0), (0x345, 0x345)];
 
-/// Ranges without a register: SGXLEPUBKEYHASH, SMM_MONITOR_CTL, SMBASE, what x2APIC leaves out, PASID.
-const NOBODY: [(u32, u32); 9] = [
+/// Ranges without a register: SGXLEPUBKEYHASH, WBINVDP to SMM_MONITOR_CTL, SMBASE, counters of
+/// performance, TSC_DEADLINE, what x2APIC leaves out, BNDCFGS, PASID.
+const NOBODY: [(u32, u32); 16] = [
     (0x8C, 0x8F),
-    (0x9B, 0x9B),
+    (0x98, 0x9B),
     (0x9E, 0x9E),
+    (0xC1, 0xC8),
+    (0x186, 0x18D),
+    (0x309, 0x310),
+    (0x38D, 0x392),
+    (0x4C1, 0x4C8),
+    (0x6E0, 0x6E0),
     (0x800, 0x801),
     (0x804, 0x807),
     (0x829, 0x82E),
     (0x831, 0x831),
     (0x840, 0x8FF),
+    (0xD90, 0xD90),
     (0xD93, 0xD93),
 ];
 

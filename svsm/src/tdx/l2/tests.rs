@@ -1,6 +1,6 @@
 //! The service on a trust domain that is a model: what the guest is answered, and what its answers cost.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use std::boxed::Box;
 use std::vec::Vec;
@@ -40,6 +40,8 @@ const TDCALL_LENGTH: u64 = 4;
 #[derive(Default)]
 struct Sept {
     lies: bool,
+    /// No flush is certain.
+    others_stay: Cell<bool>,
     accepted: RefCell<Vec<u64>>,
 }
 
@@ -53,7 +55,7 @@ impl Backend for &Sept {
         Ok(())
     }
     fn rescind(&self, _: Block) -> Result<(), ValidateFault> {
-        Ok(())
+        Err(ValidateFault::Failed(0))
     }
     fn scrub(&self, _: Block) -> Result<(), Fault> {
         Ok(())
@@ -65,16 +67,21 @@ impl Backend for &Sept {
         Ok(())
     }
     fn flush(&self) -> Result<(), NotFlushed> {
-        Ok(())
+        match self.others_stay.get() {
+            true => Err(NotFlushed),
+            false => Ok(()),
+        }
     }
 }
 
 /// Module, host and memory: what was asked of the host, and what it says.
-struct Model {
+struct Model<H = fn()> {
     asked: RefCell<Vec<HostRegisters>>,
     /// R10 and R11 of its answers.
     answer: (HostStatus, u64),
     mapping: Mapping,
+    /// What others do while the host is asked.
+    meanwhile: H,
 }
 
 impl Default for Model {
@@ -86,11 +93,12 @@ impl Default for Model {
                 level: 0,
                 pending: false,
             },
+            meanwhile: || (),
         }
     }
 }
 
-impl Domain for &Model {
+impl<H: Fn()> Domain for &Model<H> {
     fn shared_bit(&self) -> u64 {
         SHARED
     }
@@ -117,6 +125,7 @@ impl Domain for &Model {
     }
     fn ask_host(&self, registers: HostRegisters) -> Result<HostRegisters, Status> {
         self.asked.borrow_mut().push(registers);
+        (self.meanwhile)();
         let [_, _, rest @ ..] = registers;
         let [r12, r13, r14, r15] = rest;
         Ok([self.answer.0.0, self.answer.1, r12, r13, r14, r15])
@@ -177,7 +186,11 @@ fn with_policy<T>(
 }
 
 /// TDCALL from 64-bit code.
-fn tdcall(service: &TestService<'_>, vp: &mut Vp, registers: &[(usize, u64)]) -> Next {
+fn tdcall<D: Domain>(
+    service: &Service<'_, &Sept, D>,
+    vp: &mut Vp,
+    registers: &[(usize, u64)],
+) -> Next {
     for &(register, value) in registers {
         vp.gprs()[register] = value;
     }
@@ -189,7 +202,12 @@ fn tdcall(service: &TestService<'_>, vp: &mut Vp, registers: &[(usize, u64)]) ->
     service.handle(vp, &exit)
 }
 
-fn call(service: &TestService<'_>, vp: &mut Vp, leaf: Leaf, registers: &[(usize, u64)]) -> u64 {
+fn call<D: Domain>(
+    service: &Service<'_, &Sept, D>,
+    vp: &mut Vp,
+    leaf: Leaf,
+    registers: &[(usize, u64)],
+) -> u64 {
     vp.gprs()[RAX] = leaf.0.into();
     let rip = vp.state.rip;
     assert_eq!(tdcall(service, vp, registers), Next::Resume);
@@ -197,13 +215,13 @@ fn call(service: &TestService<'_>, vp: &mut Vp, leaf: Leaf, registers: &[(usize,
     vp.gprs()[RAX]
 }
 
-fn accept(service: &TestService<'_>, vp: &mut Vp, rcx: u64) -> u64 {
+fn accept<D: Domain>(service: &Service<'_, &Sept, D>, vp: &mut Vp, rcx: u64) -> u64 {
     call(service, vp, Leaf::MEM_PAGE_ACCEPT, &[(RCX, rcx)])
 }
 
 /// R10, R11 of a request, or the end.
-fn ask(
-    service: &TestService<'_>,
+fn ask<D: Domain>(
+    service: &Service<'_, &Sept, D>,
     vp: &mut Vp,
     function: SubFunction,
     operands: [u64; 2],
@@ -311,6 +329,73 @@ fn what_becomes_shared_leaves_the_map_first() {
         let done = ask(service, vp, SubFunction::MAP_GPA, [0x20_0000, 0x2000]);
         assert_eq!(done, Ok((HostStatus::SUCCESS, 0)));
         assert_eq!(accept(service, vp, 0x20_0000), 0);
+    });
+}
+
+/// I2, I11: while the host is asked to take a block, nobody else can have it, be it accepted or not.
+#[test]
+fn what_is_on_its_way_to_the_host_is_nobodys() {
+    let (sept, quiet) = (Sept::default(), Model::default());
+    with(&sept, &quiet, Touch::FAULT, |service, vp| {
+        assert_eq!(accept(service, vp, 0x20_0000), 0);
+        let apic = Box::leak(Box::new(VirtualApic::new()));
+        let other = RefCell::new(Vp::new(0, EnterState::default(), apic, 0x1FF));
+        let answers = RefCell::new(Vec::new());
+        let racing = Model {
+            asked: RefCell::default(),
+            answer: quiet.answer,
+            mapping: quiet.mapping,
+            meanwhile: || {
+                let mut other = other.borrow_mut();
+                let accepts = [0x20_0000, 0x20_1000].map(|gpa| accept(service, &mut other, gpa));
+                let converted = [0, SHARED].map(|alias| {
+                    let range = [alias | 0x20_0000, 0x2000];
+                    ask(service, &mut other, SubFunction::MAP_GPA, range)
+                });
+                answers.borrow_mut().push((accepts, converted));
+            },
+        };
+        let service = Service {
+            engine: service.engine,
+            ahead: service.ahead,
+            domain: &racing,
+            td: service.td,
+            touch: service.touch,
+        };
+        let range = [SHARED | 0x20_0000, 2 << 20];
+        let done = ask(&service, vp, SubFunction::MAP_GPA, range);
+        assert_eq!(done, Ok((HostStatus::SUCCESS, 0)));
+        let refused = Operand::RCX.invalid();
+        let invalid = Ok((HostStatus::INVALID_OPERAND, 0));
+        let [(accepts, [to_private, to_shared])] = answers.borrow()[..] else {
+            panic!("the host is asked once");
+        };
+        assert_eq!(accepts, [refused; 2]);
+        let status = |answer: Result<(HostStatus, u64), _>| answer.map(|(status, _)| (status, 0));
+        assert_eq!([status(to_private), status(to_shared)], [invalid; 2]);
+        assert_eq!(sept.accepted.borrow().len(), 1);
+        assert!(quiet.asked.borrow().is_empty());
+    });
+}
+
+/// I3, I12: no flush, no conversion; the guest has its pages as before and may ask again.
+#[test]
+fn without_a_flush_nothing_has_changed() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::FAULT, |service, vp| {
+        assert_eq!(accept(service, vp, 0x20_0000), 0);
+        sept.others_stay.set(true);
+        let range = [SHARED | 0x20_0000, 0x2000];
+        let mut answer = ask(service, vp, SubFunction::MAP_GPA, range);
+        assert_eq!(answer, Ok((HostStatus::RETRY, SHARED | 0x20_0000)));
+        assert!(model.asked.borrow().is_empty());
+        let state = |gpa| service.engine.state(Frame::containing(gpa));
+        assert_eq!(state(0x20_0000), Some(PageState::Accepted));
+        assert_eq!(state(0x20_1000), Some(PageState::Unaccepted));
+        sept.others_stay.set(false);
+        answer = ask(service, vp, SubFunction::MAP_GPA, range);
+        assert_eq!(answer, Ok((HostStatus::SUCCESS, 0)));
+        assert_eq!(state(0x20_0000), Some(PageState::Unaccepted));
     });
 }
 

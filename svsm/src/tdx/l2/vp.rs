@@ -1,6 +1,6 @@
 //! What is kept of one of the guest's processors while it does not run.
 
-use accept::FlushOwed;
+use accept::Withdrawn;
 use protocols::tdx::l2::EnterState;
 use protocols::tdx::ve::{self, ExitReason, VeInfo};
 use protocols::tdx::vmcall::register::COUNT;
@@ -26,6 +26,15 @@ pub struct Injection {
     pub length: u32,
 }
 
+/// What is to become of a block that the guest has no access to any more.
+#[derive(Debug)]
+pub(super) enum Debt {
+    /// The host has it.
+    Settle(Withdrawn),
+    /// It goes back to the guest.
+    Reinstate(Withdrawn),
+}
+
 /// One of the guest's processors.
 #[derive(Debug)]
 pub struct Vp {
@@ -45,8 +54,8 @@ pub struct Vp {
     pub(super) ve: Option<VeInfo>,
     /// Every CPUID raises #VE in supervisor mode, in user mode.
     pub(super) cpuid_ve: [bool; 2],
-    /// A flush that a request of this processor's owes.
-    pub(super) debt: Option<FlushOwed>,
+    /// A block whose lock could not be had at the end of a request of this processor's.
+    pub(super) debt: Option<Debt>,
     /// Delivery of an event was interrupted by the exit: whether that was an exception.
     pub(super) vectoring: Option<bool>,
 }

@@ -9,7 +9,7 @@ use protocols::launch::{AcceptPolicy, Acceptance, Fault};
 use protocols::report::Outcome;
 use protocols::terminate::{Reason, ReasonSet, TurnstileReason};
 
-use super::{policy, svsm_calls};
+use super::{cases, policy, svsm_calls};
 use crate::scenario::{Findings, GUEST_LIMIT, Scenario};
 use crate::vm::Settings;
 
@@ -66,7 +66,31 @@ pub fn scenarios() -> Vec<Scenario> {
             _ => early.weighing(2).only_in_full(),
         });
     }
+    scenarios.extend(MESSAGES.map(lies_about_messages));
     scenarios
+}
+
+/// Hosts that keep, change or make up what goes between the paravisor and the security processor: the guest is
+/// told, nothing is believed, and the VM goes on.
+const MESSAGES: [&str; 3] = ["messages-tampered", "messages-replayed", "messages-lost"];
+/// The cases about attestation are at least so many.
+const LEAST_MESSAGE_CASES: usize = 20;
+
+fn lies_about_messages(lie: &'static str) -> Scenario {
+    Scenario::new(format!("hostile/{lie}"), move |context| {
+        let settings = Settings {
+            hostile: Some(lie.to_owned()),
+            ..Settings::default()
+        };
+        let paravisor = &context.artefacts.paravisor;
+        let (config, sidecar) = context.svsm_cases(paravisor, Fault::NONE, settings)?;
+        let finished = config.run(GUEST_LIMIT, |_| {})?;
+        let mut findings = Findings::default();
+        cases::judge(&mut findings, &finished, LEAST_MESSAGE_CASES)?;
+        findings.good_run(&finished, &sidecar)?;
+        Ok(findings)
+    })
+    .weighing(2)
 }
 
 fn meets(

@@ -147,12 +147,22 @@ fn guest_says(findings: &mut Findings, finished: &Finished, row: Row) {
             || format!("not in {} bytes of output", output.len()),
         );
     }
+    kernel_is(findings, &output, row.kernel);
+    no_complaint(findings, &output);
+}
+
+/// The first line of `output` is the release of `kernel`.
+pub(super) fn kernel_is(findings: &mut Findings, output: &str, kernel: Kernel) {
     let release = output.lines().next().unwrap_or_default();
     findings.check(
-        format!("the guest's kernel is {}", row.kernel.name()),
-        row.kernel.is_release(release),
+        format!("the guest's kernel is {}", kernel.name()),
+        kernel.is_release(release),
         || release.to_owned(),
     );
+}
+
+/// The kernel's log in `output` tells of no fault of its own.
+pub(super) fn no_complaint(findings: &mut Findings, output: &str) {
     // As the kernel begins such lines: mitigations it lacks are warned of in other words.
     let marks = ["BUG: ", "] WARNING: ", "] Call Trace:", "rcu: INFO: "];
     let trouble = output

@@ -8,11 +8,11 @@ use protocols::launch::{Acceptance, Fault, Touch};
 use protocols::report::{Outcome, Report};
 use protocols::terminate::{Reason, ReasonSet, TurnstileReason};
 
-use super::policy::{AHEAD, EAGER};
-use super::{cases, policy};
+use super::cases::{self, Transcript};
+use super::policy::{self, AHEAD, EAGER};
 use crate::image::Recipe;
 use crate::scenario::{Context, Findings, GUEST_LIMIT, Scenario};
-use crate::vm::{Backing, Config, Cores, Settings};
+use crate::vm::{Backing, Config, Cores, Finished, Settings};
 
 /// The table has at least so many cases.
 const LEAST_CASES: usize = 100;
@@ -20,14 +20,31 @@ const LEAST_CASES: usize = 100;
 const LEAST_SPECIAL_CASES: usize = 5;
 
 /// A lie of the host's, by the name of the machine's setting, and the reason it must meet.
-const LIES: [(&str, TurnstileReason); 7] = [
+const LIES: [(&str, TurnstileReason); 6] = [
     ("map-overlap", TurnstileReason::MAP_OVERLAP),
     ("map-wrap", TurnstileReason::MAP_WRAP),
     ("map-many", TurnstileReason::MAP_TOO_MANY),
     ("map-own-missing", TurnstileReason::MAP_OWN_MISSING),
     ("map-unsorted", TurnstileReason::MAP_UNSORTED),
     ("map-gpa-retry", TurnstileReason::TD_MAP_GPA),
-    ("re-add", TurnstileReason::NOT_VALIDATED),
+];
+
+/// The host removes a page of the guest's and adds another; what the guest does with it then, as the
+/// number of processors has the test guest choose, and the case that is its end.
+const RE_ADDED: [(&str, u32, &str); 3] = [
+    ("asked-again", 1, "re_added_and_asked_for_again"),
+    ("used", 2, "re_added_page_is_used"),
+    ("shared", 3, "re_added_and_shared"),
+];
+
+/// Both processors at once, and a host that keeps an entry busy.
+const AT_ONCE: [&str; 6] = [
+    "one_page_for_both",
+    "one_region_in_two_sizes",
+    "accept_against_share",
+    "share_against_share",
+    "neighbours_accept_and_share",
+    "a_busy_entry_is_told",
 ];
 
 /// Memory is accepted on request, or when it is touched.
@@ -61,25 +78,36 @@ pub fn scenarios() -> Vec<Scenario> {
     });
     let hostile = LIES.into_iter().map(|(lie, reason)| {
         Scenario::new(format!("tdx_l2/hostile/{lie}"), move |context| {
-            meets(context, lie, reason, None)
+            meets(context, lie, reason)
         })
     });
-    // An exchanged page that nobody has asked for yet.
-    let exchanged = [("eager", EAGER), ("ahead", AHEAD)].map(|policy| {
-        let name = format!("tdx_l2/hostile/re-add-{}", policy.0);
-        Scenario::new(name, move |context| {
-            meets(
-                context,
-                "re-add",
-                TurnstileReason::NOT_VALIDATED,
-                Some(policy),
-            )
+    let re_added = RE_ADDED.into_iter().flat_map(|(how, vcpus, end)| {
+        Backing::BOTH.into_iter().map(move |backing| {
+            let name = format!("tdx_l2/re-add-{how}-{}", backing.name());
+            Scenario::new(name, move |context| {
+                let settings = Settings {
+                    backing,
+                    ..Settings::default()
+                };
+                re_add(context, Acceptance::LAZY, settings, vcpus, end)
+            })
+        })
+    });
+    // A page that is ready and that nobody has asked for yet.
+    let re_added_ahead = [("eager", EAGER), ("ahead", AHEAD)].map(|(table, acceptance)| {
+        Scenario::new(format!("tdx_l2/re-add-{table}"), move |context| {
+            let settings = Settings {
+                table: Some(table),
+                ..Settings::default()
+            };
+            re_add(context, acceptance, settings, 2, "re_added_page_is_claimed")
         })
         .only_in_full()
     });
     good.chain(policies)
         .chain(hostile)
-        .chain(exchanged)
+        .chain(re_added)
+        .chain(re_added_ahead)
         .collect()
 }
 
@@ -89,7 +117,13 @@ fn go_through(context: &Context, backing: Backing) -> Result<Findings> {
         backing,
         ..Settings::default()
     };
-    judged(context, Acceptance::LAZY, settings, LEAST_CASES).map(|(findings, _)| findings)
+    let (mut findings, finished) = judged(context, Acceptance::LAZY, settings, LEAST_CASES)?;
+    let transcript = Transcript::parse(&String::from_utf8_lossy(&finished.output));
+    for wanted in AT_ONCE {
+        let there = transcript.checks.iter().any(|check| check.name == wanted);
+        findings.check(format!("{wanted} was tried"), there, || "no".into());
+    }
+    Ok(findings)
 }
 
 /// Memory is accepted before the guest asks, which it sees only by what it does not wait for.
@@ -104,20 +138,21 @@ fn under_policy(
         table: Some(table),
         ..Settings::default()
     };
-    let (mut findings, report) = judged(context, acceptance, settings, LEAST_SPECIAL_CASES)?;
-    policy::starts_wait_a_step(&mut findings, &report);
+    let (mut findings, finished) = judged(context, acceptance, settings, LEAST_SPECIAL_CASES)?;
+    let report = finished.report()?;
+    policy::starts_wait_a_step(&mut findings, report);
     if acceptance.touch == Touch::FAULT {
         let awaited: u64 = report.vcpus.iter().map(|vcpu| vcpu.awaited_starts).sum();
         findings.check("the second processor was awaited", awaited > 0, || {
             awaited.to_string()
         });
-        all_at_work(&mut findings, acceptance, &report);
+        second_at_work(&mut findings, acceptance, report);
     }
     Ok(findings)
 }
 
-/// Who accepted memory: under eager both processors, under ahead the one that the guest left idle.
-fn all_at_work(findings: &mut Findings, acceptance: Acceptance, report: &Report) {
+/// Under eager both processors have accepted memory, under ahead the one that the guest left idle.
+fn second_at_work(findings: &mut Findings, acceptance: Acceptance, report: &Report) {
     let accepted = |index: usize| {
         let level = report.vcpus.get(index).and_then(|vcpu| vcpu.levels.first());
         level.map_or(0, |level| {
@@ -125,20 +160,16 @@ fn all_at_work(findings: &mut Findings, acceptance: Acceptance, report: &Report)
         })
     };
     let (first, second) = (accepted(0), accepted(1));
+    let memory = report.memory.guest_pages;
     // What the first accepts for the paravisor and on request is less.
     let least = match acceptance {
-        EAGER => report.memory.guest_pages / 8,
-        _ => report.memory.guest_pages / 4,
+        EAGER => memory / 8,
+        _ => memory / 4,
     };
     findings.check(
         "the second processor has accepted memory",
         second >= least,
-        || {
-            format!(
-                "{first} and {second} of {} pages",
-                report.memory.guest_pages
-            )
-        },
+        || format!("{first} and {second} of {memory} pages"),
     );
 }
 
@@ -148,39 +179,58 @@ fn judged(
     acceptance: Acceptance,
     settings: Settings,
     least_cases: usize,
-) -> Result<(Findings, Report)> {
-    let (config, sidecar) = machine(context, acceptance, settings)?;
+) -> Result<(Findings, Finished)> {
+    let (config, sidecar) = machine(context, acceptance, settings, 2)?;
     let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
-    let launched = finished.launch.as_ref().map(|launch| launch.digest.clone());
-    findings.equal("MRTD as built", launched, sidecar.mrtd);
+    findings.good_td_run(&finished, &sidecar)?;
     cases::judge(&mut findings, &finished, least_cases)?;
-    let report = finished.report()?;
-    findings.equal("violations", report.violations.total(), 0);
-    let disagreements = report.referee.as_ref().map(|verdict| verdict.disagreements);
-    findings.equal("disagreements at the end", disagreements, Some(0));
-    crate::report_laws::check(&mut findings, &finished, report);
-    let report = report.clone();
-    Ok((findings, report))
+    Ok((findings, finished))
 }
 
 /// The paravisor ends the machine with the reason that names the lie, and has accepted nothing twice.
-fn meets(
-    context: &Context,
-    lie: &str,
-    reason: TurnstileReason,
-    policy: Option<(&'static str, Acceptance)>,
-) -> Result<Findings> {
-    let (table, acceptance) = policy.unzip();
+fn meets(context: &Context, lie: &str, reason: TurnstileReason) -> Result<Findings> {
     let settings = Settings {
         hostile: Some(lie.to_owned()),
-        table,
         ..Settings::default()
     };
-    let (config, _) = machine(context, acceptance.unwrap_or(Acceptance::LAZY), settings)?;
+    let (config, _) = machine(context, Acceptance::LAZY, settings, 2)?;
     let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
-    findings.ended(&finished, Outcome::Terminated)?;
+    ended_with(&mut findings, &finished, reason)?;
+    Ok(findings)
+}
+
+/// What the guest has is not accepted again, and the host's page is found out by the first who meets it.
+fn re_add(
+    context: &Context,
+    acceptance: Acceptance,
+    settings: Settings,
+    vcpus: u32,
+    end: &str,
+) -> Result<Findings> {
+    let settings = Settings {
+        hostile: Some("re-add".to_owned()),
+        ..settings
+    };
+    let (config, _) = machine(context, acceptance, settings, vcpus)?;
+    let finished = config.run(GUEST_LIMIT, |_| {})?;
+    let mut findings = Findings::default();
+    let transcript = Transcript::parse(&String::from_utf8_lossy(&finished.output));
+    let last = transcript.checks.last().map(|check| check.name.as_str());
+    findings.equal("the last case", last, Some(end));
+    findings.equal(
+        "only that one was not survived",
+        transcript.failed(),
+        vec![end],
+    );
+    ended_with(&mut findings, &finished, TurnstileReason::NOT_VALIDATED)?;
+    Ok(findings)
+}
+
+/// The paravisor has ended the machine with this reason, and has accepted nothing twice.
+fn ended_with(findings: &mut Findings, finished: &Finished, reason: TurnstileReason) -> Result<()> {
+    findings.ended(finished, Outcome::Terminated)?;
     let report = finished.report()?;
     // As `svsm::hypervisor::tdx` puts them together.
     let found = Reason {
@@ -194,14 +244,15 @@ fn meets(
         || found.to_string(),
     );
     findings.equal("double accepts", report.violations.double_validation, 0);
-    Ok(findings)
+    Ok(())
 }
 
-/// A trust domain of two processors with the paravisor as L1 and the test guest.
+/// A trust domain with the paravisor as L1 and the test guest.
 fn machine(
     context: &Context,
     acceptance: Acceptance,
     settings: Settings,
+    vcpus: u32,
 ) -> Result<(Config, Sidecar)> {
     let (image, sidecar) = context.image_of(Recipe {
         paravisor: &context.artefacts.paravisor,
@@ -223,7 +274,7 @@ fn machine(
         }
         .into(),
         // The processors of a trust domain start at once.
-        vcpus: 2,
+        vcpus,
         cores: Cores::All,
         ..context.machine(image, &sidecar, settings)
     };

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 
 use super::{Cores, Disk};
+use crate::chip::Chip;
 
 /// The granularity in which the emulated host backs private memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -115,6 +116,8 @@ pub struct Settings {
     pub map_descriptor: Option<u64>,
     /// Where memory below 4 GiB ends for a firmware that asks fw_cfg instead of the paravisor.
     pub low_end: Option<u64>,
+    /// Where the firmware of a trust domain looks for hand-off blocks, if the host is to write them.
+    pub td_hob: Option<u64>,
     /// Whether a test guest may ask the machine about its state.
     pub oracle: bool,
     /// QEMU counts instructions: a tick of the time stamp counter is an instruction, time passes by
@@ -145,6 +148,9 @@ impl Settings {
         }
         if let Some(gpa) = self.low_end {
             let _ = writeln!(text, "low-end={gpa:#x}");
+        }
+        if let Some(gpa) = self.td_hob {
+            let _ = writeln!(text, "td-hob={gpa:#x}");
         }
         if self.oracle {
             text.push_str("oracle=on\n");
@@ -231,6 +237,8 @@ pub struct Config {
     pub disk: Option<Disk>,
     /// Where the console goes.
     pub console: Console,
+    /// The chip of the emulated security processor; without one it signs no reports.
+    pub chip: Option<Chip>,
     /// Socket on which QEMU waits for a debugger, everything stopped until that says go on.
     pub debugger: Option<PathBuf>,
     /// Directory for the logs of this run; must exist.
@@ -281,6 +289,10 @@ impl Config {
         let counts = self.settings.icount;
         let threads = if counts { "single" } else { "multi" };
         let mut qemu = hardware(&self.qemu, &self.memory, low_memory, self.vcpus, threads);
+        if self.settings.tdx {
+            // As QEMU has it for a trust domain, which takes no interrupt that an APIC has not sent.
+            qemu.args(["-machine", "pic=off"]);
+        }
         if counts {
             if self.vcpus != 1 {
                 bail!(
@@ -298,7 +310,8 @@ impl Config {
                 .arg("-fw_cfg")
                 .arg(option("name=opt/turnstile/igvm,file=", &self.image))
                 .arg("-fw_cfg")
-                .arg(option("name=opt/turnstile/settings,file=", &settings)),
+                .arg(option("name=opt/turnstile/settings,file=", &settings))
+                .args(self.chip.iter().flat_map(Chip::options)),
             Loader::Qemu => qemu
                 .arg("-object")
                 .arg(option("igvm-cfg,id=igvm,file=", &self.image))
@@ -389,7 +402,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 /// A QEMU option that ends in a path. In such options a comma is written twice.
-pub(super) fn option(head: &str, path: &Path) -> OsString {
+pub(crate) fn option(head: &str, path: &Path) -> OsString {
     let mut option = OsString::from(head);
     let text = path.as_os_str().to_string_lossy();
     option.push(text.replace(',', ",,"));
@@ -408,6 +421,7 @@ mod tests {
         let settings = Settings {
             map_descriptor: Some(0x810_0000),
             low_end: Some(0x800_0000),
+            td_hob: Some(0x80_9000),
             oracle: true,
             icount: true,
             hostile: Some("map-wrap".into()),
@@ -420,7 +434,7 @@ mod tests {
         let text = settings.text();
         assert!(
             text.ends_with(
-                "referee=0x8100000\nlow-end=0x8000000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\ntable=ahead\nplatform=native\n"
+                "referee=0x8100000\nlow-end=0x8000000\ntd-hob=0x809000\noracle=on\nicount=on\nhostile=map-wrap\ntrace=all\nbreak=panic\ntable=ahead\nplatform=native\n"
             ),
             "{text}"
         );

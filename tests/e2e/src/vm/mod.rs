@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use protocols::report::{Event, Launch, Report, StageName};
 
+pub(crate) use config::option;
 pub use config::{Backing, Config, Console, Linux, Loader, Logs, Settings, Trace, Vc};
 pub use cores::Cores;
 use cores::{Core, spawn_on_one};

@@ -8,6 +8,7 @@
 //! against the valid bitmap, and only documented outputs are marked valid on return.
 
 mod ap;
+pub mod guest_request;
 mod instructions;
 mod msr;
 mod page;

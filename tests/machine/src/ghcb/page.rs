@@ -25,8 +25,6 @@ use crate::platform::Platform;
 use crate::types::{Alias, Gpa, PAGE_SIZE, PageSize, Spa, VcpuId, Vmpl};
 use crate::vcpu::Hold;
 
-/// Firmware status "unsupported" of a guest request (SEV_RET_UNSUPPORTED).
-const FIRMWARE_UNSUPPORTED: u64 = 0x15;
 /// Bytes of one entry of the list of APIC ids; its first entry is their number.
 const APIC_ID_BYTES: u64 = 4;
 
@@ -335,27 +333,6 @@ impl<P: PhysicalMemory> Platform<P> {
             1 => exchange.put(Field::EXIT_INFO_2, self.ap_jump_table),
             other => return Err(Failure::input(format!("AP jump table request {other:#x}"))),
         }
-        Ok(Reply::Resume)
-    }
-
-    /// Guest requests: the transport is checked, then the firmware says that it does not
-    /// support them (this stage has no AMD-SP message service).
-    fn serve_guest_request(
-        &mut self,
-        code: ExitCode,
-        exchange: &mut Exchange,
-    ) -> Result<Reply, Failure> {
-        let (request, response) = (Gpa::new(exchange.info_1()?), Gpa::new(exchange.info_2()?));
-        if code == ExitCode::EXTENDED_GUEST_REQUEST {
-            exchange.get(Field::RAX, "RAX")?;
-            exchange.get(Field::RBX, "RBX")?;
-        }
-        let usable = |gpa: Gpa| self.shared_page(gpa).is_some();
-        if request == response || !usable(request) || !usable(response) {
-            let text = format!("guest request pages {request} and {response}");
-            return Err(Failure::input(text));
-        }
-        exchange.put(Field::EXIT_INFO_2, FIRMWARE_UNSUPPORTED);
         Ok(Reply::Resume)
     }
 

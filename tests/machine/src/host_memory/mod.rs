@@ -101,6 +101,13 @@ impl HostMemory {
         Ok(())
     }
 
+    /// Makes the legacy hole memory of the machine.
+    pub fn add_legacy(&mut self, spa: Spa) -> Result<(), LayoutError> {
+        self.layout.add_legacy(spa)?;
+        self.grow();
+        Ok(())
+    }
+
     fn grow(&mut self) {
         self.rmp.resize(self.layout.pages());
         let pages = self.layout.pages();

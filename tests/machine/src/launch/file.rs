@@ -14,6 +14,7 @@
 //!    after it was inserted;
 //! 4. headers that are for other platforms only were checked for form and left out.
 
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -22,9 +23,9 @@ use igvm_defs::{
     IGVM_FIXED_HEADER, IGVM_FORMAT_VERSION_1, IGVM_MAGIC_VALUE, IGVM_NATIVE_PLATFORM_VERSION,
     IGVM_SEV_SNP_PLATFORM_VERSION, IGVM_TDX_PLATFORM_VERSION, IGVM_VHS_GUEST_POLICY,
     IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_AREA, IGVM_VHS_PARAMETER_INSERT,
-    IGVM_VHS_REQUIRED_MEMORY, IGVM_VHS_SUPPORTED_PLATFORM, IGVM_VHS_VARIABLE_HEADER,
-    IGVM_VHS_VP_CONTEXT, IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT, IGVM_VHT_RANGE_PLATFORM,
-    IgvmPageDataType, IgvmPlatformType, IgvmVariableHeaderType as Type,
+    IGVM_VHS_REQUIRED_MEMORY, IGVM_VHS_SNP_ID_BLOCK, IGVM_VHS_SUPPORTED_PLATFORM,
+    IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT, IGVM_VHT_RANGE_DIRECTIVE, IGVM_VHT_RANGE_INIT,
+    IGVM_VHT_RANGE_PLATFORM, IgvmPageDataType, IgvmPlatformType, IgvmVariableHeaderType as Type,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -110,12 +111,14 @@ pub enum Directive<'a> {
 }
 
 /// A checked IGVM file.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Debug)]
 pub struct File<'a> {
     /// The platform it was read for.
     pub platform: PlatformKind,
     /// The launch policy, if the file has one.
     pub policy: Option<u64>,
+    /// The ID block, if the file has one.
+    pub id_block: Option<Box<IGVM_VHS_SNP_ID_BLOCK>>,
     /// What is to be done for that platform, in the order of the file.
     pub directives: Vec<Directive<'a>>,
 }
@@ -165,6 +168,8 @@ pub enum FileError {
     Area(u32),
     /// The launch policy comes twice.
     PolicyTwice,
+    /// The ID block comes twice.
+    IdBlockTwice,
 }
 
 impl core::fmt::Display for FileError {
@@ -193,6 +198,7 @@ impl core::fmt::Display for FileError {
             Self::Overlap(gpa) => write!(f, "page {gpa:#x} is launched twice"),
             Self::Area(index) => write!(f, "parameter area {index} is used wrongly"),
             Self::PolicyTwice => write!(f, "more than one launch policy"),
+            Self::IdBlockTwice => write!(f, "more than one ID block"),
         }
     }
 }
@@ -256,6 +262,7 @@ impl<'a> File<'a> {
             platforms: Vec::new(),
             chosen: None,
             policy: None,
+            id_block: None,
             areas: BTreeMap::new(),
             launched: Vec::new(),
             directives: Vec::new(),
@@ -352,6 +359,7 @@ struct Reader<'a> {
     /// The platform that the file is read for and its mask, from behind the platforms on.
     chosen: Option<(PlatformKind, u32)>,
     policy: Option<u64>,
+    id_block: Option<Box<IGVM_VHS_SNP_ID_BLOCK>>,
     areas: BTreeMap<u32, Area>,
     launched: Vec<Range<u64>>,
     directives: Vec<Directive<'a>>,
@@ -384,6 +392,7 @@ impl<'a> Reader<'a> {
             Type::IGVM_VHT_PARAMETER_INSERT => self.insert(&read(kind, body)?),
             Type::IGVM_VHT_VP_CONTEXT => self.context(&read(kind, body)?),
             Type::IGVM_VHT_REQUIRED_MEMORY => self.required_memory(&read(kind, body)?),
+            Type::IGVM_VHT_SNP_ID_BLOCK => self.id_block(read(kind, body)?),
             Type::IGVM_VHT_VP_COUNT_PARAMETER => self.fill(
                 &read(kind, body)?,
                 Parameter::VpCount,
@@ -444,6 +453,19 @@ impl<'a> Reader<'a> {
         }
         if self.applies(header.compatibility_mask) && self.policy.replace(header.policy).is_some() {
             return Err(FileError::PolicyTwice);
+        }
+        Ok(())
+    }
+
+    fn id_block(&mut self, header: IGVM_VHS_SNP_ID_BLOCK) -> Result<(), FileError> {
+        let keys = [&header.id_public_key, &header.author_public_key];
+        if header.reserved != [0; 3] || keys.iter().any(|key| key.reserved != 0) {
+            return Err(FileError::Reserved(Type::IGVM_VHT_SNP_ID_BLOCK.0));
+        }
+        if self.applies(header.compatibility_mask)
+            && self.id_block.replace(Box::new(header)).is_some()
+        {
+            return Err(FileError::IdBlockTwice);
         }
         Ok(())
     }
@@ -599,6 +621,7 @@ impl<'a> Reader<'a> {
         Ok(File {
             platform,
             policy: self.policy,
+            id_block: self.id_block,
             directives: self.directives,
         })
     }

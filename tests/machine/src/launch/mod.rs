@@ -13,10 +13,12 @@
 //! | [`file`] | the IGVM format and everything that may be wrong with a file |
 //! | [`order`] | the order in which QEMU launches |
 //! | [`parameters`] | the untrusted words of the host, and its lies |
+//! | [`hob`] | the same for the firmware of a trust domain |
 //! | [`pages`] | the secrets and CPUID pages |
 //! | [`plain`] | loading an image where nothing is confidential |
 //! | [`vmsa`] | which processor states are taken |
 //! | [`digest`] | the launch digest |
+//! | [`id_block`] | whether the ID block is that of what was launched |
 //!
 //! Who may call: the binary, once, after all RAM was added and before any guest runs. After
 //! an error nothing may be run: pages may be half launched.
@@ -33,8 +35,9 @@ use core::ops::Range;
 use protocols::report::{Event, Launch, LaunchPages};
 use zerocopy::IntoBytes;
 
+use crate::amd_sp::{self, SecurityProcessor};
 use crate::cpuid::Table;
-use crate::layout::{Backing, LayoutError};
+use crate::layout::{self, Backing, LEGACY_HOLE, LayoutError};
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
 use crate::settings::PlatformKind;
@@ -44,6 +47,8 @@ use crate::types::{Gpa, PAGE_SIZE, PageSize, Spa, VcpuId, Vmpl};
 mod crc32;
 pub mod digest;
 pub mod file;
+pub mod hob;
+pub mod id_block;
 pub mod order;
 pub mod pages;
 pub mod parameters;
@@ -58,6 +63,10 @@ const ROM_WINDOW: Range<u64> = (1 << 32) - (16 << 20)..1 << 32;
 
 /// Bit of the launch policy that must be one (SNP ABI, guest policy).
 const POLICY_MUST_BE_ONE: u64 = 1 << 17;
+/// Bits of it that mean nothing.
+const POLICY_RESERVED: u64 = !0 << 26;
+/// The policy of a file that has none: QEMU's own, SMT allowed.
+const POLICY_DEFAULT: u64 = 1 << 16 | POLICY_MUST_BE_ONE;
 
 /// What the loader needs from the CPU side.
 pub struct Environment<'e> {
@@ -81,6 +90,8 @@ pub struct Launched {
     pub pages: LaunchPages,
     /// Where the VMSA of the first vCPU lies; a trust domain has none.
     pub vmsa: Option<Gpa>,
+    /// What its ID block says, if it has one.
+    pub identity: Option<amd_sp::Identity>,
 }
 
 /// Why an image was not launched.
@@ -90,6 +101,8 @@ pub enum LaunchError {
     File(FileError),
     /// The policy lacks the bit that must be one, or has bits that mean nothing.
     Policy(u64),
+    /// The ID block is not that of what was launched, or nobody vouches for it.
+    IdBlock(id_block::Refusal),
     /// There is no RAM at this address and none can be put there.
     NoMemory(Gpa),
     /// The machine has not enough memory of its own to stand in for missing RAM.
@@ -120,6 +133,8 @@ pub enum LaunchError {
     NotPlain(Gpa),
     /// The native context has something where it must be zero.
     Context,
+    /// The settings want hand-off blocks here, and the image has no parameter area for them.
+    NoHobArea(Gpa),
     /// The settings want the native platform, which is loaded and not launched.
     NotConfidential,
 }
@@ -136,8 +151,9 @@ impl fmt::Display for LaunchError {
             Self::File(error) => write!(f, "IGVM file: {error}"),
             Self::Policy(policy) => write!(
                 f,
-                "policy {policy:#x}: bit 17 must be one for SEV-SNP, bits 63:3 zero for TDX"
+                "policy {policy:#x}: bit 17 must be one and bits 63:26 zero for SEV-SNP, bits 63:3 zero for TDX"
             ),
+            Self::IdBlock(refusal) => write!(f, "ID block: SNP_LAUNCH_FINISH gives {refusal}"),
             Self::NoMemory(gpa) => write!(f, "the image wants memory at {gpa:#x}; there is none"),
             Self::OutOfMemory { pages } => {
                 write!(
@@ -165,6 +181,10 @@ impl fmt::Display for LaunchError {
             Self::Contexts(count) => write!(f, "{count} VMSAs; expected one"),
             Self::NotPlain(gpa) => write!(f, "page {gpa:#x} is for confidential guests only"),
             Self::Context => write!(f, "the native context has reserved bits set"),
+            Self::NoHobArea(gpa) => write!(
+                f,
+                "the image has no parameter area at {gpa:#x} for hand-off blocks"
+            ),
             Self::NotConfidential => write!(f, "the native platform is not launched"),
         }
     }
@@ -176,8 +196,12 @@ type Page = [u8; PAGE_SIZE as usize];
 /// What is known while the launch goes on.
 struct InProgress {
     digest: Measurement,
+    /// The secrets page, and the keys in it.
+    secrets: (Option<Gpa>, [[u8; 32]; Vmpl::COUNT]),
     pages: LaunchPages,
     areas: BTreeMap<u32, Vec<u8>>,
+    /// Where the image's pages lie, ascending.
+    launched: Vec<Range<u64>>,
 }
 
 impl<P: PhysicalMemory> Platform<P> {
@@ -195,7 +219,7 @@ impl<P: PhysicalMemory> Platform<P> {
         };
         if !is_td
             && let Some(policy) = file.policy
-            && policy & POLICY_MUST_BE_ONE == 0
+            && (policy & POLICY_MUST_BE_ONE == 0 || policy & POLICY_RESERVED != 0)
         {
             return Err(LaunchError::Policy(policy));
         }
@@ -207,8 +231,20 @@ impl<P: PhysicalMemory> Platform<P> {
         if contexts != usize::from(!is_td) {
             return Err(LaunchError::Contexts(contexts));
         }
+        if let Some(wanted) = self.settings.td_hob
+            && !file
+                .directives
+                .iter()
+                .any(|d| matches!(d, Directive::Insert { gpa, .. } if *gpa == wanted))
+        {
+            return Err(LaunchError::NoHobArea(wanted));
+        }
+        if is_td && self.layout().place(Gpa::new(LEGACY_HOLE.start)).is_none() {
+            self.fill_legacy_hole(environment)?;
+        }
         self.find_memory(&file.directives, environment)?;
-        let own = self.own_range(&file.directives);
+        let launched = launched_ranges(&file.directives);
+        let own = self.own_range(&launched);
 
         let mut state = InProgress {
             digest: if is_td {
@@ -216,8 +252,10 @@ impl<P: PhysicalMemory> Platform<P> {
             } else {
                 Measurement::Snp(LaunchDigest::before_first_page())
             },
+            secrets: (None, [[0; 32]; Vmpl::COUNT]),
             pages: LaunchPages::default(),
             areas: BTreeMap::new(),
+            launched,
         };
         let directives = if is_td {
             file.directives
@@ -228,15 +266,37 @@ impl<P: PhysicalMemory> Platform<P> {
             self.perform(&directive, &own, &mut state, environment)?;
         }
         let digest = state.digest.value();
+        // Trust domains have no such thing.
+        let identity = match file.id_block.filter(|_| !is_td) {
+            Some(block) => {
+                let policy = file.policy.unwrap_or(POLICY_DEFAULT);
+                Some(id_block::check(&block, &digest, policy).map_err(LaunchError::IdBlock)?)
+            }
+            None => None,
+        };
         let vmsa = (!is_td).then_some(vmsa::VMSA_GPA);
         match vmsa {
-            Some(_) => self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa),
+            Some(_) => {
+                self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa);
+                let guest = amd_sp::Guest {
+                    measurement: digest,
+                    policy: file.policy.unwrap_or(POLICY_DEFAULT),
+                    identity: identity.unwrap_or_default(),
+                    vmpck: state.secrets.1,
+                    secrets_page: state.secrets.0,
+                    cpuid_fms: environment.cpuid.family_model_stepping(),
+                };
+                let processor =
+                    SecurityProcessor::new(guest, self.chip.clone(), environment.random);
+                self.security_processor = Some(processor);
+            }
             None => self.finish_td(file.policy.unwrap_or(0), digest, environment)?,
         }
         let launched = Launched {
             digest,
             pages: state.pages,
             vmsa,
+            identity,
         };
         self.events.push(Event::Launch(Launch {
             digest: hex(&launched.digest),
@@ -244,6 +304,15 @@ impl<P: PhysicalMemory> Platform<P> {
             vmsa_gpa: launched.vmsa.map_or(0, Gpa::get),
         }));
         Ok(launched)
+    }
+
+    /// The RAM that QEMU tells a trust domain of has no hole below 1 MiB: OVMF accepts it, and Linux
+    /// looks there for ROMs with private accesses.
+    fn fill_legacy_hole(&mut self, environment: &mut Environment<'_>) -> Result<(), LaunchError> {
+        let pages = (LEGACY_HOLE.end - LEGACY_HOLE.start) / PAGE_SIZE;
+        let spa =
+            (environment.allocate)(pages as usize).ok_or(LaunchError::OutOfMemory { pages })?;
+        self.add_legacy(spa).map_err(LaunchError::Layout)
     }
 
     /// Puts memory of the machine where the image wants pages and there is no RAM, as QEMU
@@ -275,16 +344,16 @@ impl<P: PhysicalMemory> Platform<P> {
     }
 
     /// The part of RAM that the image takes: from its first page in RAM to its last.
-    fn own_range(&self, directives: &[Directive<'_>]) -> Range<u64> {
+    fn own_range(&self, launched: &[Range<u64>]) -> Range<u64> {
         let in_ram = |range: &Range<u64>| {
             self.layout()
                 .range(Gpa::new(range.start))
                 .is_some_and(|known| known.backing == Backing::Ram)
         };
-        directives
+        launched
             .iter()
-            .filter_map(launched_range(directives))
-            .filter(in_ram)
+            .filter(|range| in_ram(range))
+            .cloned()
             .reduce(|all, next| all.start.min(next.start)..all.end.max(next.end))
             .unwrap_or(0..0)
     }
@@ -311,7 +380,11 @@ impl<P: PhysicalMemory> Platform<P> {
                 fill(&mut state.areas, index, offset as usize, &value)
             }
             Directive::Insert { gpa, index } => {
-                let area = state.areas.remove(&index).unwrap_or_default();
+                let mut area = state.areas.remove(&index).unwrap_or_default();
+                if self.settings.td_hob == Some(gpa) {
+                    let list = hob::list(gpa.get(), self.layout(), &state.launched);
+                    write_into(&mut area, 0, &list)?;
+                }
                 for (page, data) in area.chunks_exact(PAGE_SIZE as usize).enumerate() {
                     let gpa = Gpa::new(gpa.get() + page as u64 * PAGE_SIZE);
                     self.launch_page(state, PageType::Unmeasured, gpa, &whole_page(Some(data)))?;
@@ -329,6 +402,7 @@ impl<P: PhysicalMemory> Platform<P> {
                     PageKind::Unmeasured(data) => (PageType::Unmeasured, whole_page(data)),
                     PageKind::Secrets => {
                         let page = pages::secrets(environment.random);
+                        state.secrets = (Some(gpa), page.vmpck);
                         (PageType::Secrets, whole_page(Some(page.as_bytes())))
                     }
                     PageKind::Cpuid => {
@@ -417,6 +491,16 @@ fn launched_range<'d>(
     }
 }
 
+/// What all of them launch, ascending; neighbours are one range.
+fn launched_ranges(directives: &[Directive<'_>]) -> Vec<Range<u64>> {
+    let mut all: Vec<_> = directives
+        .iter()
+        .filter_map(launched_range(directives))
+        .collect();
+    layout::join(&mut all);
+    all
+}
+
 /// Joins ascending page addresses into ranges.
 fn runs(pages: &[u64]) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
@@ -439,6 +523,11 @@ fn fill(
     let area = areas
         .get_mut(&index)
         .ok_or(LaunchError::File(FileError::Area(index)))?;
+    write_into(area, offset, value)
+}
+
+/// Writes what the host says into a part of an area.
+fn write_into(area: &mut [u8], offset: usize, value: &[u8]) -> Result<(), LaunchError> {
     let room = area.len().saturating_sub(offset);
     area.get_mut(offset..)
         .and_then(|area| area.get_mut(..value.len()))

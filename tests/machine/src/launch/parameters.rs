@@ -9,21 +9,21 @@ use core::ops::Range;
 use protocols::igvm_map::{EntryKind, MemoryMapEntry};
 use zerocopy::IntoBytes;
 
-use crate::layout::{Backing, Layout};
+use crate::layout::Layout;
 use crate::settings::{Hostile, Settings};
 use crate::types::PAGE_SIZE;
 
 /// The guest's RAM as entries of the IGVM format, with the lies of `settings`. `own` is where
 /// the image lies, `room` the bytes of the area.
 pub fn memory_map(layout: &Layout, own: Range<u64>, room: usize, settings: &Settings) -> Vec<u8> {
-    let ram = layout
-        .ranges()
-        .iter()
-        .filter(|range| range.backing == Backing::Ram);
-    let mut entries: Vec<_> = ram
-        .map(|range| MemoryMapEntry::new(range.gpa.frame(), range.pages as u64, EntryKind::MEMORY))
+    let mut entries: Vec<_> = layout
+        .memory()
+        .into_iter()
+        .map(|range| {
+            let (start, bytes) = (range.start, range.end - range.start);
+            MemoryMapEntry::new(start / PAGE_SIZE, bytes / PAGE_SIZE, EntryKind::MEMORY)
+        })
         .collect();
-    entries.sort_by_key(|entry| entry.page_start);
     for &lie in &settings.hostile {
         tell(lie, &mut entries, &own, room);
     }

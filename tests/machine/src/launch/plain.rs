@@ -44,7 +44,7 @@ impl<P: PhysicalMemory> Platform<P> {
             _ => return Err(LaunchError::Contexts(contexts.len())),
         };
         self.find_memory(&directives, environment)?;
-        let own = self.own_range(&directives);
+        let own = self.own_range(&super::launched_ranges(&directives));
         let mut areas: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
         let mut loaded = 0;
         for directive in directives {

@@ -33,8 +33,6 @@ pub struct Cpu {
     ctls: L2Controls,
     /// Intercepts of control registers.
     cr: u32,
-    /// The task priority class that the VM was entered with.
-    tpr: u64,
     /// NMIs are blocked.
     nmi_blocked: bool,
     /// The IRET that ends the blocking when it is executed.
@@ -49,7 +47,6 @@ impl Cpu {
             controls: Controls::default(),
             ctls: L2Controls::empty(),
             cr: 0,
-            tpr: 0,
             nmi_blocked: false,
             unblocking: None,
         }
@@ -183,14 +180,15 @@ impl Vcpu {
         self.vmcb_mut().control.intercept_misc1 &= !intercept::IRET;
     }
 
-    /// Whether reads of control registers exit: only if the VM is to see something else than there
-    /// is.
+    /// Writes of control registers exit: CR0 and CR4 because bits of them are L1's, CR8 because an
+    /// interrupt may wait for it (and QEMU does not survive it then, see [`Vcpu::guard_cr8`]). Reads exit
+    /// only if the VM is to see something else than there is.
     pub fn show_control_registers(&mut self) {
         let ([mask0, mask4], [shadow0, shadow4]) =
             (self.l2.controls.masks, self.l2.controls.shadows);
         let save = self.save();
         let differs = (save.cr0 ^ shadow0) & mask0 | (save.cr4 ^ shadow4) & mask4;
-        self.l2.cr = intercept::CR0_WRITE | intercept::CR4_WRITE;
+        self.l2.cr = intercept::CR0_WRITE | intercept::CR4_WRITE | intercept::CR8_WRITE;
         if differs != 0 {
             self.l2.cr |= intercept::CR_READ;
         }
@@ -229,7 +227,6 @@ impl Vcpu {
             }
         }
         let tpr = u64::from(self.lock().platform.virtual_tpr(self.id) >> 4);
-        self.l2.tpr = tpr;
         let control = &mut self.vmcb_mut().control;
         control.int_ctl = virq::MASKING | tpr;
         control.intercept_misc1 &= !intercept::VINTR;
@@ -241,16 +238,9 @@ impl Vcpu {
         None
     }
 
-    /// After an exit: what the VM has written to CR8. True if L1 is to hear of it.
-    pub fn keep_task_priority(&mut self) -> bool {
-        let now = self.vmcb().control.int_ctl & virq::TPR;
-        if now == self.l2.tpr {
-            return false;
-        }
-        self.l2.tpr = now;
-        self.lock()
-            .platform
-            .set_virtual_tpr(self.id, (now as u8) << 4)
+    /// The VM writes a class to CR8. True if L1 is to hear of it.
+    pub fn set_virtual_cr8(&mut self, class: u8) -> bool {
+        self.lock().platform.set_virtual_tpr(self.id, class << 4)
     }
 
     /// Leaves the VM for L1, because of an instruction of `length` bytes, or 0. An event whose

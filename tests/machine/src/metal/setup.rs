@@ -7,6 +7,7 @@ use alloc::string::ToString;
 
 use igvm_defs::IgvmNativeVpContextX64;
 use machine::Platform;
+use machine::amd_sp::Chip;
 use machine::cpuid::{Leaf, Table};
 use machine::launch::Environment;
 use machine::platform::End;
@@ -22,6 +23,10 @@ use super::{clock, console, cpu, finish, fwcfg, smp};
 
 /// fw_cfg name of the image.
 const FILE_IMAGE: &str = "opt/turnstile/igvm";
+/// fw_cfg name of the chip's identity.
+const FILE_ENDORSEMENT: &str = "opt/turnstile/endorsement";
+/// fw_cfg name of the host's certificates.
+const FILE_CERTIFICATES: &str = "opt/turnstile/certificates";
 /// fw_cfg name of the settings.
 const FILE_SETTINGS: &str = "opt/turnstile/settings";
 /// Number of CPUs (QEMU `FW_CFG_NB_CPUS`).
@@ -103,6 +108,15 @@ fn fill(
             .map_err(|error| format!("memory at {start:#x}+{bytes:#x}: {error:?}"))?;
     }
     let image = fwcfg::file(FILE_IMAGE).ok_or_else(|| format!("fw_cfg has no {FILE_IMAGE}"))?;
+    if let Some(endorsement) = fwcfg::file(FILE_ENDORSEMENT) {
+        let chip = Chip::parse(&endorsement).ok_or_else(|| {
+            format!(
+                "{FILE_ENDORSEMENT}: {} bytes, no identity of a chip",
+                endorsement.len()
+            )
+        })?;
+        platform.endorse(chip, &fwcfg::file(FILE_CERTIFICATES).unwrap_or_default());
+    }
     let mut environment = Environment {
         allocate: &mut memory::allocate_window,
         random: &mut cpu::random,

@@ -214,6 +214,8 @@ pub mod intercept {
     pub const CR0_WRITE: u32 = 1 << 16;
     /// control registers: writes of CR4.
     pub const CR4_WRITE: u32 = 1 << 20;
+    /// control registers: writes of CR8.
+    pub const CR8_WRITE: u32 = 1 << 24;
     /// debug registers: all accesses.
     pub const DR_ALL: u32 = 0x00FF_00FF;
     /// debug registers: reads (15:0) and writes (31:16) of DR7.

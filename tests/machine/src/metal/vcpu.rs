@@ -460,6 +460,9 @@ impl Vcpu {
         self.vmcb_mut().control.n_cr3 = root;
         self.injected = self.vmcb().control.event_inj;
         cpu::match_cr4(self.save().cr4);
+        if !self.is_l2() {
+            self.guard_cr8();
+        }
         let hidden = self.hide_long_mode();
         let at = self.vmcb.physical();
         svm::host_interrupts(self.is_l2());
@@ -520,6 +523,17 @@ impl Vcpu {
             self.vmcb_mut().control.intercept_cr |= intercept::CR4_WRITE;
         }
         hide
+    }
+
+    /// Catches MOV to CR8 as long as a virtual interrupt waits: TCG then raises it again, which it may do
+    /// only under a lock that the instruction does not take, and QEMU aborts (docs/machine.md).
+    fn guard_cr8(&mut self) {
+        let control = &mut self.vmcb_mut().control;
+        control.intercept_cr = if virq::kept(control.int_ctl) != 0 {
+            intercept::CR8_WRITE
+        } else {
+            0
+        };
     }
 
     /// Stores what VMRUN does not switch (TR among it) in the VMCB, to be read there.

@@ -84,6 +84,7 @@ impl<P: PhysicalMemory> Platform<P> {
             attributes,
             controls,
             notify_enables: 0,
+            held: None,
             mrtd,
             rtmr: [[0; 48]; RTMR_COUNT],
             mac_key,

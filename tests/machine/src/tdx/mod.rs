@@ -73,6 +73,8 @@ pub(crate) struct Td {
     attributes: TdAttributes,
     controls: TdControls,
     notify_enables: u64,
+    /// The page whose entry in the secure EPT the host keeps busy.
+    held: Option<Gpa>,
     mrtd: Digest,
     rtmr: [Digest; RTMR_COUNT],
     /// Of the processor, for reports.

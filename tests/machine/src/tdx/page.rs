@@ -6,7 +6,7 @@ use protocols::report::AcceptResults;
 use protocols::tdx::vmcall::register::{R8, RCX, RDX};
 use protocols::tdx::{L2Vm, MAPPING_PENDING, Operand, PageAttributes, Status};
 
-use super::sept::{State, Walk};
+use super::sept::{ACCEPT, State, Walk};
 use super::tdcall::Gprs;
 use super::{SHARED, Stop};
 use crate::memory::PhysicalMemory;
@@ -82,6 +82,11 @@ impl<P: PhysicalMemory> Platform<P> {
             self.count_accept(size).invalid += 1;
             return Ok(Operand::RCX.invalid());
         };
+        if self.is_held(gpa, size) {
+            // Row 5.
+            self.count_accept(size).busy += 1;
+            return Ok(Status::OPERAND_BUSY.with(Operand::RCX.0));
+        }
         let settled = |walk: &Walk| match walk {
             // Row 3: a larger leaf that is accepted. A larger one that is not is row 4.
             Walk::Larger(entry) if State::of(entry) == State::Mapped => {
@@ -96,7 +101,7 @@ impl<P: PhysicalMemory> Platform<P> {
             },
             Walk::Larger(_) | Walk::Missing => None,
         };
-        match self.walk_until(gpa, size, "accept", settled)? {
+        match self.walk_until(gpa, size, ACCEPT, settled)? {
             (_, Accept::Mismatch) => {
                 self.count_accept(size).size_mismatch += 1;
                 Ok(Status::PAGE_SIZE_MISMATCH.with(level_of(PageSize::Size2M)))
@@ -122,6 +127,24 @@ impl<P: PhysicalMemory> Platform<P> {
                 Ok(Status::SUCCESS.with(0))
             }
         }
+    }
+
+    /// The host keeps the entry of this page busy from now on, or lets go of it. One at a time.
+    pub(crate) fn hold(&mut self, gpa: Gpa) -> Option<()> {
+        let td = self.td_mut()?;
+        td.held = match td.held {
+            None => Some(gpa),
+            Some(held) if held == gpa => None,
+            Some(_) => return None,
+        };
+        Some(())
+    }
+
+    /// Whether the host is at work on an entry that a leaf on this page needs.
+    fn is_held(&self, gpa: Gpa, size: PageSize) -> bool {
+        self.td()
+            .and_then(|td| td.held)
+            .is_some_and(|held| held.align_down(size) == gpa)
     }
 
     fn count_accept(&mut self, size: PageSize) -> &mut AcceptResults {
@@ -185,6 +208,9 @@ impl<P: PhysicalMemory> Platform<P> {
         let Some(size) = operand.size() else {
             return Ok(Status::PAGE_SIZE_MISMATCH.with(level::SIZE_1G as u32));
         };
+        if self.is_held(operand.gpa, size) {
+            return Ok(Status::OPERAND_BUSY.with(Operand::RCX.0));
+        }
         let settled = |walk: &Walk| match walk {
             Walk::Table => Some(None),
             Walk::Leaf(entry) => usable(entry).map(Some),
@@ -214,8 +240,12 @@ impl<P: PhysicalMemory> Platform<P> {
                     self.host
                         .invalidate(operand.gpa, size, Views::of(level), cause);
                     if let Some(td) = self.td_mut() {
-                        td.note_withdrawn(vm, operand.gpa);
+                        td.note_withdrawn(vcpu, vm, operand.gpa);
                     }
+                } else if to.contains(Permissions::FULL)
+                    && let Some(td) = self.td_mut()
+                {
+                    td.note_restored(vm, operand.gpa);
                 }
             }
             // In a mask, VALID asks for INVEPT.

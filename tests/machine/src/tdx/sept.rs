@@ -67,6 +67,9 @@ pub enum Walk {
     Missing,
 }
 
+/// What an exit is about that TDG.MEM.PAGE.ACCEPT leads to.
+pub const ACCEPT: &str = "accept";
+
 /// How often the host is asked about one operand: it may have to make the page private, give it,
 /// split it and unblock it.
 const HOST_TURNS: u32 = 4;
@@ -110,17 +113,29 @@ impl<P: PhysicalMemory> Platform<P> {
                 return Ok((place, answer));
             }
             self.counters.count_td_exit(Vmpl::VMPL0, about);
-            self.serve_exit(&place, gpa, &walk)?;
+            self.serve_exit(&place, gpa, &walk, about)?;
         }
         let why = format!("the trust domain exits ({about} of {gpa}): the host does not help");
         Err(Stop::Refused(why))
     }
 
     /// What the host does about an exit.
-    fn serve_exit(&mut self, place: &Place, gpa: Gpa, walk: &Walk) -> Result<(), Stop> {
+    fn serve_exit(
+        &mut self,
+        place: &Place,
+        gpa: Gpa,
+        walk: &Walk,
+        about: &str,
+    ) -> Result<(), Stop> {
         if self.host.attribute(place) == Alias::Shared {
-            let converted =
-                self.convert_implicitly(Vmpl::VMPL0, place, gpa, Alias::Private, Kind::Read);
+            // Who accepts a page wants it private and has lost nothing in it.
+            let converted = match about {
+                ACCEPT => {
+                    self.host.count_range(Alias::Private);
+                    self.convert(gpa, PageSize::Size4K, Alias::Private).is_ok()
+                }
+                _ => self.convert_implicitly(Vmpl::VMPL0, place, gpa, Alias::Private, Kind::Read),
+            };
             if !converted {
                 return Err(Stop::Refused(format!("the host cannot make {gpa} private")));
             }

@@ -29,9 +29,17 @@ pub enum MsrClass {
     Native,
     /// Ask the host for it: #VE.
     Host,
+    /// Read this of the module; what may be written has no effect.
+    Fixed(u64),
     /// Nothing: #GP(0).
     None,
 }
+
+/// IA32_MISC_ENABLE of a trust domain: fast strings, no branch trace store, no PEBS, MONITOR. Linux
+/// reads it before it can handle #VE.
+const MISC_ENABLE: u64 = 1 | 1 << 11 | 1 << 12 | 1 << 18;
+/// IA32_XAPIC_DISABLE_STATUS: the APIC has its x2APIC form only.
+const XAPIC_DISABLED: u64 = 1;
 
 /// The class of a register. `write` is looked at where it matters.
 pub const fn msr_class(number: u32, write: bool) -> MsrClass {
@@ -40,12 +48,46 @@ pub const fn msr_class(number: u32, write: bool) -> MsrClass {
         0x48 | 0x49 | 0x10B | 0x174..=0x176 | 0x277 | 0x600 | 0xDA0 => MsrClass::Native,
         // TSC.
         0x10 if !write => MsrClass::Native,
+        0x1A0 if !write => MsrClass::Fixed(MISC_ENABLE),
+        0xBD if !write => MsrClass::Fixed(XAPIC_DISABLED),
+        // DEBUGCTL: this processor has nothing to switch on. PERF_CAPABILITIES: none.
+        0x1D9 => MsrClass::Fixed(0),
+        0x345 if !write => MsrClass::Fixed(0),
         // x2APIC: TPR, PPR, EOI, ISR, TMR, IRR, SELF_IPI.
         0x808 | 0x80A | 0x80B | 0x810..=0x827 | 0x83F => MsrClass::Native,
         // EFER, STAR, LSTAR, FMASK, the bases of FS and GS, TSC_AUX.
         0xC000_0080..=0xC000_0082 | 0xC000_0084 | 0xC000_0100..=0xC000_0103 => MsrClass::Native,
-        // SGXLEPUBKEYHASH, SMM_MONITOR_CTL, SMBASE, PASID.
-        0x8C..=0x8F | 0x9B | 0x9E | 0xD93 => MsrClass::None,
+        // SGXLEPUBKEYHASH, WBINVDP to SMM_MONITOR_CTL, SMBASE, BNDCFGS, PASID.
+        0x8C..=0x8F | 0x98..=0x9B | 0x9E | 0xD90 | 0xD93 => MsrClass::None,
+        // Performance monitoring, which this trust domain lacks.
+        0xC1..=0xC8
+        | 0x186..=0x18D
+        | 0x1A6
+        | 0x1A7
+        | 0x309..=0x310
+        | 0x329
+        | 0x345
+        | 0x38D..=0x392
+        | 0x3F1
+        | 0x3F2
+        | 0x3F6
+        | 0x3F7
+        | 0x4C1..=0x4C8 => MsrClass::None,
+        // UMWAIT_CONTROL, TSX_CTRL, XFD, TSC_DEADLINE, PKRS and the parts of extended state: features
+        // that CPUID does not show.
+        0xE1
+        | 0x122
+        | 0x1C4
+        | 0x1C5
+        | 0x560..=0x587
+        | 0x6A0..=0x6A8
+        | 0x6E0
+        | 0x6E1
+        | 0x985..=0x98A
+        | 0x1200..=0x12FF
+        | 0x14CE
+        | 0x14CF
+        | 0x1500..=0x16FF => MsrClass::None,
         // Reserved indices of x2APIC.
         0x800 | 0x801 | 0x804..=0x807 | 0x829..=0x82E | 0x831 | 0x840..=0x8FF => MsrClass::None,
         _ => MsrClass::Host,

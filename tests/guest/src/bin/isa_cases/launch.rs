@@ -7,7 +7,7 @@ use guest::memory;
 use guest::oracle::{self, expect_flags, expect_validated};
 use protocols::addr::{Gpa, PAGE_SIZE};
 use protocols::cpuid::{CpuidEntry, CpuidPage};
-use protocols::oracle::PageFlags;
+use protocols::oracle::{Counter, PageFlags};
 use protocols::secrets::SecretsPage;
 use protocols::snp::{CPUID_SEV_LEAF, SevCpuidEbx};
 
@@ -79,6 +79,8 @@ fn secrets() -> Verdict {
             expect_not("first bytes of the VMPCK", key(level)?, key(other)?)?;
         }
     }
+    let left = oracle::counter(Counter::KEYS_IN_LAUNCH_PAGE);
+    expect("keys that the machine finds there", left, 4)?;
     // The paravisor's fields: nobody has filled them yet.
     for field in 0..4 {
         expect(

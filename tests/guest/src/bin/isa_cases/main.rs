@@ -21,6 +21,8 @@ mod access;
 #[cfg(target_os = "none")]
 mod ap_creation;
 #[cfg(target_os = "none")]
+mod guest_request;
+#[cfg(target_os = "none")]
 mod launch;
 #[cfg(target_os = "none")]
 mod modes;

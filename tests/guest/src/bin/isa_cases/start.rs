@@ -90,6 +90,7 @@ extern "C" fn main(params: &'static LaunchParams) -> ! {
             crate::access::CASES,
             crate::msr_protocol::CASES,
             crate::nae::CASES,
+            crate::guest_request::CASES,
             crate::psc::CASES,
             crate::ap_creation::CASES,
             crate::vmpl1::CASES,

@@ -8,7 +8,7 @@ use guest::tdcall::{accept, call, expect_accept, map_gpa, read_attributes};
 use guest::trap::Trap;
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
 use protocols::launch::{REGION_GPA, REGION_SIZE};
-use protocols::oracle::{Counter, HostAct};
+use protocols::oracle::Counter;
 use protocols::tdx::metadata::{Features0, FieldId};
 use protocols::tdx::ve::ExitReason;
 use protocols::tdx::vmcall::Status as HostStatus;
@@ -50,9 +50,6 @@ pub const CASES: &[Case] = &[
         own_attributes,
     ),
 ];
-
-/// The end of a run with `hostile=re-add`.
-pub const ENDS: &[Case] = &[case("re_added_page_is_used", "design.md I6", re_added)];
 
 const SHARED: u64 = 1 << 47;
 const INVALID_RCX: u64 = Operand::RCX.invalid();
@@ -199,15 +196,6 @@ fn never_twice() -> Verdict {
         oracle::counter(Counter::DOUBLE_VALIDATION),
         before,
     )
-}
-
-/// The host removes a page of the guest's and adds another: the guest's next use of it ends the machine.
-fn re_added() -> Verdict {
-    let page = memory::fresh_page();
-    expect_accept(page, PageSize::Size4K, 0)?;
-    memory::write(private(page), 5)?;
-    oracle::host_act(page, HostAct::RE_ADD)?;
-    expect("read", insn::load(private(page)), Ok(5))
 }
 
 fn own_attributes() -> Verdict {

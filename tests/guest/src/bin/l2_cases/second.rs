@@ -11,6 +11,8 @@ use protocols::addr::{Gpa, PageSize};
 use protocols::tdx::vmcall::SubFunction;
 use protocols::tdx::vmcall::register::R12;
 
+use crate::pair;
+
 /// x2APIC interrupt command, which is the host's to carry out.
 pub const ICR: u64 = 0x830;
 /// The processor, as a destination.
@@ -32,6 +34,9 @@ pub mod work {
     pub const SPIN_OPEN: u32 = 3;
     /// Accept every other page from the operand on.
     pub const ACCEPT: u32 = 4;
+
+    /// Do jobs of [`crate::pair`] until there is none left.
+    pub const PAIR: u32 = 5;
 
     /// The vector of `SEND`.
     pub const SENT: u8 = 0x93;
@@ -133,6 +138,7 @@ pub fn serve() -> ! {
                 RESULT.store(work::RUNNING, Ordering::SeqCst);
                 insn::open_interrupts_while(|| !is_stopped());
             }
+            work::PAIR => pair::serve(),
             work::ACCEPT => {
                 let first = Gpa::new(OPERAND.load(Ordering::SeqCst));
                 RESULT.store(accept_every_other(first).unwrap_or(0), Ordering::SeqCst);

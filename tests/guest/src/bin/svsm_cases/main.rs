@@ -12,6 +12,8 @@
 //! Where the host is one that wants pages accepted twice (`hostile=remap`, `hostile=re-add`), only
 //! the cases about that are run; the last of them ends the guest.
 //!
+//! Where it is one that lies about guest messages (`hostile=messages-…`), only the cases about attestation.
+//!
 //! Under a policy that accepts memory ahead of the guest another set of tables is gone through:
 //! `policies` and those that hold under every policy.
 //!
@@ -29,6 +31,8 @@
 
 #[cfg(target_os = "none")]
 mod accept;
+#[cfg(target_os = "none")]
+mod attestation;
 #[cfg(target_os = "none")]
 mod bad_entries;
 #[cfg(target_os = "none")]
@@ -82,6 +86,8 @@ extern "C" fn main() -> ! {
             smp::MEMORY,
             double_validation::RE_ADD_ENDS,
         ]
+    } else if attestation::is_host() {
+        &[attestation::CASES, attestation::LIES, attestation::LAST_LIE]
     } else {
         match policies::policy() {
             // Where memory is accepted ahead, many a case of the others counts what is not
@@ -98,6 +104,7 @@ extern "C" fn main() -> ! {
                 bad_lists::CASES,
                 bad_entries::CASES,
                 turnstile::CASES,
+                attestation::CASES,
                 remap_ca::CASES,
                 vcpus::CASES,
                 running_vcpu::CASES,

@@ -4,6 +4,7 @@ use guest::harness::{Case, Verdict, case, expect, expect_not};
 use guest::oracle;
 use guest::svsm::{self, Answer, KEPT, Registers, call, call_with_pending};
 use protocols::addr::{Gpa, PAGE_SIZE};
+use protocols::oracle::Counter;
 use protocols::svsm::{CallId, CoreCall, Protocol, ProtocolQuery, ResultCode};
 
 use crate::setup::{self, unchanged};
@@ -15,6 +16,11 @@ pub const CASES: &[Case] = &[
         "secrets_without_keys_above",
         "svsm.md §1, design.md I10",
         no_keys_above,
+    ),
+    case(
+        "keys_are_gone_from_the_launch_page",
+        "design.md I10",
+        launch_page_is_wiped,
     ),
     case("paravisor_range_is_closed", "svsm.md §1", range_is_closed),
     case("query_core", "svsm.md §4.6", query_core),
@@ -30,7 +36,6 @@ pub const CASES: &[Case] = &[
     case("vtom_query", "svsm.md §4.7", vtom_query),
     case("vtom_configure", "svsm.md §4.7", vtom_configure),
     case("vtom_query_reserved_bits", "svsm.md §4.7", vtom_reserved),
-    case("attestation", "svsm.md §5, issue 2", attestation),
     case("vtpm_query", "svsm.md §6, guests.md §1.1", vtpm_query),
     case("apic_protocol", "svsm.md §7", apic),
     case("no_call_pending", "svsm.md §2 step 4", nothing_pending),
@@ -62,6 +67,12 @@ fn svsm_fields() -> Verdict {
 fn no_keys_above() -> Verdict {
     expect("VMPCK0", setup::vmpck(0), 0)?;
     expect_not("VMPCK1", setup::vmpck(1), 0)
+}
+
+/// The paravisor has its key elsewhere, the guest has its own.
+fn launch_page_is_wiped() -> Verdict {
+    let left = oracle::counter(Counter::KEYS_IN_LAUNCH_PAGE);
+    expect("keys", left, 0)
 }
 
 fn range_is_closed() -> Verdict {
@@ -100,7 +111,7 @@ fn query_other_version() -> Verdict {
 }
 
 fn query_unknown() -> Verdict {
-    for protocol in [1, 2, 3, 4, 5, 0x8000_0000, u32::MAX] {
+    for protocol in [2, 3, 4, 5, 0x8000_0000, u32::MAX] {
         expect("RCX", query(Protocol(protocol), 1)?, 0)?;
     }
     Ok(())
@@ -179,10 +190,6 @@ fn vtom_reserved() -> Verdict {
         )?;
     }
     Ok(())
-}
-
-fn attestation() -> Verdict {
-    expect_unsupported_protocol(Protocol::ATTESTATION)
 }
 
 fn vtpm_query() -> Verdict {

@@ -16,7 +16,7 @@ use protocols::ovmf::SectionKind;
 const IMAGE_END: u64 = 1 << 32;
 /// Memory the program runs in; as in the linker script.
 const RAM: u64 = 0x80_0000;
-const RAM_SIZE: u64 = 512 << 10;
+const RAM_SIZE: u64 = 768 << 10;
 /// Where the paravisor puts the guest's secrets page.
 pub const SECRETS: u64 = 0x90_0000;
 /// Where the paravisor puts the CPUID page.

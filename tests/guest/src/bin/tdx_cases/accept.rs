@@ -29,6 +29,11 @@ pub const CASES: &[Case] = &[
         splits_pending,
     ),
     case("accept_2m_over_pages", "tdx.md §2 row 6", large_over_small),
+    case(
+        "memory_below_1_mib_has_no_hole",
+        "docs/machine.md, TDX: memory",
+        legacy_hole,
+    ),
     case("accept_level_2", "tdx.md §2 row 1 level", level_2),
     case(
         "accept_levels_3_to_7",
@@ -153,6 +158,16 @@ fn accept_2m() -> Verdict {
     let region = accepted_block()?;
     expect_flags(region, PageFlags::SIZE_2M, PageFlags::SIZE_2M)?;
     memory::expect_zero(private(region), LARGE_PAGE_SIZE)
+}
+
+/// Linux looks for ROMs there, by private accesses.
+fn legacy_hole() -> Verdict {
+    for gpa in [0xA_0000, 0xC_0000, 0xF_F000] {
+        let page = Gpa::new(gpa);
+        expect_accept(page, PageSize::Size4K, DONE)?;
+        memory::expect_zero(private(page), PAGE_SIZE)?;
+    }
+    Ok(())
 }
 
 fn accept_twice() -> Verdict {

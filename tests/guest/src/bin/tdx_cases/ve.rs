@@ -34,6 +34,11 @@ pub const CASES: &[Case] = &[
     case("wrmsr_of_the_host", "tdx.md §5 MSRs #VE", wrmsr),
     case("msr_native", "tdx.md §5 MSRs native", msr_native),
     case("msr_tsc", "tdx.md §5 TSC read, TSC write", msr_tsc),
+    case(
+        "msr_of_the_module",
+        "MSRs that the module emulates",
+        msr_module,
+    ),
     case("msr_of_nobody", "tdx.md §5 MSRs #GP", msr_none),
     case("efer_has_no_svme", "tdx.md §5 EFER", efer),
     case("wbinvd", "tdx.md §5 WBINVD", wbinvd),
@@ -173,8 +178,26 @@ fn msr_tsc() -> Verdict {
     expect_ve(insn::wrmsr(TSC, 0), ExitReason::WRMSR, 0, 2)
 }
 
+/// Linux reads MISC_ENABLE before it has a handler for #VE.
+fn msr_module() -> Verdict {
+    const MISC_ENABLE: u32 = 0x1A0;
+    const DEBUGCTL: u32 = 0x1D9;
+    let misc = insn::rdmsr(MISC_ENABLE);
+    expect(
+        "XD_DISABLE, PMU, PEBS",
+        misc.map(|value| value & (1 << 34 | 1 << 7 | 1 << 12)),
+        Ok(1 << 12),
+    )?;
+    expect_ve(insn::wrmsr(MISC_ENABLE, 1), ExitReason::WRMSR, 0, 2)?;
+    expect("XAPIC_DISABLE_STATUS", insn::rdmsr(0xBD), Ok(1))?;
+    expect("PERF_CAPABILITIES", insn::rdmsr(0x345), Ok(0))?;
+    expect("DEBUGCTL", insn::wrmsr(DEBUGCTL, 0), Ok(()))?;
+    expect("DEBUGCTL", insn::rdmsr(DEBUGCTL), Ok(0))
+}
+
 fn msr_none() -> Verdict {
-    [0x800, 0x804, 0x831, 0x8FF, 0x9B]
+    // Of the last three the trust domain has not the feature.
+    [0x800, 0x804, 0x831, 0x8FF, 0x9B, 0xC1, 0x186, 0x6E0]
         .into_iter()
         .try_for_each(|number| {
             expect("RDMSR", insn::rdmsr(number), Err(Trap::GP))?;

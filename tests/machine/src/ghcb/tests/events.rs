@@ -225,28 +225,6 @@ fn the_rest_of_the_table() {
 }
 
 #[test]
-fn guest_requests_reach_firmware_that_does_not_support_them() {
-    let mut platform = ready("");
-    let response = GHCB.get() + PAGE_SIZE;
-    let request = response + PAGE_SIZE;
-    for gpa in [response, request] {
-        platform.msr(VMPL1, 2 << 52 | gpa | 0x014);
-    }
-    let fields = |a, b| [(CODE, 0x8000_0011), (I1, a), (I2, b)];
-    let (info_1, info_2, _) = served(&mut platform, &fields(request, response));
-    assert_eq!((info_1, info_2), (0, 0x15));
-    for (a, b) in [
-        (request, request),
-        (BLOCK.get(), response),
-        (request + 8, response),
-    ] {
-        assert_eq!(malformed(&mut platform, &fields(a, b)), 5);
-    }
-    let extended = [(CODE, 0x8000_0012), (I1, request), (I2, response)];
-    assert_eq!(malformed(&mut platform, &extended), 4);
-}
-
-#[test]
 fn apic_ids_are_counted_first_and_listed_then() {
     let mut platform = ready("");
     let (_, _, page) = served(&mut platform, &[(CODE, 0x8000_0017), (Field::RAX, 0)]);

@@ -4,6 +4,7 @@ mod ap;
 mod events;
 mod frame;
 mod fuzz;
+mod guest_request;
 mod msr;
 mod psc;
 

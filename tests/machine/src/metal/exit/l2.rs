@@ -17,7 +17,7 @@ use protocols::tdx::vmcall::register::RSP;
 use protocols::tdx::vmcs::interruption;
 use protocols::vmsa::Efer;
 
-use crate::metal::cpu::msr;
+use crate::metal::cpu::{self, msr};
 use crate::metal::guest_memory::fetch;
 use crate::metal::svm::{self, EXIT_INVALID_LOW};
 use crate::metal::vcpu::{Flow, Vcpu};
@@ -32,6 +32,10 @@ const CR0_CD: u64 = 1 << 30;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_VMXE: u64 = 1 << 13;
+/// Process-context identifiers, which this processor has not and CPUID does not show. Setting the bit is
+/// not refused in a trust domain: all processors with TDX have them, so OVMF 2026.08 turns the bit over
+/// where it means to clear it (`ApRunLoop.nasm`).
+const CR4_PCIDE: u64 = 1 << 17;
 /// What this processor has of CR4: up to OSXMMEXCPT, UMIP, FSGSBASE, SMEP, SMAP.
 const CR4_KNOWN: u64 = 0x7FF | 1 << 11 | 1 << 16 | 1 << 20 | 1 << 21;
 
@@ -41,10 +45,6 @@ const PAGE_FAULT: u64 = 14;
 
 /// Handles an exit of an L2 VM.
 pub fn exit(vcpu: &mut Vcpu, code: ExitCode) -> Flow {
-    if vcpu.keep_task_priority() {
-        // The instruction is complete; what else there is comes again.
-        return vcpu.exit_to_l1(Exit::new(ExitReason::TPR_BELOW_THRESHOLD), 0);
-    }
     if code.0 & 0xFFFF_FFFF == EXIT_INVALID_LOW {
         return invalid(vcpu);
     }
@@ -95,13 +95,14 @@ pub fn exit(vcpu: &mut Vcpu, code: ExitCode) -> Flow {
             vcpu.interrupt_for_l1()
         }
         ExitCode::SHUTDOWN => {
+            vcpu.tell_shutdown();
             if super::fetch_fault_is_unfounded(vcpu) {
                 return Flow::End(End::EmulatorFault(vcpu.id.0));
             }
             vcpu.exit_to_l1(Exit::new(ExitReason::TRIPLE_FAULT), 0)
         }
-        // Reads of all control registers, writes of CR0 and CR4.
-        ExitCode(0x00 | 0x10 | 0x14) => control_register(vcpu),
+        // Reads of all control registers, writes of CR0, CR4 and CR8.
+        ExitCode(0x00 | 0x10 | 0x14 | 0x18) => control_register(vcpu),
         ExitCode(0x20..=0x3F) => debug_register(vcpu),
         ExitCode(number) if EXCEPTIONS.contains(&number) => exception(vcpu, number - 0x40),
         // There is no SVM in this processor.
@@ -445,6 +446,18 @@ fn control_register(vcpu: &mut Vcpu) -> Flow {
             }
             set_cr4(vcpu, cr4 & mask4 | value & !mask4 & !CR4_VMXE)
         }
+        ControlOp::To(8, general) => {
+            let Ok(class @ 0..=0xF) = u8::try_from(gprs[general] & width) else {
+                return vcpu.general_protection();
+            };
+            let below = vcpu.set_virtual_cr8(class);
+            let flow = vcpu.skip(length);
+            if below {
+                // The instruction is complete.
+                return vcpu.exit_to_l1(Exit::new(ExitReason::TPR_BELOW_THRESHOLD), 0);
+            }
+            return flow;
+        }
         ControlOp::Clts => {
             if mask0 & CR0_TS != 0 && shadow0 & CR0_TS != 0 {
                 let exit = Exit {
@@ -469,6 +482,49 @@ fn control_register(vcpu: &mut Vcpu) -> Flow {
     }
     vcpu.show_control_registers();
     vcpu.skip(length)
+}
+
+/// A MOV to CR8 of a guest whose task priority is the processor's, while an interrupt waits.
+pub fn write_cr8(vcpu: &mut Vcpu) -> Flow {
+    let (bytes, len) = fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu);
+    match ControlMove::decode(&bytes[..len], vcpu.is_64_bit()) {
+        Some(ControlMove {
+            what: ControlOp::To(8, general),
+            length,
+        }) => match vcpu.general_registers()[general] {
+            class @ 0..=0xF => {
+                cpu::set_task_priority(class);
+                vcpu.skip(length)
+            }
+            _ => vcpu.general_protection(),
+        },
+        _ => vcpu.undefined_opcode(),
+    }
+}
+
+/// A MOV to CR4 by L1 with bits that the processor refuses.
+pub fn write_refused_cr4(vcpu: &mut Vcpu) -> Flow {
+    let (bytes, len) = fetch::<MAX_LENGTH>(&shared::lock(vcpu.rip()), vcpu);
+    match ControlMove::decode(&bytes[..len], vcpu.is_64_bit()) {
+        Some(ControlMove {
+            what: ControlOp::To(4, general),
+            length,
+        }) => {
+            let width = if vcpu.is_64_bit() {
+                u64::MAX
+            } else {
+                0xFFFF_FFFF
+            };
+            let value = vcpu.general_registers()[general] & width;
+            // Without the bit that is tolerated there is nothing to refuse, or it is refused still.
+            if value & CR4_PCIDE != 0 && set_cr4(vcpu, value) {
+                vcpu.skip(length)
+            } else {
+                vcpu.general_protection()
+            }
+        }
+        _ => vcpu.general_protection(),
+    }
 }
 
 /// False is #GP(0).
@@ -496,6 +552,7 @@ fn set_cr0(vcpu: &mut Vcpu, value: u64) -> bool {
 
 /// False is #GP(0).
 fn set_cr4(vcpu: &mut Vcpu, value: u64) -> bool {
+    let value = value & !CR4_PCIDE;
     let long_paging = vcpu.save().efer & Efer::LMA.0 != 0;
     if value & !CR4_KNOWN != 0 || long_paging && value & CR4_PAE == 0 {
         return false;

@@ -32,6 +32,8 @@ use super::{shared, smp};
 
 /// A MOV to CR4 (APM-B, Appendix C).
 const EXIT_WRITE_CR4: ExitCode = ExitCode(0x14);
+/// A MOV to CR8.
+const EXIT_WRITE_CR8: ExitCode = ExitCode(0x18);
 
 /// Handles the exit that VMRUN returned with.
 pub fn handle(vcpu: &mut Vcpu) -> Flow {
@@ -82,6 +84,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
         // in a guest whose CPUID hides SVM.
         ExitCode::XSETBV | ExitCode(0x7A | 0x80 | 0x82..=0x86) => vcpu.undefined_opcode(),
         EXIT_WRITE_CR4 => write_cr4(vcpu),
+        EXIT_WRITE_CR8 => l2::write_cr8(vcpu),
         ExitCode::NMI => {
             svm::take_nmi();
             if smp::was_kicked(vcpu.id) {
@@ -133,7 +136,11 @@ fn invalid(vcpu: &mut Vcpu) -> Flow {
     if let [0x0F, 0x22, modrm, ..] = rest
         && matches!(modrm >> 3 & 7, 3 | 4)
     {
-        return vcpu.general_protection();
+        return if vcpu.kind == PlatformKind::Tdx {
+            l2::write_refused_cr4(vcpu)
+        } else {
+            vcpu.general_protection()
+        };
     }
     let save = vcpu.save();
     Flow::End(End::Refused(format!(

@@ -201,9 +201,12 @@ fn model_specific(vcpu: &mut Vcpu) -> Flow {
         ExitReason::RDMSR
     };
     let value = vcpu.registers.rdx << 32 | vcpu.save().rax & 0xFFFF_FFFF;
+    vcpu.trace(format_args!("{reason:?} {number:#x}"));
     match (ve::msr_class(number, write), number) {
         (MsrClass::None, _) => return vcpu.general_protection(),
         (MsrClass::Host, _) => return raise(vcpu, ve::instruction(reason, 0, length as u32)),
+        (MsrClass::Fixed(_), _) if write => {}
+        (MsrClass::Fixed(value), _) => super::msr::set_result(vcpu, value),
         // There is no SVM in this processor.
         (MsrClass::Native, msr::EFER) if write => {
             if value & Efer::SVME.0 != 0 || !super::msr::write_efer(vcpu, value) {

@@ -14,6 +14,7 @@ pub mod msr;
 pub mod vmcs;
 
 use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::String;
 
@@ -47,8 +48,17 @@ pub(super) struct L2 {
     status: u16,
     /// It has run since its translations were dropped.
     used: bool,
-    /// And a right to a page was withdrawn since.
-    stale: Option<Gpa>,
+    /// And rights to these pages were withdrawn since.
+    stale: BTreeMap<Gpa, Stale>,
+}
+
+/// A right that was withdrawn, and that a processor may still use.
+#[derive(Clone, Copy)]
+struct Stale {
+    /// Whose L1 has withdrawn it.
+    by: VcpuId,
+    /// That processor has gone on with its guest since, who takes the right for gone.
+    relied_on: bool,
 }
 
 impl Default for L2 {
@@ -59,7 +69,7 @@ impl Default for L2 {
             bitmaps: Box::new([u64::MAX; msr_bitmaps::WORDS]),
             status: 0,
             used: false,
-            stale: None,
+            stale: BTreeMap::new(),
         }
     }
 }
@@ -106,22 +116,53 @@ impl Td {
         Some((inside, vp.l2.get_mut(inside.vm.index())?))
     }
 
-    /// L1 has withdrawn a right of `vm` to `gpa`: processors that have run it may still use it until
-    /// they drop its translations.
-    pub(super) fn note_withdrawn(&mut self, vm: L2Vm, gpa: Gpa) {
+    /// L1 has withdrawn a right of `vm` to `gpa` on processor `by`: processors that have run it may
+    /// still use it until they drop its translations.
+    pub(super) fn note_withdrawn(&mut self, by: VcpuId, vm: L2Vm, gpa: Gpa) {
         for vp in &mut self.vps {
             let l2 = &mut vp.l2[vm.index()];
-            if l2.used && l2.stale.is_none() {
-                l2.stale = Some(gpa);
+            if l2.used {
+                l2.stale.entry(gpa).or_insert(Stale {
+                    by,
+                    relied_on: false,
+                });
             }
         }
+    }
+
+    /// L1 has given back what it had withdrawn, and who still uses it may.
+    pub(super) fn note_restored(&mut self, vm: L2Vm, gpa: Gpa) {
+        for vp in &mut self.vps {
+            vp.l2[vm.index()].stale.remove(&gpa);
+        }
+    }
+
+    /// `vcpu` enters `vm`. Whatever its L1 has withdrawn its guest takes for gone from now on: nobody
+    /// may be in the VM who can still use it, and who is outside has to drop it before he comes back.
+    /// The address of a right that is not gone.
+    fn rely_on_withdrawals(&mut self, vcpu: VcpuId, vm: L2Vm) -> Option<Gpa> {
+        let mut left = None;
+        for (vp, id) in self.vps.iter_mut().zip(0..) {
+            let enters = VcpuId(id) == vcpu;
+            let inside = enters || vp.inside.is_some_and(|inside| inside.vm == vm);
+            vp.l2[vm.index()].stale.retain(|&gpa, stale| {
+                stale.relied_on |= stale.by == vcpu;
+                let is_used = inside && stale.relied_on;
+                if is_used {
+                    left = Some(gpa);
+                }
+                !is_used
+            });
+        }
+        left
     }
 
     /// The processor drops the translations of `vm`.
     pub(super) fn flush_l2(&mut self, vcpu: VcpuId, vm: L2Vm) {
         if let Some(vp) = self.vp(vcpu) {
             let l2 = &mut vp.l2[vm.index()];
-            (l2.used, l2.stale) = (vp.inside.is_some_and(|inside| inside.vm == vm), None);
+            l2.used = vp.inside.is_some_and(|inside| inside.vm == vm);
+            l2.stale.clear();
         }
     }
 }
@@ -132,7 +173,7 @@ impl<P: PhysicalMemory> Platform<P> {
     pub(crate) fn flushed_by_host(&mut self) {
         let Some(td) = self.td_mut() else { return };
         for l2 in td.vps.iter_mut().flat_map(|vp| &mut vp.l2) {
-            l2.stale = None;
+            l2.stale.clear();
         }
     }
 
@@ -174,7 +215,10 @@ impl<P: PhysicalMemory> Platform<P> {
             return Ok(Entry::Status(Operand::RCX.invalid()));
         };
         l2.used = true;
-        if let Some(gpa) = l2.stale.take() {
+        let left = self
+            .td_mut()
+            .and_then(|td| td.rely_on_withdrawals(vcpu, vm));
+        if let Some(gpa) = left {
             self.counters.violations.stale_translation += 1;
             let why = String::from("an L2 VM goes on with translations that L1 has withdrawn");
             self.refuse(Vmpl::VMPL0, Some(gpa), why);

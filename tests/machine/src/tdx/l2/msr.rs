@@ -86,6 +86,7 @@ impl<P: PhysicalMemory> Platform<P> {
         // L1 cannot give what it does not have itself.
         match msr_class(number, is_write) {
             MsrClass::Native => MsrAccess::Native,
+            MsrClass::Fixed(value) => MsrAccess::Done(value),
             MsrClass::Host | MsrClass::None => MsrAccess::Exit,
         }
     }

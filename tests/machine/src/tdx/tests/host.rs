@@ -93,6 +93,35 @@ fn requests_that_stop_the_processor() {
     assert_eq!((code, text.as_str()), (5, "lost.it"));
 }
 
+/// §2 row 5: an entry that the host works on is busy, for leaves on the page and on its block.
+#[test]
+fn a_held_entry_is_busy() {
+    let mut td = td("backing=2m");
+    let page = Gpa::new(BLOCK.get() + 0x5000);
+    let busy = Status::OPERAND_BUSY.with(1);
+    assert_eq!(td.hold(page), Some(()));
+    assert_eq!(td.hold(BLOCK), None, "one at a time");
+    assert_eq!(td.accept_td(page, PageSize::Size4K), busy);
+    assert_eq!(td.accept_td(BLOCK, PageSize::Size2M), busy);
+    let full = full(L2Vm::Vm1);
+    let written = td.write_attributes(page, PageSize::Size4K, full, full);
+    assert_eq!(written[RAX], busy);
+    assert_eq!(td.accept_td(BLOCK, PageSize::Size4K), OK);
+    assert_eq!(td.hold(page), Some(()));
+    assert_eq!(td.accept_td(page, PageSize::Size4K), OK);
+    assert_eq!(td.counters.violations.total(), 0);
+}
+
+/// Who accepts a shared page has the host make it private: no data is lost by that.
+#[test]
+fn an_accept_of_a_shared_page_is_no_violation() {
+    let mut td = td("backing=2m");
+    let shared = BLOCK.get() | SHARED;
+    td.host_call(SubFunction::MAP_GPA, &[(R12, shared), (R13, 0x1000)]);
+    assert_eq!(td.accept_td(BLOCK, PageSize::Size4K), OK);
+    assert_eq!(td.counters.violations.total(), 0);
+}
+
 /// §4 MapGPA: both ways, a bounded part at a time, and its refusals.
 #[test]
 fn map_gpa_converts() {

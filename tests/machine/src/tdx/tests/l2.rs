@@ -184,6 +184,68 @@ fn withdrawn_rights_need_a_flush_on_each_processor_that_ran_the_vm() {
     assert_eq!(stale(&td), 1);
 }
 
+/// The other processor may come and go with what it has, until the one that has withdrawn it goes on
+/// with its guest; then it has to be outside, and to drop it before it comes back.
+#[test]
+fn a_withdrawn_right_has_to_be_gone_when_its_processor_goes_on() {
+    let other = VcpuId(1);
+    let call = |td: &mut Platform<Sparse>, leaf: Leaf, operands: &[(usize, u64)]| {
+        let mut gprs = [0; COUNT];
+        gprs[RAX] = leaf.0.into();
+        for &(number, value) in operands {
+            gprs[number] = value;
+        }
+        td.tdcall(other, KERNEL, &mut gprs, &mut FakeCpu::default())
+    };
+    let enter = |td: &mut Platform<Sparse>, flush| {
+        let operands = [(RCX, enter_operand(VM, flush)), (RDX, STATE.get())];
+        assert_eq!(call(td, Leaf::VP_ENTER, &operands), Outcome::Enter(L2));
+        td.enter(other, L2).unwrap();
+        stale(td)
+    };
+    let leave_other = |td: &mut Platform<Sparse>| {
+        td.exit_l2(other, Exit::new(ExitReason::HLT), Interruptibility::empty());
+        td.enter(other, L1).unwrap();
+    };
+    // Both have run the VM; the first has withdrawn a right and dropped it for itself.
+    let both = || {
+        let mut td = entered(Flush::Ept);
+        leave(&mut td);
+        let field = Field::VIRTUAL_APIC.id(VM).0;
+        let set = [(RDX, field), (R8, APIC.get()), (R9, u64::MAX)];
+        assert_eq!(call(&mut td, Leaf::VP_WR, &set), Outcome::Complete);
+        assert_eq!(enter(&mut td, Flush::None), 0);
+        let mask = VM.field(PageAttributes::ALL_ACCESS | PageAttributes::VALID);
+        let gone = VM.field(PageAttributes::VALID);
+        td.write_attributes(GIVEN, PageSize::Size4K, full(VM), mask);
+        td.write_attributes(GIVEN, PageSize::Size4K, gone, mask);
+        td
+    };
+    let go_on = |td: &mut Platform<Sparse>| {
+        assert_eq!(td.enter_l2(Flush::None).0, Outcome::Enter(L2));
+        stale(td)
+    };
+    let mut inside = both();
+    assert_eq!(go_on(&mut inside), 1, "the other is still inside");
+
+    let mut back = both();
+    leave_other(&mut back);
+    assert_eq!(enter(&mut back, Flush::None), 0, "nobody has relied on it");
+    leave_other(&mut back);
+    assert_eq!(go_on(&mut back), 0, "the other is outside");
+    assert_eq!(enter(&mut back, Flush::None), 1);
+
+    let mut restored = both();
+    let mask = VM.field(PageAttributes::ALL_ACCESS);
+    restored.write_attributes(GIVEN, PageSize::Size4K, full(VM), mask);
+    assert_eq!(go_on(&mut restored), 0, "nothing is gone");
+
+    let mut flushed = both();
+    leave_other(&mut flushed);
+    assert_eq!(go_on(&mut flushed), 0);
+    assert_eq!(enter(&mut flushed, Flush::Ept), 0);
+}
+
 #[test]
 fn msrs_exit_are_virtual_or_native() {
     let mut td = ready();

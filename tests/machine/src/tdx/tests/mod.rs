@@ -314,7 +314,13 @@ fn classes_of_model_specific_registers() {
     for number in [0x10, 0x1B, 0x802, 0x830, 0x832, 0x2FF, 0xC001_0130] {
         assert_eq!(msr_class(number, true), MsrClass::Host, "{number:#x}");
     }
-    for number in [0x8C, 0x9B, 0x800, 0x804, 0x831, 0x8FF] {
+    // What Linux reads before it can handle #VE.
+    assert!(matches!(msr_class(0x1A0, false), MsrClass::Fixed(value) if value >> 34 & 1 == 0));
+    assert_eq!(msr_class(0x1A0, true), MsrClass::Host);
+    assert_eq!(msr_class(0x345, false), MsrClass::Fixed(0));
+    for number in [
+        0x8C, 0x9B, 0xC1, 0x186, 0x38F, 0x6E0, 0x800, 0x804, 0x831, 0x8FF,
+    ] {
         assert_eq!(msr_class(number, false), MsrClass::None, "{number:#x}");
     }
 }

@@ -3,7 +3,7 @@
 use guest::harness::{Case, Verdict, case, expect};
 use guest::memory;
 use protocols::tdx::ve::ExitReason;
-use protocols::tdx::vmcall::register::{RAX, RCX, RDX};
+use protocols::tdx::vmcall::register::{RAX, RBX, RCX, RDX};
 use protocols::tdx::vmcs::{Field, SecondaryControls, apic};
 
 use super::vm::{HLT, RDMSR, STI, Vm, WRMSR};
@@ -28,6 +28,11 @@ pub const CASES: &[Case] = &[
         "virtual_interrupt_by_cr8",
         "docs/machine.md, TDX: virtual APIC",
         cr8,
+    ),
+    case(
+        "cr8_while_an_interrupt_waits",
+        "docs/machine.md, TDX: virtual APIC",
+        cr8_with_one_waiting,
     ),
     case(
         "virtual_end_of_interrupt",
@@ -155,6 +160,29 @@ fn cr8() -> Verdict {
     vm.expect_halt(8)?;
     let priority = memory::read(vm.virtual_apic() + apic::TPR)?;
     expect("task priority", priority, 0x90)
+}
+
+/// OVMF's handlers write CR8 with interrupts off, whatever waits.
+fn cr8_with_one_waiting() -> Verdict {
+    // MOV CR8, RAX; MOV RBX, CR8; STI; NOP; HLT.
+    let code = [
+        0x44, 0x0F, 0x22, 0xC0, 0x44, 0x0F, 0x20, 0xC3, 0xFB, 0x90, 0xF4,
+    ];
+    let mut vm = with_apic(&code)?;
+    post(&mut vm, VECTOR)?;
+    // Its class is below that of the interrupt.
+    vm.state.gprs[RAX] = 3;
+    vm.expect_handler(VECTOR)?;
+    expect("CR8", vm.state.gprs[RBX], 3)?;
+    let mut vm = with_apic(&code)?;
+    post(&mut vm, VECTOR)?;
+    vm.state.gprs[RAX] = 9;
+    vm.expect_halt(10)?;
+    expect_status(&vm, VECTOR, 0)?;
+    let mut vm = with_apic(&code)?;
+    post(&mut vm, VECTOR)?;
+    vm.state.gprs[RAX] = 16;
+    vm.expect_handler(13)
 }
 
 fn eoi() -> Verdict {

@@ -292,6 +292,11 @@ fn cr_native() -> Verdict {
     vm.expect_halt(6)?;
     expect("in L2", vm.state.gprs[RAX], 0x6A0)?;
     expect("VMCS", vm.get(Field::CR4)?, 0x26A0)?;
+    // PCIDE, which CPUID does not show: nothing happens (docs/machine.md).
+    vm.load(&[0x0F, 0x22, 0xE3, 0x0F, 0x20, 0xE0, 0xF4])?;
+    vm.state.gprs[RBX] = 0x2_0620;
+    vm.expect_halt(6)?;
+    expect("PCIDE", vm.state.gprs[RAX], 0x620)?;
     // Write protection off.
     vm.load(MOV_CR0)?;
     vm.state.gprs[RBX] = 0x8000_0031;

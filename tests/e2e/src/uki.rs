@@ -8,32 +8,30 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use object::read::pe::PeFile64;
 use object::{Object, ObjectSection};
-
-use crate::command;
-use crate::layout::read;
 
 /// PE sections begin at multiples of this in memory.
 const PAGE: u64 = 0x1000;
 
-/// What goes into the image.
-#[derive(Debug)]
-pub struct Parts<'a> {
+/// What such images are made with.
+#[derive(Clone, Debug)]
+pub struct Tools {
+    /// Adds sections to a PE program.
+    pub objcopy: PathBuf,
     /// The PE program that starts the kernel.
-    pub stub: &'a Path,
-    /// Section name and file of each part, the kernel last: the kernel may unpack itself in place,
-    /// into what follows it.
-    pub sections: [(&'static str, PathBuf); 5],
+    pub stub: PathBuf,
 }
 
-/// Writes the image to `out`.
-pub fn write(parts: &Parts<'_>, objcopy: &Path, out: &Path) -> Result<()> {
-    let mut at = end_of(&read(parts.stub)?)
-        .with_context(|| format!("{}: expected a PE program", parts.stub.display()))?;
-    let mut command = Command::new(objcopy);
-    for (name, file) in &parts.sections {
+/// Writes the image to `out`. `sections` are the name and the file of each part, the kernel last: the kernel
+/// may unpack itself in place, into what follows it.
+pub fn write(tools: &Tools, sections: &[(&str, PathBuf)], out: &Path) -> Result<()> {
+    let stub = fs::read(&tools.stub).with_context(|| format!("{}", tools.stub.display()))?;
+    let mut at = end_of(&stub)
+        .with_context(|| format!("{}: expected a PE program", tools.stub.display()))?;
+    let mut command = Command::new(&tools.objcopy);
+    for (name, file) in sections {
         let size = fs::metadata(file)
             .with_context(|| format!("{}: cannot be read", file.display()))?
             .len();
@@ -44,7 +42,16 @@ pub fn write(parts: &Parts<'_>, objcopy: &Path, out: &Path) -> Result<()> {
         command.args(["--change-section-vma", &format!("{name}={at:#x}")]);
         at = (at + size).next_multiple_of(PAGE);
     }
-    command::output(command.arg(parts.stub).arg(out)).map(drop)
+    let output = command
+        .arg(&tools.stub)
+        .arg(out)
+        .output()
+        .with_context(|| format!("{}: cannot be started", tools.objcopy.display()))?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        bail!("{}: {}", tools.objcopy.display(), errors.trim());
+    }
+    Ok(())
 }
 
 /// The first page behind the sections of a PE program, as an address that holds its image base.

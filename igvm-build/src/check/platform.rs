@@ -1,0 +1,121 @@
+//! Rules of what one platform is launched with.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use igvm_defs::{IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataType, IgvmPlatformType};
+use protocols::addr::PAGE_SIZE;
+
+use super::Found;
+use crate::file::{Content, File, Header, Problem, Rule, names};
+use crate::measure::areas::Areas;
+
+pub(super) fn check(file: &File<'_>, platform: &IGVM_VHS_SUPPORTED_PLATFORM, found: &mut Found) {
+    let mut areas = Areas::default();
+    let mut launched: Vec<(Range<u64>, &Header<'_>)> = Vec::new();
+    let mut contexts = BTreeSet::new();
+    let mut policies = 0;
+    let is_td = platform.platform_type == IgvmPlatformType::TDX;
+    for header in file.of_platform(platform.compatibility_mask) {
+        match &header.content {
+            Content::Policy(_) => {
+                policies += 1;
+                if policies == 2 {
+                    let text = format!("a second policy for {}", name(platform));
+                    found.at(header, Rule::PolicyTwice, text);
+                }
+            }
+            Content::Area(area) => {
+                found.take(areas.declare(header, area));
+                if area.file_offset != 0 {
+                    found.take(file.data(header, area.file_offset, area.number_of_bytes));
+                }
+            }
+            Content::Parameter(parameter) => {
+                found.take(areas.write(header, parameter));
+            }
+            Content::Insert(insert) => {
+                let bytes = found.take(areas.insert(header, insert.parameter_area_index));
+                let range = found.take(range(header, insert.gpa, bytes.unwrap_or(0)));
+                launched.extend(range.map(|range| (range, header)));
+            }
+            Content::Page(page) => {
+                found.take(file.page_data(header, page));
+                let known = [
+                    IgvmPageDataType::NORMAL,
+                    IgvmPageDataType::SECRETS,
+                    IgvmPageDataType::CPUID_DATA,
+                    IgvmPageDataType::CPUID_XF,
+                ];
+                if !known.contains(&page.data_type) {
+                    let text = format!("{} at {:#x}", names::page(page.data_type), page.gpa);
+                    found.at(header, Rule::PageType, text);
+                } else if page.data_type != IgvmPageDataType::NORMAL
+                    && platform.platform_type != IgvmPlatformType::SEV_SNP
+                {
+                    let text = format!(
+                        "{} at {:#x} for {}",
+                        names::page(page.data_type),
+                        page.gpa,
+                        name(platform)
+                    );
+                    found.at(header, Rule::SecretsOutsideSnp, text);
+                }
+                let range = found.take(range(header, page.gpa, PAGE_SIZE));
+                launched.extend(range.map(|range| (range, header)));
+            }
+            Content::RequiredMemory(memory) => {
+                let bytes = u64::from(memory.number_of_bytes);
+                found.take(range(header, memory.gpa, bytes));
+                if !bytes.is_multiple_of(PAGE_SIZE) {
+                    let text = format!("{bytes:#x} bytes");
+                    found.at(header, Rule::PageAlignment, text);
+                }
+            }
+            Content::Context(context) if is_td => {
+                let text = format!("context of processor {}", context.vp_index);
+                found.at(header, Rule::ContextForTdx, text);
+            }
+            Content::Context(context) => {
+                found.take(range(header, context.gpa.get(), PAGE_SIZE));
+                found.take(file.data(header, context.file_offset, PAGE_SIZE));
+                if !contexts.insert(context.vp_index) {
+                    let text = format!("processor {} a second time", context.vp_index);
+                    found.at(header, Rule::ContextTwice, text);
+                }
+            }
+            _ => {}
+        }
+    }
+    check_overlaps(launched, found);
+}
+
+fn name(platform: &IGVM_VHS_SUPPORTED_PLATFORM) -> String {
+    names::platform(platform.platform_type)
+}
+
+/// A range from a whole page on.
+fn range(header: &Header<'_>, gpa: u64, bytes: u64) -> Result<Range<u64>, Problem> {
+    if !gpa.is_multiple_of(PAGE_SIZE) {
+        let found = format!("address {gpa:#x}");
+        return Err(Problem::new(header.offset, Rule::PageAlignment, found));
+    }
+    let end = gpa.checked_add(bytes).ok_or_else(|| {
+        let found = format!("{bytes:#x} bytes from {gpa:#x} on");
+        Problem::new(header.offset, Rule::Wrap, found)
+    })?;
+    Ok(gpa..end)
+}
+
+/// Reports each range that begins before all earlier ones have ended.
+fn check_overlaps(mut launched: Vec<(Range<u64>, &Header<'_>)>, found: &mut Found) {
+    launched.sort_by_key(|(range, header)| (range.start, header.offset));
+    let mut end = 0;
+    for (range, header) in launched {
+        if range.start < end && !range.is_empty() {
+            let text = format!("page {:#x} again", range.start);
+            found.at(header, Rule::Overlap, text);
+        }
+        end = end.max(range.end);
+    }
+}

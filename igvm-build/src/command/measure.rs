@@ -1,0 +1,159 @@
+//! `igvm-build measure`.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+use igvm_build::cpu;
+use igvm_build::error::{Error, FileError};
+use igvm_build::file::File;
+use igvm_build::measure::snp::{Loader, Processors};
+use igvm_build::measure::{Step, plain, snp, tdx};
+use igvm_build::sidecar::hex;
+use igvm_build::target::Target;
+use igvm_defs::IgvmPlatformType;
+use protocols::measure::Digest;
+use serde::Serialize;
+
+use super::{print, print_json, read};
+
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Platform {
+    /// The launch digest of SEV-SNP
+    Snp,
+    /// MRTD of TDX
+    Tdx,
+}
+
+#[derive(Args)]
+pub struct Measure {
+    /// The IGVM file, or an OVMF image that QEMU launches by itself
+    file: PathBuf,
+    /// What is measured [default: all that the file is for]
+    #[arg(long, value_enum)]
+    platform: Option<Platform>,
+    /// Whose loader launches it
+    #[arg(long, value_enum, default_value_t)]
+    loader: Target,
+    /// Virtual processors that KVM measures when the launch is finished
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    vcpus: u16,
+    /// Model of the CPU as QEMU calls it, such as EPYC-Milan, for processors without a state in the file
+    #[arg(long, value_parser = cpu::signature_of, conflicts_with = "vcpu_signature", value_name = "MODEL")]
+    vcpu_type: Option<u32>,
+    /// Or what CPUID function 1 says in EAX
+    #[arg(long, value_parser = parse_number, value_name = "NUMBER")]
+    vcpu_signature: Option<u32>,
+    /// Print each page's step
+    #[arg(long)]
+    explain: bool,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A measurement and, for JSON, its steps. (As text they are printed while they are made.)
+#[derive(Serialize)]
+struct Measured {
+    name: &'static str,
+    value: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    steps: Vec<Step>,
+}
+
+impl Measure {
+    pub fn run(&self) -> Result<()> {
+        let bytes = read(&self.file, "an IGVM file or an OVMF image")?;
+        let measured = self
+            .measure(&bytes)
+            .map_err(FileError::content(&self.file))?;
+        if self.json {
+            return print_json(&measured);
+        }
+        if measured.is_empty() {
+            bail!(
+                "{}: neither for SEV-SNP nor for TDX; `igvm-build show` says what it is for",
+                self.file.display()
+            );
+        }
+        for measurement in &measured {
+            print(&format!("{} {}\n", measurement.name, measurement.value))?;
+        }
+        Ok(())
+    }
+
+    fn measure(&self, bytes: &[u8]) -> Result<Vec<Measured>, Error> {
+        let processors = Processors {
+            count: self.vcpus,
+            signature: self.vcpu_type.or(self.vcpu_signature),
+        };
+        if !bytes.starts_with(b"IGVM") {
+            return Ok(vec![self.told("launch digest", |explain| {
+                plain::launch_digest(bytes, processors, explain)
+            })?]);
+        }
+        let file = File::read(bytes)?;
+        let loader = match self.loader {
+            Target::Qemu => Loader::Qemu(processors),
+            other => other.loader(),
+        };
+        let wanted = |platform, kind| match self.platform {
+            Some(chosen) => chosen == platform,
+            None => file.mask_of(kind).is_some(),
+        };
+        let mut measured = Vec::new();
+        if wanted(Platform::Snp, IgvmPlatformType::SEV_SNP) {
+            measured.push(self.told("launch digest", |explain| {
+                snp::launch_digest(&file, loader, explain)
+            })?);
+        }
+        if wanted(Platform::Tdx, IgvmPlatformType::TDX) {
+            measured.push(self.told("MRTD", |explain| tdx::mrtd(&file, explain))?);
+        }
+        Ok(measured)
+    }
+
+    /// Measures, and keeps the steps if they are asked for.
+    fn told(
+        &self,
+        name: &'static str,
+        measure: impl FnOnce(&mut dyn FnMut(&Step)) -> Result<Digest, Error>,
+    ) -> Result<Measured, Error> {
+        let mut steps = Vec::new();
+        let value = measure(&mut |step| match (self.explain, self.json) {
+            (true, true) => steps.push(step.clone()),
+            // Whoever does not read them any more gets the rest neither.
+            (true, false) => drop(print(&format!("{}\n", line(step)))),
+            (false, _) => {}
+        })?;
+        Ok(Measured {
+            name,
+            value: hex(&value),
+            steps,
+        })
+    }
+}
+
+/// A step in one line: where in the file, address, type, contents, digest so far.
+fn line(step: &Step) -> String {
+    let offset = step
+        .offset
+        .map_or_else(|| format!("{:>10}", "-"), |offset| format!("{offset:#10x}"));
+    let digest = |digest: &Option<Digest>| digest.as_ref().map_or("-".to_owned(), |d| hex(d));
+    format!(
+        "{offset} {:#014x} {:10} {} {}",
+        step.gpa,
+        step.kind,
+        digest(&step.contents),
+        digest(&step.after)
+    )
+}
+
+fn parse_number(text: &str) -> Result<u32, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|error| format!("expected a number such as 0x800f12 ({error})"))
+}

@@ -1,0 +1,190 @@
+//! Attestation in a Linux guest: what it is given, what it does, and how its evidence comes out.
+//!
+//! The guest uses nothing but the kernel's own interface, configfs-tsm: it asks the service provider "svsm" for
+//! a report on the paravisor, and the security processor for one on itself. It also asks that for one on VMPL0,
+//! which the interface does unless it is told otherwise; that must bring none.
+
+use anyhow::{Context, Result, bail};
+
+use crate::initramfs::Extra;
+use crate::verify::Evidence;
+
+/// A module of the kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Module {
+    /// What it is called in the guest.
+    pub name: &'static str,
+    /// Where it may lie below the kernel's modules, by the kernel's version.
+    pub files: &'static [&'static str],
+    /// Kernels that do not need it may lack it.
+    pub optional: bool,
+}
+
+impl Module {
+    const fn needed(name: &'static str, files: &'static [&'static str]) -> Module {
+        Module {
+            name,
+            files,
+            optional: false,
+        }
+    }
+
+    const fn optional(name: &'static str, files: &'static [&'static str]) -> Module {
+        Module {
+            optional: true,
+            ..Module::needed(name, files)
+        }
+    }
+}
+
+/// The modules that attestation needs, in the order of their loading. The ciphers are 6.12's, which asks for
+/// them by name; later kernels have theirs built in.
+pub const MODULES: [Module; 7] = [
+    Module::optional("gf128mul.ko.xz", &["lib/crypto/gf128mul.ko.xz"]),
+    Module::optional("ghash-generic.ko.xz", &["crypto/ghash-generic.ko.xz"]),
+    Module::optional("crypto_null.ko.xz", &["crypto/crypto_null.ko.xz"]),
+    Module::optional("gcm.ko.xz", &["crypto/gcm.ko.xz"]),
+    Module::needed("configfs.ko.xz", &["fs/configfs/configfs.ko.xz"]),
+    Module::needed(
+        "tsm.ko.xz",
+        &[
+            "drivers/virt/coco/tsm.ko.xz",
+            "drivers/virt/coco/guest/tsm_report.ko.xz",
+        ],
+    ),
+    Module::needed(
+        "sev-guest.ko.xz",
+        &["drivers/virt/coco/sev-guest/sev-guest.ko.xz"],
+    ),
+];
+
+/// Bytes of a nonce.
+pub const NONCE_SIZE: usize = 64;
+/// Where the nonce lies in the guest.
+const NONCE: &str = "turnstile/nonce";
+
+/// The path of a module, relative to the root of the initramfs.
+pub fn module_path(module: &Module) -> String {
+    format!("turnstile/{}", module.name)
+}
+
+/// The nonce as a file of the guest.
+pub fn nonce_file(nonce: &[u8; NONCE_SIZE]) -> Extra {
+    Extra {
+        name: NONCE.to_owned(),
+        permissions: 0o644,
+        data: nonce.to_vec(),
+    }
+}
+
+/// The shell command that gathers the evidence. Whatever fails is told, and shows in what is missing.
+pub fn command() -> String {
+    let load: String = MODULES
+        .iter()
+        .map(|module| {
+            let path = module_path(module);
+            let otherwise = if module.optional { "true" } else { "exit 1" };
+            format!("[ ! -e /{path} ] || insmod /{path} || {otherwise}\n")
+        })
+        .collect();
+    format!(
+        r#"{load}mount -t configfs none /sys/kernel/config || exit 1
+ask() {{
+    entry=/sys/kernel/config/tsm/report/$1
+    mkdir $entry || return 1
+    dd if=/{NONCE} of=$entry/inblob bs={NONCE_SIZE} count=1 2>/dev/null || return 1
+    [ -z "$2" ] || echo $2 > $entry/service_provider || return 1
+    [ -z "$3" ] || echo $3 > $entry/privlevel || return 1
+    for blob in outblob auxblob manifestblob; do
+        [ "$2$blob" = manifestblob ] || echo "$1 $blob $(base64 $entry/$blob | tr -d '\n')"
+    done
+    echo "$1 provider $(cat $entry/provider)"
+}}
+ask services svsm ""
+ask own "" 1
+ask above "" ""
+dmesg | grep -i -e sev -e tsm
+"#
+    )
+}
+
+/// What the guest has told about one entry.
+pub fn evidence(output: &str, entry: &str) -> Result<Evidence> {
+    let blob = |name: &str| -> Result<Vec<u8>> {
+        let mark = format!("{entry} {name} ");
+        let line = output.lines().find_map(|line| line.strip_prefix(&mark));
+        let text = line.with_context(|| format!("the guest has told no {name} of {entry}"))?;
+        base64(text.trim()).with_context(|| format!("{name} of {entry}"))
+    };
+    let is_own = !output.contains(&format!("{entry} manifestblob "));
+    Ok(Evidence {
+        report: blob("outblob")?,
+        certificates: blob("auxblob")?,
+        manifest: if is_own {
+            Vec::new()
+        } else {
+            blob("manifestblob")?
+        },
+    })
+}
+
+/// Reads base64 with padding, as `base64` writes it.
+fn base64(text: &str) -> Result<Vec<u8>> {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let digits = text.trim_end_matches('=');
+    if !text.len().is_multiple_of(4) || text.len() - digits.len() > 2 {
+        bail!("{} characters are no base64", text.len());
+    }
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
+    let (mut bits, mut held) = (0_u32, 0);
+    for character in digits.bytes() {
+        let Some(value) = ALPHABET.iter().position(|known| *known == character) else {
+            bail!("{:?} is no character of base64", char::from(character));
+        };
+        bits = bits << 6 | value as u32;
+        held += 6;
+        if held >= 8 {
+            held -= 8;
+            bytes.push((bits >> held) as u8);
+            bits &= (1 << held) - 1;
+        }
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{base64, command, evidence};
+
+    #[test]
+    fn base64_as_the_guest_writes_it() {
+        assert_eq!(base64("").unwrap(), b"");
+        assert_eq!(base64("TQ==").unwrap(), b"M");
+        assert_eq!(base64("TWE=").unwrap(), b"Ma");
+        assert_eq!(base64("TWFu+/8=").unwrap(), b"Man\xFB\xFF");
+        for bad in ["T", "TQ=", "T===", "TQ!=", "====", "TQ==TQ=="] {
+            assert!(base64(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn evidence_is_found_by_its_entry() {
+        let output = "services outblob TQ==\r\nservices auxblob TWE=\nservices manifestblob TWFu\n\
+                      own outblob TWE=\nown auxblob TQ==\n";
+        let services = evidence(output, "services").unwrap();
+        assert_eq!(services.report, b"M");
+        assert_eq!(services.certificates, b"Ma");
+        assert_eq!(services.manifest, b"Man");
+        let own = evidence(output, "own").unwrap();
+        assert_eq!((own.report.as_slice(), own.manifest.len()), (&b"Ma"[..], 0));
+        assert!(evidence(output, "other").is_err());
+    }
+
+    #[test]
+    fn the_command_loads_what_others_need_first() {
+        let command = command();
+        let at = |text: &str| command.find(text).unwrap();
+        assert!(at("configfs.ko.xz") < at("tsm.ko.xz"));
+        assert!(at("tsm.ko.xz") < at("sev-guest.ko.xz"));
+    }
+}

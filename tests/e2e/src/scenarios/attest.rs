@@ -1,0 +1,164 @@
+//! Can a verifier outside believe what an unmodified Linux guest hands to it?
+//!
+//! The guest asks by configfs-tsm for a report on the paravisor and for one on itself, under `vc=strict`. The
+//! crate `sev`, which shares nothing with the machine or the paravisor, checks signature and chain; the
+//! measurement must be the one that was told when the image was built. Then the same evidence is spoilt, a
+//! byte or a part at a time, and must be refused.
+
+use anyhow::{Context as _, Result};
+use protocols::launch::{AcceptPolicy, Fault};
+use protocols::report::Outcome;
+
+use crate::attestation::{NONCE_SIZE, command, evidence, nonce_file};
+use crate::guests::Kernel;
+use crate::scenario::{BOOT_LIMIT, Context, Findings, Scenario};
+use crate::verify::Evidence;
+use crate::vm::{Backing, Settings, Vc};
+
+/// A kernel, the backing, processors, and whether it is for every day.
+const ROWS: [(Kernel, Backing, u32, bool); 3] = [
+    (Kernel::Cloud6_12, Backing::Large, 1, true),
+    (Kernel::Cloud7_2, Backing::Large, 1, false),
+    (Kernel::Cloud6_12, Backing::Small, 4, false),
+];
+
+pub fn scenarios() -> Vec<Scenario> {
+    ROWS.into_iter()
+        .map(|(kernel, backing, vcpus, every_day)| {
+            let processors = if vcpus == 1 { "" } else { "-4cpu" };
+            let name = format!("attest/{}-{}{processors}", kernel.name(), backing.name());
+            let scenario = Scenario::new(name, move |context| run(context, kernel, backing, vcpus))
+                .booting(kernel)
+                .with_modules();
+            if every_day {
+                scenario
+            } else {
+                scenario.only_in_full()
+            }
+        })
+        .collect()
+}
+
+fn run(context: &Context, kernel: Kernel, backing: Backing, vcpus: u32) -> Result<Findings> {
+    let artefacts = &context.artefacts;
+    let (image, sidecar) =
+        context.image(&artefacts.paravisor, Some(&artefacts.ovmf), Fault::NONE)?;
+    let settings = Settings {
+        backing,
+        vc: Vc::Strict,
+        ..Settings::default()
+    };
+    let mut config = context.machine(image, &sidecar, settings);
+    config.vcpus = vcpus;
+    let mut nonce = [0; NONCE_SIZE];
+    rand_core::RngCore::fill_bytes(&mut rand_core::OsRng, &mut nonce);
+    let modules = artefacts.modules.get(&kernel);
+    let mut files = modules
+        .context("the kernel's modules were not fetched for this scenario")?
+        .clone();
+    files.push(nonce_file(&nonce));
+    config.linux = Some(context.linux_with(kernel, &command(), &files)?);
+    let finished = config.run(BOOT_LIMIT, |_| {})?;
+
+    let mut findings = Findings::default();
+    findings.ended(&finished, Outcome::PowerOff)?;
+    findings.good_run(&finished, &sidecar)?;
+    findings.only_expected_exits(&finished)?;
+    let output = String::from_utf8_lossy(&finished.output).replace('\r', "");
+    for entry in ["services", "own", "above"] {
+        let told = output.contains(&format!("{entry} provider sev_guest"));
+        findings.check(format!("{entry}: asked by sev-guest"), told, || {
+            output.clone()
+        });
+    }
+
+    let services = evidence(&output, "services")?;
+    let (verified, manifest) = services.verify_services(&artefacts.chip, &nonce)?;
+    findings.equal(
+        "the paravisor's report has the digest that was predicted",
+        &verified.measurement,
+        &sidecar.digest,
+    );
+    let told = manifest.turnstile;
+    findings.equal("the policy", AcceptPolicy(told.policy), AcceptPolicy::LAZY);
+    findings.equal("host lies", told.host_lies, 0);
+    findings.equal(
+        "all memory was counted",
+        told.counted_bytes,
+        told.memory_bytes,
+    );
+    let sum = told.unaccepted_bytes + told.ahead_bytes + told.accepted_bytes + told.owned_bytes;
+    findings.equal("the totals", sum, told.counted_bytes);
+    findings.check(
+        "some memory is accepted, and some is not yet",
+        told.accepted_bytes > 0 && told.unaccepted_bytes > 0,
+        || format!("{told:?}"),
+    );
+
+    let above = evidence(&output, "above")?;
+    findings.equal(
+        "bytes of a report on VMPL0 that the guest asks for itself",
+        above.report.len(),
+        0,
+    );
+    let own = evidence(&output, "own")?;
+    let verified = own.verify(&artefacts.chip)?;
+    findings.equal("the guest's own report speaks for", verified.vmpl, 1);
+    findings.equal(
+        "the guest's own report has that digest too",
+        &verified.measurement,
+        &sidecar.digest,
+    );
+    findings.check(
+        "the guest's own report is about the nonce",
+        verified.report_data == nonce,
+        || format!("{:x?}", verified.report_data),
+    );
+    refuses(&mut findings, context, &services, &nonce);
+    let as_services = Evidence {
+        manifest: services.manifest.clone(),
+        ..own
+    };
+    findings.check(
+        "the guest's own report does not pass for the paravisor's",
+        as_services
+            .verify_services(&artefacts.chip, &nonce)
+            .is_err(),
+        || "it does".into(),
+    );
+    Ok(findings)
+}
+
+/// The verifier can say no: to every part of the evidence that is not as it came.
+fn refuses(findings: &mut Findings, context: &Context, good: &Evidence, nonce: &[u8; NONCE_SIZE]) {
+    let mut spoilt = |what: String, evidence: &Evidence, nonce: &[u8; NONCE_SIZE]| {
+        let refused = evidence.verify_services(&context.artefacts.chip, nonce);
+        findings.check(format!("refused: {what}"), refused.is_err(), || {
+            "it was believed".into()
+        });
+    };
+    let mut other = *nonce;
+    other[0] ^= 1;
+    spoilt("another nonce".into(), good, &other);
+    // SVN, policy, VMPL, data, measurement, chip, TCB, and the signature itself.
+    for at in [0x04, 0x08, 0x30, 0x50, 0x90, 0x1A0, 0x180, 0x2A0, 0x2E8] {
+        let mut evidence = good.clone();
+        evidence.report[at] ^= 1;
+        spoilt(format!("report byte {at:#x}"), &evidence, nonce);
+    }
+    for at in [16, 48 + 8, 48 + 88] {
+        let mut evidence = good.clone();
+        evidence.manifest[at] ^= 1;
+        spoilt(format!("manifest byte {at:#x}"), &evidence, nonce);
+    }
+    // The three certificates begin and end with what their signers signed.
+    let table = good.certificates.len();
+    for at in [96 + 100, table / 2, table - 1] {
+        let mut evidence = good.clone();
+        evidence.certificates[at] ^= 1;
+        spoilt(format!("certificate byte {at:#x}"), &evidence, nonce);
+    }
+    let mut evidence = good.clone();
+    evidence.certificates.clear();
+    spoilt("no certificates".into(), &evidence, nonce);
+}

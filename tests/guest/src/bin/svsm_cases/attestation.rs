@@ -1,0 +1,748 @@
+//! The attestation protocol: what is delivered, what is refused, several processors at once, and hosts that
+//! lie about messages (`hostile=messages-…`).
+//!
+//! Buffers are pages of regions of their own, so that whatever is written beside them is seen.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use guest::harness::{Case, Finding, Verdict, case, expect, expect_not};
+use guest::memory::{self, page_of};
+use guest::oracle::{self, host_act};
+use guest::svsm::{self, Caller, Registers, call};
+use protocols::addr::{Gpa, PAGE_SIZE, PageSize};
+use protocols::amd_sp::certificates::{CertificateEntry, VCEK};
+use protocols::amd_sp::report::AttestationReport;
+use protocols::launch::AcceptPolicy;
+use protocols::oracle::HostAct;
+use protocols::svsm::attestation::{
+    AttestationCall, Buffer, SERVICES_MANIFEST, ServicesManifest, ServicesOperation,
+    SingleServiceOperation, TURNSTILE_SERVICE, TurnstileManifest,
+};
+use protocols::svsm::turnstile::{TurnstileCall, TurnstileCounter};
+use protocols::svsm::{CallId, CoreCall, Protocol, ProtocolQuery, ResultCode};
+use sha2::{Digest, Sha512};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use crate::setup::{self, NO_MEMORY, accepted_region, unchanged};
+use crate::team::{Member, Team};
+
+/// The table.
+pub const CASES: &[Case] = &[
+    case("attest_query", "svsm.md §4.6", query),
+    case("attest_services", "svsm.md §5", services),
+    case("attest_single_service", "svsm.md §5", single_service),
+    case(
+        "attest_manifest_tells_totals",
+        "docs/protocol.md §6",
+        totals,
+    ),
+    case("attest_buffers_too_small", "svsm.md §5", too_small),
+    case(
+        "attest_without_certificates",
+        "svsm.md §5",
+        without_certificates,
+    ),
+    case("attest_foreign_buffers", "design.md I4", foreign_buffers),
+    case(
+        "attest_unaccepted_buffers",
+        "design.md I4",
+        unaccepted_buffers,
+    ),
+    case("attest_unaligned_buffers", "svsm.md §5", unaligned_buffers),
+    case(
+        "attest_overlapping_buffers",
+        "docs/protocol.md §6",
+        overlapping_buffers,
+    ),
+    case("attest_huge_buffers", "docs/protocol.md §6", huge_buffers),
+    case(
+        "attest_nonce_of_another_size",
+        "docs/protocol.md §6",
+        nonce_sizes,
+    ),
+    case("attest_reserved_words", "svsm.md §5", reserved_words),
+    case(
+        "attest_bad_operations",
+        "svsm.md §5, design.md I7",
+        bad_operations,
+    ),
+    case("attest_unknown_services", "svsm.md §5", unknown_services),
+    case("attest_unknown_calls", "svsm.md §3", unknown_calls),
+    case("smp_attest_all_at_once", "design.md I12", all_at_once),
+];
+
+/// With a host that lies about messages and later does not.
+pub const LIES: &[Case] = &[
+    case("attest_host_is_busy", "ghcb.md §8", busy),
+    case("attest_host_drops_the_message", "ghcb.md §8", dropped),
+    case("attest_host_says_it_failed", "ghcb.md §8", failed),
+    case("attest_host_wants_more_room", "ghcb.md §8", more_room),
+];
+
+/// A lie that is not got over: the firmware has moved on, and its answer is gone.
+pub const LAST_LIE: &[Case] = &[case(
+    "attest_answer_is_not_the_firmwares",
+    "ghcb.md §8",
+    last_lie,
+)];
+
+/// Whether this host lies about messages.
+pub fn is_host() -> bool {
+    oracle::host_would(HostAct::DROP_MESSAGE)
+}
+
+/// What buffers hold before a call: a value of its own in each line.
+const SEED: u64 = 0xB1A2_0000_0000;
+const BUSY_TRIES: u32 = 1_000_000;
+
+/// Buffers in a region: nonce in page 1, report in 2, manifest in 3, certificates in 4 to 7.
+#[derive(Clone, Copy)]
+struct Place(Gpa);
+
+const NONCE_PAGE: u64 = 1;
+const REPORT_PAGE: u64 = 2;
+const MANIFEST_PAGE: u64 = 3;
+const CERTIFICATE_PAGE: u64 = 4;
+const END_PAGE: u64 = 8;
+/// The nonce crosses into the next page's neighbour.
+const NONCE_OFFSET: u64 = 0x7F8;
+
+const fn buffer(gpa: Gpa, size: u32) -> Buffer {
+    Buffer {
+        gpa: gpa.get(),
+        size,
+        reserved: 0,
+    }
+}
+
+impl Place {
+    fn new() -> Result<Self, Finding> {
+        accepted_region().map(Self)
+    }
+
+    fn page(self, index: u64) -> Gpa {
+        page_of(self.0, index)
+    }
+
+    fn nonce(self) -> Gpa {
+        Gpa::new(self.page(NONCE_PAGE).get() + NONCE_OFFSET)
+    }
+
+    /// The nonce of caller `number`.
+    fn put_nonce(self, number: u8) -> Verdict {
+        memory::put_bytes(self.nonce().get(), &[number; 64])
+    }
+
+    fn operation(self) -> ServicesOperation {
+        ServicesOperation {
+            report: buffer(self.page(REPORT_PAGE), PAGE_SIZE as u32),
+            nonce: buffer(self.nonce(), 64),
+            manifest: buffer(self.page(MANIFEST_PAGE), PAGE_SIZE as u32),
+            certificates: buffer(self.page(CERTIFICATE_PAGE), 4 * PAGE_SIZE as u32),
+        }
+    }
+
+    fn blank(self) -> Verdict {
+        let bytes = (END_PAGE - REPORT_PAGE) * PAGE_SIZE;
+        memory::fill(self.page(REPORT_PAGE).get(), bytes, SEED)
+    }
+
+    fn expect_blank(self) -> Verdict {
+        let bytes = (END_PAGE - REPORT_PAGE) * PAGE_SIZE;
+        memory::expect_filled(self.page(REPORT_PAGE).get(), bytes, SEED)
+    }
+
+    fn report(self) -> Result<AttestationReport, Finding> {
+        let mut report = AttestationReport::new_zeroed();
+        memory::take_bytes(self.page(REPORT_PAGE).get(), report.as_mut_bytes())?;
+        Ok(report)
+    }
+
+    fn manifest<T: FromZeros + FromBytes + IntoBytes>(self) -> Result<T, Finding> {
+        let mut manifest = T::new_zeroed();
+        memory::take_bytes(self.page(MANIFEST_PAGE).get(), manifest.as_mut_bytes())?;
+        Ok(manifest)
+    }
+
+    /// Report and manifest belong together, and to the nonce of caller `number`.
+    fn expect_answer<T: FromZeros + FromBytes + IntoBytes>(self, number: u8) -> Result<T, Finding> {
+        let report = self.report()?;
+        expect("version and VMPL", (report.version, report.vmpl), (3, 0))?;
+        expect_not("MEASUREMENT", report.measurement, [0; 48])?;
+        let mut manifest: T = self.manifest()?;
+        let data = Sha512::new()
+            .chain_update([number; 64])
+            .chain_update(manifest.as_mut_bytes())
+            .finalize();
+        expect("REPORT_DATA", report.report_data[..] == data[..], true)?;
+        Ok(manifest)
+    }
+}
+
+/// Passes an operation in the calling area of `caller`.
+fn pass_by(
+    caller: Caller,
+    id: AttestationCall,
+    operation: &[u8],
+) -> Result<(ResultCode, Registers), Finding> {
+    let at = caller.0.get() + protocols::svsm::CallingArea::BUFFER_OFFSET as u64;
+    memory::put_bytes(at, operation)?;
+    let registers = Registers {
+        rcx: at,
+        rdx: u64::MAX,
+        r8: u64::MAX,
+        r9: 0,
+    };
+    for _ in 0..BUSY_TRIES {
+        match caller.call_of(id.id(), registers)? {
+            (ResultCode::BUSY, _) => {}
+            answer => return Ok(answer),
+        }
+    }
+    Err(Finding::new(format_args!("BUSY {BUSY_TRIES} times")))
+}
+
+fn pass(id: AttestationCall, operation: &[u8]) -> Result<(ResultCode, Registers), Finding> {
+    pass_by(Caller(svsm::calling_area()), id, operation)
+}
+
+fn ask(operation: &ServicesOperation) -> Result<(ResultCode, Registers), Finding> {
+    pass(AttestationCall::SERVICES, operation.as_bytes())
+}
+
+fn sizes(registers: &Registers) -> (u64, u64, u64) {
+    (registers.rcx, registers.rdx, registers.r8)
+}
+
+/// Bytes of manifest and report.
+const MANIFEST: u64 = size_of::<ServicesManifest>() as u64;
+const REPORT: u64 = AttestationReport::SIZE as u64;
+
+/// The call must be refused with `code`: registers as they were, nothing written, no page changed.
+fn refused(place: Place, operation: &ServicesOperation, code: ResultCode) -> Verdict {
+    place.blank()?;
+    let pages = [place.0, place.page(REPORT_PAGE), place.page(END_PAGE)];
+    unchanged(&pages, || {
+        let (result, registers) = ask(operation)?;
+        expect("result", result, code)?;
+        let untouched = (svsm::buffer().get(), u64::MAX, u64::MAX);
+        expect("RCX, RDX, R8", sizes(&registers), untouched)
+    })?;
+    place.expect_blank()
+}
+
+fn query() -> Verdict {
+    for (version, answer) in [(1, 1 << 32 | 1), (0, 0), (2, 0)] {
+        let protocol = Protocol::ATTESTATION;
+        let rcx = ProtocolQuery { protocol, version }.encode();
+        let id = CallId::core(CoreCall::QUERY_PROTOCOL);
+        let found = call(id, Registers::rcx(rcx))?;
+        expect("RCX", found.registers.rcx, answer)?;
+    }
+    Ok(())
+}
+
+fn services() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(1)?;
+    place.blank()?;
+    let (result, registers) = ask(&place.operation())?;
+    expect("result", result, ResultCode::SUCCESS)?;
+    let (manifest, certificates, report) = sizes(&registers);
+    expect(
+        "sizes of manifest and report",
+        (manifest, report),
+        (MANIFEST, REPORT),
+    )?;
+    expect(
+        "certificates",
+        (96..=4 * PAGE_SIZE).contains(&certificates),
+        true,
+    )?;
+    let manifest: ServicesManifest = place.expect_answer(1)?;
+    expect("GUID", manifest.header.guid, SERVICES_MANIFEST)?;
+    expect("size", u64::from(manifest.header.size), MANIFEST)?;
+    expect("entries", manifest.header.entries, 1)?;
+    expect("service", manifest.entry.service, TURNSTILE_SERVICE)?;
+    let mut first = CertificateEntry::new_zeroed();
+    let table = place.page(CERTIFICATE_PAGE).get();
+    memory::take_bytes(table, first.as_mut_bytes())?;
+    expect("first certificate", first.guid, VCEK)?;
+    // Behind what was told nothing is written, to the end of the line.
+    let behind = (certificates).next_multiple_of(64);
+    memory::expect_filled(table + behind, 4 * PAGE_SIZE - behind, SEED)?;
+    let behind = REPORT.next_multiple_of(64);
+    memory::expect_filled(
+        place.page(REPORT_PAGE).get() + behind,
+        PAGE_SIZE - behind,
+        SEED,
+    )
+}
+
+fn single() -> Result<(Place, SingleServiceOperation), Finding> {
+    let place = Place::new()?;
+    place.put_nonce(2)?;
+    place.blank()?;
+    let operation = SingleServiceOperation {
+        buffers: place.operation(),
+        service: TURNSTILE_SERVICE,
+        manifest_version: TurnstileManifest::VERSION,
+        reserved: 0,
+    };
+    Ok((place, operation))
+}
+
+fn own_manifest() -> Result<TurnstileManifest, Finding> {
+    let (place, operation) = single()?;
+    let (result, registers) = pass(AttestationCall::SINGLE_SERVICE, operation.as_bytes())?;
+    expect("result", result, ResultCode::SUCCESS)?;
+    expect(
+        "manifest",
+        registers.rcx,
+        size_of::<TurnstileManifest>() as u64,
+    )?;
+    place.expect_answer(2)
+}
+
+fn single_service() -> Verdict {
+    let manifest = own_manifest()?;
+    expect("version", manifest.version, TurnstileManifest::VERSION)?;
+    expect(
+        "size",
+        manifest.size as usize,
+        size_of::<TurnstileManifest>(),
+    )
+}
+
+fn counter(counter: TurnstileCounter) -> Result<u64, Finding> {
+    let answer = call(TurnstileCall::COUNTER.id(), Registers::rcx(counter.0))?;
+    expect("COUNTER", answer.result(), ResultCode::SUCCESS)?;
+    Ok(answer.registers.rcx)
+}
+
+/// What the manifest says is what the paravisor's own protocol says.
+fn totals() -> Verdict {
+    let manifest = own_manifest()?;
+    let census = |gpa, bytes| {
+        let registers = Registers {
+            rdx: bytes,
+            ..Registers::rcx(gpa)
+        };
+        call(TurnstileCall::CENSUS.id(), registers).map(|answer| answer.registers)
+    };
+    // The machine has 4 GiB, some of them above 4 GiB.
+    let (low, high) = (census(0, 4 << 30)?, census(4 << 30, 4 << 30)?);
+    expect("unaccepted", manifest.unaccepted_bytes, low.rcx + high.rcx)?;
+    expect("ahead", manifest.ahead_bytes, low.rdx + high.rdx)?;
+    expect("accepted", manifest.accepted_bytes, low.r8 + high.r8)?;
+    expect("owned", manifest.owned_bytes, low.r9 + high.r9)?;
+    let sum = manifest.unaccepted_bytes
+        + manifest.ahead_bytes
+        + manifest.accepted_bytes
+        + manifest.owned_bytes;
+    expect("counted", manifest.counted_bytes, sum)?;
+    expect("memory", manifest.memory_bytes, sum)?;
+    let configuration = call(TurnstileCall::CONFIGURATION.id(), Registers::default())?.registers;
+    let told = [
+        u64::from(manifest.policy),
+        manifest.budget,
+        u64::from(manifest.order),
+        u64::from(manifest.read_ahead),
+    ];
+    let Registers { rcx, rdx, r8, r9 } = configuration;
+    expect(
+        "policy, budget, order, read-ahead",
+        told,
+        [rcx, rdx, r8, r9],
+    )?;
+    expect("policy", AcceptPolicy(manifest.policy), AcceptPolicy::LAZY)?;
+    let repeated = counter(TurnstileCounter::NO_CHANGE)?;
+    expect("repeated requests", manifest.repeated_requests, repeated)?;
+    expect("host lies", manifest.host_lies, 0)
+}
+
+fn too_small() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(3)?;
+    let good = place.operation();
+    let (result, registers) = ask(&good)?;
+    expect("result", result, ResultCode::SUCCESS)?;
+    let needed = sizes(&registers);
+    let [manifest, certificates, report] = [needed.0, needed.1, needed.2].map(|size| size as u32);
+    let with = |sizes: [u32; 3]| {
+        let mut operation = good;
+        operation.manifest.size = sizes[0];
+        operation.certificates.size = sizes[1];
+        operation.report.size = sizes[2];
+        operation
+    };
+    for sizes_given in [
+        [0, certificates, report],
+        [manifest - 1, certificates, report],
+        [manifest, 1, report],
+        [manifest, certificates - 1, report],
+        [manifest, certificates, 0],
+        [manifest, certificates, report - 1],
+        [1, 1, 1],
+    ] {
+        place.blank()?;
+        let (result, registers) = ask(&with(sizes_given))?;
+        expect("result", result, ResultCode::INVALID_PARAMETER)?;
+        expect("sizes needed", sizes(&registers), needed)?;
+        place.expect_blank()?;
+    }
+    let (result, _) = ask(&with([manifest, certificates, report]))?;
+    expect("exactly as needed", result, ResultCode::SUCCESS)
+}
+
+fn without_certificates() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(4)?;
+    place.blank()?;
+    let operation = ServicesOperation {
+        certificates: buffer(setup::paravisor().0, 0),
+        ..place.operation()
+    };
+    let (result, registers) = ask(&operation)?;
+    expect("result", result, ResultCode::SUCCESS)?;
+    expect("sizes", sizes(&registers), (MANIFEST, 0, REPORT))?;
+    place.expect_answer::<ServicesManifest>(4)?;
+    let table = place.page(CERTIFICATE_PAGE).get();
+    memory::expect_filled(table, 4 * PAGE_SIZE, SEED)
+}
+
+/// Calls `with` with an operation for each of the four buffers at `gpa`.
+fn each_at(place: Place, gpa: Gpa, with: impl Fn(&ServicesOperation) -> Verdict) -> Verdict {
+    let good = place.operation();
+    with(&ServicesOperation {
+        report: buffer(gpa, good.report.size),
+        ..good
+    })?;
+    with(&ServicesOperation {
+        nonce: buffer(gpa, 64),
+        ..good
+    })?;
+    with(&ServicesOperation {
+        manifest: buffer(gpa, good.manifest.size),
+        ..good
+    })?;
+    with(&ServicesOperation {
+        certificates: buffer(gpa, good.certificates.size),
+        ..good
+    })
+}
+
+fn foreign_buffers() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(5)?;
+    let (base, size) = setup::paravisor();
+    for gpa in [
+        base,
+        Gpa::new(base.get() + size - PAGE_SIZE),
+        svsm::calling_area(),
+        NO_MEMORY,
+        Gpa::new(1 << 45),
+        Gpa::new((1 << 52) - PAGE_SIZE),
+        Gpa::new(1 << 63),
+    ] {
+        each_at(place, gpa, |operation| {
+            refused(place, operation, ResultCode::INVALID_ADDRESS)
+        })?;
+    }
+    Ok(())
+}
+
+fn unaccepted_buffers() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(6)?;
+    let page = memory::fresh_page();
+    each_at(place, page, |operation| {
+        refused(place, operation, ResultCode::INVALID_ADDRESS)
+    })?;
+    // The last page that certificates may need is not accepted; those before it are.
+    setup::done(&[setup::rescind(place.page(END_PAGE + 3), PageSize::Size4K)])?;
+    let operation = ServicesOperation {
+        certificates: buffer(place.page(END_PAGE), 4 * PAGE_SIZE as u32),
+        ..place.operation()
+    };
+    refused(place, &operation, ResultCode::INVALID_ADDRESS)?;
+    setup::expect_not_accepted(page)
+}
+
+fn unaligned_buffers() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(7)?;
+    let good = place.operation();
+    for offset in [1, 8, 0xFF8] {
+        let at = |from: Buffer| buffer(Gpa::new(from.gpa + offset), 0x100);
+        for operation in [
+            ServicesOperation {
+                report: at(good.report),
+                ..good
+            },
+            ServicesOperation {
+                manifest: at(good.manifest),
+                ..good
+            },
+            ServicesOperation {
+                certificates: at(good.certificates),
+                ..good
+            },
+        ] {
+            refused(place, &operation, ResultCode::INVALID_PARAMETER)?;
+        }
+    }
+    Ok(())
+}
+
+fn overlapping_buffers() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(8)?;
+    let good = place.operation();
+    for operation in [
+        ServicesOperation {
+            report: good.manifest,
+            ..good
+        },
+        ServicesOperation {
+            report: buffer(place.page(REPORT_PAGE), PAGE_SIZE as u32 + 1),
+            ..good
+        },
+        ServicesOperation {
+            manifest: buffer(place.page(CERTIFICATE_PAGE + 3), 0x100),
+            ..good
+        },
+        ServicesOperation {
+            nonce: buffer(Gpa::new(place.page(REPORT_PAGE).get() + 0x100), 64),
+            ..good
+        },
+    ] {
+        refused(place, &operation, ResultCode::INVALID_PARAMETER)?;
+    }
+    Ok(())
+}
+
+fn huge_buffers() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(9)?;
+    place.blank()?;
+    let huge = ServicesOperation {
+        certificates: buffer(place.page(CERTIFICATE_PAGE), u32::MAX),
+        ..place.operation()
+    };
+    expect("result", ask(&huge)?.0, ResultCode::SUCCESS)?;
+    place.expect_answer::<ServicesManifest>(9)?;
+    let two = ServicesOperation {
+        report: buffer(place.page(REPORT_PAGE), u32::MAX),
+        ..huge
+    };
+    refused(place, &two, ResultCode::INVALID_PARAMETER)
+}
+
+fn nonce_sizes() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(10)?;
+    for size in [0, 1, 63, 65, 4096, 1 << 16 | 64, u32::MAX] {
+        let operation = ServicesOperation {
+            nonce: buffer(place.nonce(), size),
+            ..place.operation()
+        };
+        refused(place, &operation, ResultCode::INVALID_PARAMETER)?;
+    }
+    Ok(())
+}
+
+fn reserved_words() -> Verdict {
+    let place = Place::new()?;
+    place.put_nonce(11)?;
+    for index in 0..4 {
+        let mut operation = place.operation();
+        let buffers = [
+            &mut operation.report,
+            &mut operation.nonce,
+            &mut operation.manifest,
+            &mut operation.certificates,
+        ];
+        buffers.into_iter().nth(index).expect("four").reserved = 1 << 16;
+        refused(place, &operation, ResultCode::INVALID_PARAMETER)?;
+    }
+    Ok(())
+}
+
+fn bad_operations() -> Verdict {
+    let place = Place::new()?;
+    let services = AttestationCall::SERVICES.id();
+    let single = AttestationCall::SINGLE_SERVICE.id();
+    let (base, _) = setup::paravisor();
+    let page = place.0.get();
+    let parameter = ResultCode::INVALID_PARAMETER;
+    let address = ResultCode::INVALID_ADDRESS;
+    for (id, rcx, code) in [
+        (services, page + 4, parameter),
+        (services, page + 0xFC8, parameter),
+        (services, page + 0xFF8, parameter),
+        (single, page + 0xFB0, parameter),
+        (services, base.get(), address),
+        (services, base.get() + 0x1000, address),
+        (services, memory::fresh_page().get(), address),
+        (services, NO_MEMORY.get(), address),
+        (single, 1 << 52, address),
+        (services, 0u64.wrapping_sub(PAGE_SIZE), address),
+    ] {
+        unchanged(&[place.0], || {
+            let answer = call(id, Registers::rcx(rcx))?;
+            expect("result", answer.result(), code)?;
+            expect("RCX", answer.registers.rcx, rcx)
+        })?;
+    }
+    Ok(())
+}
+
+fn unknown_services() -> Verdict {
+    let (place, good) = single()?;
+    let vtpm = protocols::guid::Guid::from_text("c476f1eb-0123-45a5-9641-b4e7dde5bfe3");
+    for operation in [
+        SingleServiceOperation {
+            service: vtpm,
+            ..good
+        },
+        SingleServiceOperation {
+            manifest_version: 1,
+            ..good
+        },
+        SingleServiceOperation {
+            reserved: 1,
+            ..good
+        },
+    ] {
+        let (result, registers) = pass(AttestationCall::SINGLE_SERVICE, operation.as_bytes())?;
+        expect("result", result, ResultCode::INVALID_PARAMETER)?;
+        let untouched = (svsm::buffer().get(), u64::MAX, u64::MAX);
+        expect("RCX, RDX, R8", sizes(&registers), untouched)?;
+        place.expect_blank()?;
+    }
+    Ok(())
+}
+
+fn unknown_calls() -> Verdict {
+    for number in [2, 3, u32::MAX] {
+        let registers = Registers::rcx(svsm::buffer().get());
+        let answer = call(AttestationCall(number).id(), registers)?;
+        expect("result", answer.result(), ResultCode::UNSUPPORTED_CALL)?;
+        expect("registers", answer.registers, registers)?;
+    }
+    Ok(())
+}
+
+/// The region of the buffers, by member.
+static PLACES: [AtomicU64; 4] = [const { AtomicU64::new(0) }; 4];
+
+/// Each gets reports about its own nonces, whoever else asks at the same time.
+fn all_at_once() -> Verdict {
+    const ROUNDS: u8 = 6;
+    Team::with(|team| {
+        for place in PLACES.iter().take(team.members()) {
+            place.store(Place::new()?.0.get(), Ordering::SeqCst);
+        }
+        team.all(|Member { number, caller }| {
+            let place = Place(Gpa::new(PLACES[number].load(Ordering::SeqCst)));
+            for round in 0..ROUNDS {
+                let nonce = number as u8 * ROUNDS + round;
+                place.put_nonce(nonce)?;
+                let operation = place.operation();
+                let (result, registers) =
+                    pass_by(caller, AttestationCall::SERVICES, operation.as_bytes())?;
+                expect("result", result, ResultCode::SUCCESS)?;
+                expect("report", registers.r8, REPORT)?;
+                place.expect_answer::<ServicesManifest>(nonce)?;
+            }
+            Ok(())
+        })
+    })
+}
+
+/// The next message meets such a host; the address counts for nothing.
+fn next_meets(act: HostAct) -> Verdict {
+    host_act(svsm::calling_area(), act)
+}
+
+/// Asks once. What comes back, and the lies that the manifest of a good answer tells of.
+fn ask_once(place: Place, number: u8) -> Result<(ResultCode, Registers, Option<u64>), Finding> {
+    place.put_nonce(number)?;
+    place.blank()?;
+    let at = svsm::buffer().get();
+    memory::put_bytes(at, place.operation().as_bytes())?;
+    let registers = Registers {
+        rcx: at,
+        rdx: u64::MAX,
+        r8: u64::MAX,
+        r9: 0,
+    };
+    let answer = call(AttestationCall::SERVICES.id(), registers)?;
+    let lies = if answer.result() == ResultCode::SUCCESS {
+        let manifest: ServicesManifest = place.expect_answer(number)?;
+        Some(manifest.turnstile.host_lies)
+    } else {
+        expect("registers", answer.registers, registers)?;
+        place.expect_blank()?;
+        None
+    };
+    Ok((answer.result(), answer.registers, lies))
+}
+
+/// A lie is answered with `code`, again if it is told again, and got over when it is not; then the manifest
+/// tells of `noticed` lies more than before.
+fn got_over(act: HostAct, code: ResultCode, noticed: u64) -> Verdict {
+    let place = Place::new()?;
+    let (_, _, before) = ask_once(place, 0x40)?;
+    for number in [0x41, 0x42] {
+        next_meets(act)?;
+        expect("result", ask_once(place, number)?.0, code)?;
+    }
+    // The first two questions are never answered to anybody; the third is.
+    let (result, _, after) = ask_once(place, 0x43)?;
+    expect("result", result, ResultCode::SUCCESS)?;
+    expect("host lies", after, before.map(|lies| lies + 2 * noticed))
+}
+
+fn busy() -> Verdict {
+    got_over(HostAct::SAY_BUSY, ResultCode::BUSY, 0)
+}
+
+fn dropped() -> Verdict {
+    got_over(HostAct::DROP_MESSAGE, ResultCode::INVALID_REQUEST, 1)
+}
+
+fn failed() -> Verdict {
+    got_over(HostAct::SAY_FAILED, ResultCode::INVALID_REQUEST, 0)
+}
+
+/// The report comes without certificates.
+fn more_room() -> Verdict {
+    let place = Place::new()?;
+    next_meets(HostAct::TOO_MANY_CERTIFICATES)?;
+    let (result, registers, _) = ask_once(place, 0x50)?;
+    expect("result", result, ResultCode::SUCCESS)?;
+    expect("sizes", sizes(&registers), (MANIFEST, 0, REPORT))
+}
+
+/// The guest is told, now and for ever: a message cannot be made again, and no other may take its number.
+fn last_lie() -> Verdict {
+    let act = [
+        HostAct::TAMPER_ANSWER,
+        HostAct::REPLAY_ANSWER,
+        HostAct::LOSE_ANSWER,
+    ]
+    .into_iter()
+    .find(|&act| oracle::host_would(act))
+    .ok_or_else(|| Finding::new(format_args!("this host has no such lie")))?;
+    let place = Place::new()?;
+    expect("before", ask_once(place, 0x60)?.0, ResultCode::SUCCESS)?;
+    next_meets(act)?;
+    for number in 0x61..0x66 {
+        let result = ask_once(place, number)?.0;
+        expect("result", result, ResultCode::INVALID_REQUEST)?;
+    }
+    // Everything else goes on.
+    setup::accepted_page().map(|_| ())
+}
