@@ -76,34 +76,38 @@ pub fn scenarios() -> Vec<Scenario> {
             }
         })
     });
+    let hostile = LIES.into_iter().map(|(lie, reason)| {
+        Scenario::new(format!("tdx_l2/hostile/{lie}"), move |context| {
+            meets(context, lie, reason)
+        })
+    });
     let re_added = RE_ADDED.into_iter().flat_map(|(how, vcpus, end)| {
         Backing::BOTH.into_iter().map(move |backing| {
             let name = format!("tdx_l2/re-add-{how}-{}", backing.name());
-            Scenario::new(name, move |context| re_add(context, backing, vcpus, end))
+            Scenario::new(name, move |context| {
+                let settings = Settings {
+                    backing,
+                    ..Settings::default()
+                };
+                re_add(context, Acceptance::LAZY, settings, vcpus, end)
+            })
         })
     });
-    let hostile = LIES.into_iter().map(|(lie, reason)| {
-        Scenario::new(format!("tdx_l2/hostile/{lie}"), move |context| {
-            meets(context, lie, reason, None)
-        })
-    });
-    // An exchanged page that nobody has asked for yet.
-    let exchanged = [("eager", EAGER), ("ahead", AHEAD)].map(|policy| {
-        let name = format!("tdx_l2/hostile/re-add-{}", policy.0);
-        Scenario::new(name, move |context| {
-            meets(
-                context,
-                "re-add",
-                TurnstileReason::NOT_VALIDATED,
-                Some(policy),
-            )
+    // A page that is ready and that nobody has asked for yet.
+    let re_added_ahead = [("eager", EAGER), ("ahead", AHEAD)].map(|(table, acceptance)| {
+        Scenario::new(format!("tdx_l2/re-add-{table}"), move |context| {
+            let settings = Settings {
+                table: Some(table),
+                ..Settings::default()
+            };
+            re_add(context, acceptance, settings, 2, "re_added_page_is_claimed")
         })
         .only_in_full()
     });
     good.chain(policies)
         .chain(hostile)
-        .chain(exchanged)
         .chain(re_added)
+        .chain(re_added_ahead)
         .collect()
 }
 
@@ -142,13 +146,13 @@ fn under_policy(
         findings.check("the second processor was awaited", awaited > 0, || {
             awaited.to_string()
         });
-        all_at_work(&mut findings, acceptance, report);
+        second_at_work(&mut findings, acceptance, report);
     }
     Ok(findings)
 }
 
-/// Who accepted memory: under eager both processors, under ahead the one that the guest left idle.
-fn all_at_work(findings: &mut Findings, acceptance: Acceptance, report: &Report) {
+/// Under eager both processors have accepted memory, under ahead the one that the guest left idle.
+fn second_at_work(findings: &mut Findings, acceptance: Acceptance, report: &Report) {
     let accepted = |index: usize| {
         let level = report.vcpus.get(index).and_then(|vcpu| vcpu.levels.first());
         level.map_or(0, |level| {
@@ -156,20 +160,16 @@ fn all_at_work(findings: &mut Findings, acceptance: Acceptance, report: &Report)
         })
     };
     let (first, second) = (accepted(0), accepted(1));
+    let memory = report.memory.guest_pages;
     // What the first accepts for the paravisor and on request is less.
     let least = match acceptance {
-        EAGER => report.memory.guest_pages / 8,
-        _ => report.memory.guest_pages / 4,
+        EAGER => memory / 8,
+        _ => memory / 4,
     };
     findings.check(
         "the second processor has accepted memory",
         second >= least,
-        || {
-            format!(
-                "{first} and {second} of {} pages",
-                report.memory.guest_pages
-            )
-        },
+        || format!("{first} and {second} of {memory} pages"),
     );
 }
 
@@ -189,19 +189,12 @@ fn judged(
 }
 
 /// The paravisor ends the machine with the reason that names the lie, and has accepted nothing twice.
-fn meets(
-    context: &Context,
-    lie: &str,
-    reason: TurnstileReason,
-    policy: Option<(&'static str, Acceptance)>,
-) -> Result<Findings> {
-    let (table, acceptance) = policy.unzip();
+fn meets(context: &Context, lie: &str, reason: TurnstileReason) -> Result<Findings> {
     let settings = Settings {
         hostile: Some(lie.to_owned()),
-        table,
         ..Settings::default()
     };
-    let (config, _) = machine(context, acceptance.unwrap_or(Acceptance::LAZY), settings, 2)?;
+    let (config, _) = machine(context, Acceptance::LAZY, settings, 2)?;
     let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
     ended_with(&mut findings, &finished, reason)?;
@@ -209,13 +202,18 @@ fn meets(
 }
 
 /// What the guest has is not accepted again, and the host's page is found out by the first who meets it.
-fn re_add(context: &Context, backing: Backing, vcpus: u32, end: &str) -> Result<Findings> {
+fn re_add(
+    context: &Context,
+    acceptance: Acceptance,
+    settings: Settings,
+    vcpus: u32,
+    end: &str,
+) -> Result<Findings> {
     let settings = Settings {
-        backing,
         hostile: Some("re-add".to_owned()),
-        ..Settings::default()
+        ..settings
     };
-    let (config, _) = machine(context, Acceptance::LAZY, settings, vcpus)?;
+    let (config, _) = machine(context, acceptance, settings, vcpus)?;
     let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
     let transcript = Transcript::parse(&String::from_utf8_lossy(&finished.output));
