@@ -181,6 +181,12 @@ pub enum Error {
         /// What the parser said.
         reason: String,
     },
+    /// A file asks for more than is measured.
+    #[error("more than {limit} pages are launched; expected at most 4 GiB of them in an image")]
+    TooManyPages {
+        /// Most pages that are measured.
+        limit: u64,
+    },
     /// A processor is measured in its reset state, which depends on the CPU's model.
     #[error(
         "processor {processor} is measured as it is after reset, with the CPU's signature in EDX; give --vcpu-type or --vcpu-signature"

@@ -126,6 +126,14 @@ fn breaking(rule: Rule) -> Vec<u8> {
             .bytes(),
         Rule::AreaOverrun => good().with(kind::VP_COUNT, 4, &[0, 0x10]).bytes(),
         Rule::ContextTwice => good().and(context(1, LAUNCH, 0)).bytes(),
+        Rule::ContextMask => good()
+            .before(kind::POLICY, platform(2, 0))
+            .with(kind::CONTEXT, 8, &[3])
+            .bytes(),
+        Rule::NativeContext => good()
+            .before(kind::POLICY, platform(2, 0))
+            .and(context(2, 0, 0))
+            .bytes(),
         Rule::ContextForTdx => tdx_beside().and(context(2, LAUNCH, 0)).bytes(),
         Rule::SnpPolicy => good().with(kind::POLICY, 0, &[0, 0, 1]).bytes(),
         Rule::SecretsOutsideSnp => tdx_beside()
@@ -219,6 +227,19 @@ fn an_optional_header_is_good_for_all_but_qemu() {
         ..Target::default()
     };
     assert_eq!(check(&bytes, any), []);
+}
+
+/// On VSM a context is a list of registers, and each VTL of a processor has one.
+#[test]
+fn contexts_for_vsm_are_no_pages() {
+    let mut file = Raw::snp().before(kind::POLICY, platform(2, 1));
+    for _ in 0..2 {
+        let (kind, mut body) = context(2, 0, 0);
+        let end = (VMSA as u32 + 0x1000 - 4).to_le_bytes();
+        body[12..16].copy_from_slice(&end);
+        file = file.and((kind, body));
+    }
+    assert_eq!(check(&file.bytes(), Target::default()), []);
 }
 
 #[test]

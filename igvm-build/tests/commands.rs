@@ -337,6 +337,23 @@ fn images_for_other_loaders_keep_to_their_tables() {
         assert_eq!(measured, built, "{target}");
         digests.push(built);
         ends(&place, &["check", "--loader", "any", "out.igvm"], 0);
+        // An ID block is for the loader it was signed for.
+        write_key(&place, "id.pem", 1);
+        let arguments = [
+            "sign",
+            "out.igvm",
+            "--id-key",
+            "id.pem",
+            "--loader",
+            target,
+            "--out",
+            "signed.igvm",
+        ];
+        ends(&place, &arguments, 0);
+        ends(&place, &["check", "--loader", "any", "signed.igvm"], 0);
+        let on_qemu = i32::from(target != "qemu");
+        let text = ends(&place, &["check", "signed.igvm"], on_qemu);
+        assert_eq!(text.contains("id-block-digest"), target != "qemu", "{text}");
         let shown = ends(&place, &["show", "out.igvm"], 0);
         let (boundary, vmsa) = match target {
             "hyper-v" => ("0x400000000000", "0x303ff000"),

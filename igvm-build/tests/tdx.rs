@@ -222,31 +222,6 @@ fn firmware_that_cannot_be_prepared_is_refused() {
     assert!(matches!(error, Error::TdFirmware { .. }));
 }
 
-/// What a touch leads to is told to the paravisor of a trust domain alone: no other hears of one.
-#[test]
-fn memory_is_accepted_on_touch_in_trust_domains_only() {
-    let (elf, td_bytes) = (program(), tdvf(&good()));
-    let td_firmware = TdFirmware::parse(&td_bytes).unwrap();
-    let program = Program::parse(&elf).unwrap();
-    let options = Options {
-        acceptance: Acceptance {
-            touch: Touch::ACCEPT,
-            ..Acceptance::LAZY
-        },
-        ..Options::default()
-    };
-    let error = build(&program, None, None, &options).unwrap_err();
-    assert!(matches!(error, Error::TouchWithoutTd));
-    let image = build(&program, None, Some(&td_firmware), &options).unwrap();
-    let bytes = page(&image, image.layout.params);
-    let params = LaunchParams::read_from_bytes(&bytes).unwrap();
-    assert_eq!(params.touch, Touch::ACCEPT);
-    // To SEV-SNP the image is what it was.
-    let plain = build(&program, None, Some(&td_firmware), &Options::default()).unwrap();
-    assert_eq!(image.digest, plain.digest);
-    assert_ne!(image.mrtd, plain.mrtd);
-}
-
 /// Without a paravisor: sections in their order, measured where they ask for it (`tdx.md` §10, §11).
 #[test]
 fn a_firmware_of_its_own_is_launched_as_it_lists_itself() {
@@ -329,6 +304,31 @@ fn variables_come_from_a_store_of_their_size() {
     }
     let error = with_variables(&tdvf(&good()), &store(0x1000)).unwrap_err();
     assert!(matches!(error, Error::TdFirmware { .. }), "{error}");
+}
+
+/// What a touch leads to is told to the paravisor of a trust domain alone: no other hears of one.
+#[test]
+fn memory_is_accepted_on_touch_in_trust_domains_only() {
+    let (elf, td_bytes) = (program(), tdvf(&good()));
+    let td_firmware = TdFirmware::parse(&td_bytes).unwrap();
+    let program = Program::parse(&elf).unwrap();
+    let options = Options {
+        acceptance: Acceptance {
+            touch: Touch::ACCEPT,
+            ..Acceptance::LAZY
+        },
+        ..Options::default()
+    };
+    let error = build(&program, None, None, &options).unwrap_err();
+    assert!(matches!(error, Error::TouchWithoutTd));
+    let image = build(&program, None, Some(&td_firmware), &options).unwrap();
+    let bytes = page(&image, image.layout.params);
+    let params = LaunchParams::read_from_bytes(&bytes).unwrap();
+    assert_eq!(params.touch, Touch::ACCEPT);
+    // To SEV-SNP the image is what it was.
+    let plain = build(&program, None, Some(&td_firmware), &Options::default()).unwrap();
+    assert_eq!(image.digest, plain.digest);
+    assert_ne!(image.mrtd, plain.mrtd);
 }
 
 #[test]

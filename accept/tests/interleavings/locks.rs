@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use accept::{Error, OnNoChange, PageState};
 
 use crate::hardware::{
-    Guarded, LEAVING_IS_SEEN, NEIGHBOURS, Shared, accept, explore, explore_bounded, page, rescind,
+    Guarded, NEIGHBOURS, Platform, Shared, accept, explore, explore_bounded, page, rescind,
 };
 
 /// How often one vCPU is interrupted for the other in the model of two lists.

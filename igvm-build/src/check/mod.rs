@@ -49,7 +49,7 @@ pub fn check(bytes: &[u8], target: Target) -> Vec<Problem> {
     for (_, header) in file.platforms() {
         platform::check(&file, header, &mut found);
         if header.platform_type == IgvmPlatformType::SEV_SNP {
-            snp::check(&file, header.compatibility_mask, &mut found);
+            snp::check(&file, header.compatibility_mask, target.qemu, &mut found);
         }
     }
     if target.qemu {

@@ -3,11 +3,14 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use igvm_defs::{IGVM_VHS_SUPPORTED_PLATFORM, IgvmPageDataType, IgvmPlatformType};
+use igvm_defs::{
+    IGVM_VHS_SUPPORTED_PLATFORM, IGVM_VHS_VP_CONTEXT, IgvmNativeVpContextX64, IgvmPageDataType,
+    IgvmPlatformType, VbsVpContextHeader,
+};
 use protocols::addr::PAGE_SIZE;
 
 use super::Found;
-use crate::file::{Content, File, Header, Problem, Rule, names};
+use crate::file::{Content, File, Header, Rule, names};
 use crate::measure::areas::Areas;
 
 pub(super) fn check(file: &File<'_>, platform: &IGVM_VHS_SUPPORTED_PLATFORM, found: &mut Found) {
@@ -36,7 +39,7 @@ pub(super) fn check(file: &File<'_>, platform: &IGVM_VHS_SUPPORTED_PLATFORM, fou
             }
             Content::Insert(insert) => {
                 let bytes = found.take(areas.insert(header, insert.parameter_area_index));
-                let range = found.take(range(header, insert.gpa, bytes.unwrap_or(0)));
+                let range = found.take(header.range(insert.gpa, bytes.unwrap_or(0)));
                 launched.extend(range.map(|range| (range, header)));
             }
             Content::Page(page) => {
@@ -61,12 +64,12 @@ pub(super) fn check(file: &File<'_>, platform: &IGVM_VHS_SUPPORTED_PLATFORM, fou
                     );
                     found.at(header, Rule::SecretsOutsideSnp, text);
                 }
-                let range = found.take(range(header, page.gpa, PAGE_SIZE));
+                let range = found.take(header.range(page.gpa, PAGE_SIZE));
                 launched.extend(range.map(|range| (range, header)));
             }
             Content::RequiredMemory(memory) => {
                 let bytes = u64::from(memory.number_of_bytes);
-                found.take(range(header, memory.gpa, bytes));
+                found.take(header.range(memory.gpa, bytes));
                 if !bytes.is_multiple_of(PAGE_SIZE) {
                     let text = format!("{bytes:#x} bytes");
                     found.at(header, Rule::PageAlignment, text);
@@ -77,9 +80,12 @@ pub(super) fn check(file: &File<'_>, platform: &IGVM_VHS_SUPPORTED_PLATFORM, fou
                 found.at(header, Rule::ContextForTdx, text);
             }
             Content::Context(context) => {
-                found.take(range(header, context.gpa.get(), PAGE_SIZE));
-                found.take(file.data(header, context.file_offset, PAGE_SIZE));
-                if !contexts.insert(context.vp_index) {
+                found.take(header.range(context.gpa.get(), PAGE_SIZE));
+                check_context_data(file, header, context, platform, found);
+                // On VSM each VTL of a processor has one.
+                if !contexts.insert(context.vp_index)
+                    && platform.platform_type != IgvmPlatformType::VSM_ISOLATION
+                {
                     let text = format!("processor {} a second time", context.vp_index);
                     found.at(header, Rule::ContextTwice, text);
                 }
@@ -94,17 +100,32 @@ fn name(platform: &IGVM_VHS_SUPPORTED_PLATFORM) -> String {
     names::platform(platform.platform_type)
 }
 
-/// A range from a whole page on.
-fn range(header: &Header<'_>, gpa: u64, bytes: u64) -> Result<Range<u64>, Problem> {
-    if !gpa.is_multiple_of(PAGE_SIZE) {
-        let found = format!("address {gpa:#x}");
-        return Err(Problem::new(header.offset, Rule::PageAlignment, found));
+/// What a context points to. A VSM context is a list of registers; all others are a page.
+fn check_context_data(
+    file: &File<'_>,
+    header: &Header<'_>,
+    context: &IGVM_VHS_VP_CONTEXT,
+    platform: &IGVM_VHS_SUPPORTED_PLATFORM,
+    found: &mut Found,
+) {
+    let kind = platform.platform_type;
+    let bytes = if kind == IgvmPlatformType::VSM_ISOLATION {
+        size_of::<VbsVpContextHeader>() as u64
+    } else {
+        PAGE_SIZE
+    };
+    let data = found.take(file.data(header, context.file_offset, bytes));
+    if context.compatibility_mask != platform.compatibility_mask {
+        let text = format!("mask {:#x}", context.compatibility_mask);
+        found.at(header, Rule::ContextMask, text);
+    } else if [IgvmPlatformType::NATIVE, names::SEV].contains(&kind)
+        && let Some(at) = data
+            .and_then(|page| page.get(size_of::<IgvmNativeVpContextX64>()..))
+            .and_then(|rest| rest.iter().position(|&byte| byte != 0))
+    {
+        let at = at + size_of::<IgvmNativeVpContextX64>();
+        found.at(header, Rule::NativeContext, format!("byte {at:#x} is set"));
     }
-    let end = gpa.checked_add(bytes).ok_or_else(|| {
-        let found = format!("{bytes:#x} bytes from {gpa:#x} on");
-        Problem::new(header.offset, Rule::Wrap, found)
-    })?;
-    Ok(gpa..end)
 }
 
 /// Reports each range that begins before all earlier ones have ended.

@@ -1,5 +1,7 @@
 //! Rules of a launch on SEV-SNP, whoever launches.
 
+use protocols::measure::Digest;
+
 use super::Found;
 use crate::file::{Content, File, Rule};
 use crate::id_block::{self, Refusal};
@@ -12,7 +14,7 @@ const MUST_BE_ONE: u64 = 1 << 17;
 /// Bits of the policy that mean nothing.
 const RESERVED: u64 = !0 << 26;
 
-pub(super) fn check(file: &File<'_>, mask: u32, found: &mut Found) {
+pub(super) fn check(file: &File<'_>, mask: u32, qemu: bool, found: &mut Found) {
     let policies = file.of_platform(mask).filter_map(|header| {
         let Content::Policy(policy) = &header.content else {
             return None;
@@ -38,11 +40,14 @@ pub(super) fn check(file: &File<'_>, mask: u32, found: &mut Found) {
             continue;
         }
         // Other breaches may keep the file from being measured; they are reported as what they are.
-        let loader = Loader::Qemu(processors(file, mask));
-        if let Ok(digest) = launch_digest(file, loader, &mut quietly)
-            && digest != block.ld
+        let digests: Vec<Digest> = loaders(file, mask, qemu)
+            .into_iter()
+            .filter_map(|loader| launch_digest(file, loader, &mut quietly).ok())
+            .collect();
+        if let Some(digest) = digests.first()
+            && !digests.contains(&block.ld)
         {
-            let text = format!("{}, the file has {}", hex(&block.ld), hex(&digest));
+            let text = format!("{}, the file has {}", hex(&block.ld), hex(digest));
             found.at(header, Rule::IdBlockDigest, text);
         }
         let policy = file.policy(mask).unwrap_or_default();
@@ -58,14 +63,19 @@ pub(super) fn check(file: &File<'_>, mask: u32, found: &mut Found) {
     }
 }
 
-/// As many as the file has states for.
-fn processors(file: &File<'_>, mask: u32) -> Processors {
+/// Those the block may be for: QEMU, with as many processors as the file has states for, and unless it has
+/// to be QEMU, those that go by the file.
+fn loaders(file: &File<'_>, mask: u32, qemu: bool) -> Vec<Loader> {
     let contexts = file
         .of_platform(mask)
         .filter(|header| matches!(header.content, Content::Context(_)))
         .count();
-    Processors {
+    let mut loaders = vec![Loader::Qemu(Processors {
         count: u16::try_from(contexts).unwrap_or(u16::MAX),
         signature: None,
+    })];
+    if !qemu {
+        loaders.extend([false, true].map(|native_zeroes| Loader::AsWritten { native_zeroes }));
     }
+    loaders
 }

@@ -343,6 +343,23 @@ impl<'a> Header<'a> {
         Ok((header, at + size_of::<IGVM_VHS_VARIABLE_HEADER>() + padded))
     }
 
+    /// The addresses that it says, from a whole page on.
+    ///
+    /// # Errors
+    ///
+    /// When they do not begin with a page, or do not end below 2^64.
+    pub fn range(&self, gpa: u64, bytes: u64) -> Result<Range<u64>, Problem> {
+        if !gpa.is_multiple_of(PAGE_SIZE) {
+            let found = format!("address {gpa:#x}");
+            return Err(Problem::new(self.offset, Rule::PageAlignment, found));
+        }
+        let end = gpa.checked_add(bytes).ok_or_else(|| {
+            let found = format!("{bytes:#x} bytes from {gpa:#x} on");
+            Problem::new(self.offset, Rule::Wrap, found)
+        })?;
+        Ok(gpa..end)
+    }
+
     /// The bytes between the body and the next header.
     #[must_use]
     pub fn padding(&self) -> Range<usize> {

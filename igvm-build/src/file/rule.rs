@@ -90,6 +90,9 @@ rules! {
     AreaGone = "area-gone", Error, "a parameter area is not used after it was inserted";
     AreaOverrun = "area-overrun", Error, "a parameter begins inside its area";
     ContextTwice = "context-twice", Error, "a processor has one context";
+    ContextMask = "context-mask", Error,
+        "a context is for one platform of the file, as what it holds depends on the platform";
+    NativeContext = "native-context", Error, "behind the registers of a native context there is nothing";
     ContextForTdx = "context-for-tdx", Error,
         "a processor of a trust domain starts at the reset vector, with no state of the file's";
 

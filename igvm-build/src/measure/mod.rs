@@ -20,7 +20,6 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha384};
 
 use crate::error::Error;
-use crate::file::{Problem, Rule};
 
 pub mod areas;
 pub mod order;
@@ -95,7 +94,7 @@ impl<'e> Told<'e> {
         data: &[u8],
     ) -> Result<(), Error> {
         self.pages += 1;
-        bounded(self.pages, offset)?;
+        bounded(self.pages)?;
         let contents = page_type.measures_contents().then(|| contents(data));
         self.digest = extend(&PageInfo::new(
             self.digest,
@@ -115,12 +114,11 @@ impl<'e> Told<'e> {
 }
 
 /// Refuses to go on for ever.
-fn bounded(pages: u64, offset: Option<usize>) -> Result<(), Error> {
+fn bounded(pages: u64) -> Result<(), Error> {
     if pages <= MAX_PAGES {
         return Ok(());
     }
-    let found = format!("more than {MAX_PAGES} pages are launched");
-    Err(Problem::new(offset.unwrap_or(0), Rule::AreaSize, found).into())
+    Err(Error::TooManyPages { limit: MAX_PAGES })
 }
 
 /// SHA-384 of a page that begins with `data` and is zero behind it.

@@ -89,13 +89,13 @@ pub fn launch_digest(
             Content::Parameter(parameter) => areas.write(header, parameter)?,
             Content::Insert(insert) => {
                 let bytes = areas.insert(header, insert.parameter_area_index)?;
-                for gpa in pages(header, insert.gpa, bytes)? {
+                for gpa in header.range(insert.gpa, bytes)?.step_by(PAGE_SIZE as usize) {
                     digest.add(offset, PageType::UNMEASURED, gpa, &[])?;
                 }
             }
             Content::Page(page) => {
                 let data = file.page_data(header, page)?;
-                let _ = pages(header, page.gpa, PAGE_SIZE)?;
+                header.range(page.gpa, PAGE_SIZE)?;
                 let page_type = match page.data_type {
                     // A page of the host's; QEMU knows no such thing and launches it.
                     _ if page.flags.shared() && !matches!(loader, Loader::Qemu(_)) => continue,
@@ -171,21 +171,4 @@ pub(super) fn reset_state(eip: u32, signature: u32, features: SevFeatures) -> Vm
     vmsa.rdx = signature.into();
     vmsa.sev_features = features;
     vmsa
-}
-
-/// The addresses of the pages of a range, checked.
-pub(super) fn pages(
-    header: &Header<'_>,
-    gpa: u64,
-    bytes: u64,
-) -> Result<impl Iterator<Item = u64> + use<>, Problem> {
-    if !gpa.is_multiple_of(PAGE_SIZE) {
-        let found = format!("address {gpa:#x}");
-        return Err(Problem::new(header.offset, Rule::PageAlignment, found));
-    }
-    let end = gpa.checked_add(bytes).ok_or_else(|| {
-        let found = format!("{bytes:#x} bytes from {gpa:#x} on");
-        Problem::new(header.offset, Rule::Wrap, found)
-    })?;
-    Ok((gpa..end).step_by(PAGE_SIZE as usize))
 }

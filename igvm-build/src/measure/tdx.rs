@@ -5,7 +5,6 @@ use protocols::addr::PAGE_SIZE;
 use protocols::measure::{Digest, Mrtd};
 
 use super::areas::Areas;
-use super::snp::pages;
 use super::{Explain, Step, bounded, contents, whole_page};
 use crate::error::Error;
 use crate::file::{Content, File, Problem, Rule};
@@ -24,7 +23,7 @@ pub fn mrtd(file: &File<'_>, explain: Explain<'_>) -> Result<Digest, Error> {
     let mut count = 0;
     let mut add = |offset, gpa, data: Option<&[u8]>| {
         count += 1;
-        bounded(count, Some(offset))?;
+        bounded(count)?;
         let page = data.map(whole_page);
         mrtd.add_page(gpa, page.as_ref());
         explain(&Step {
@@ -42,7 +41,7 @@ pub fn mrtd(file: &File<'_>, explain: Explain<'_>) -> Result<Digest, Error> {
             Content::Parameter(parameter) => areas.write(header, parameter)?,
             Content::Insert(insert) => {
                 let bytes = areas.insert(header, insert.parameter_area_index)?;
-                for gpa in pages(header, insert.gpa, bytes)? {
+                for gpa in header.range(insert.gpa, bytes)?.step_by(PAGE_SIZE as usize) {
                     add(header.offset, gpa, None)?;
                 }
             }
@@ -50,7 +49,7 @@ pub fn mrtd(file: &File<'_>, explain: Explain<'_>) -> Result<Digest, Error> {
             Content::Page(page) if page.flags.shared() => {}
             Content::Page(page) => {
                 let data = file.page_data(header, page)?.unwrap_or_default();
-                let _ = pages(header, page.gpa, PAGE_SIZE)?;
+                header.range(page.gpa, PAGE_SIZE)?;
                 let measured = !page.flags.unmeasured();
                 add(header.offset, page.gpa, measured.then_some(data))?;
             }

@@ -196,6 +196,10 @@ impl Domain for Below {
         module::vmcall(registers)
     }
 
+    fn report_fatal_error(&self, operands: [u64; 2], text: [u64; 8]) {
+        module::report_fatal_error(operands, text);
+    }
+
     fn read(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), Unreachable> {
         guest_map::address(gpa, bytes.len() as u64)
             .and_then(|address| access::copy_in(address, bytes))

@@ -11,6 +11,7 @@ use protocols::addr::Gpa;
 use protocols::tdx::l2::{Exit, Flush, enter_operand};
 use protocols::tdx::metadata::FieldId;
 use protocols::tdx::ve::{ExitReason, VeInfo};
+use protocols::tdx::vmcall::SubFunction;
 use protocols::tdx::vmcall::register::COUNT;
 use protocols::tdx::{L2Vm, Leaf, Status};
 
@@ -76,6 +77,39 @@ pub fn vmcall(registers: HostRegisters) -> Result<HostRegisters, Status> {
     match Status::of(rax) {
         Status::SUCCESS => Ok([r10, r11, r12, r13, r14, r15]),
         status => Err(status),
+    }
+}
+
+/// ReportFatalError with R12, R13 and a text of 64 bytes, in the order of
+/// [`FATAL_ERROR_TEXT`](protocols::tdx::vmcall::FATAL_ERROR_TEXT). Returns if the host goes on all the same.
+pub fn report_fatal_error([r12, r13]: [u64; 2], text: [u64; 8]) {
+    /// RDX, RBX, RSI, RDI and R8 to R15 are passed.
+    const ALL: u64 = 0xFFCC;
+    const { assert!(Leaf::VP_VMCALL.0 == 0) };
+    let [r14, r15, rbx, rdi, rsi, r8, r9, rdx] = text;
+    // SAFETY: nothing comes back but registers, which are named; RBX, which the compiler keeps, is put
+    // back from the stack.
+    unsafe {
+        asm!(
+            "push rbx",
+            "mov rbx, rax",
+            "xor eax, eax",
+            ".byte 0x66, 0x0F, 0x01, 0xCC",
+            "pop rbx",
+            inout("rax") rbx => _,
+            inout("rcx") ALL => _,
+            inout("rdx") rdx => _,
+            inout("rsi") rsi => _,
+            inout("rdi") rdi => _,
+            inout("r8") r8 => _,
+            inout("r9") r9 => _,
+            inout("r10") 0_u64 => _,
+            inout("r11") SubFunction::REPORT_FATAL_ERROR.0 => _,
+            inout("r12") r12 => _,
+            inout("r13") r13 => _,
+            inout("r14") r14 => _,
+            inout("r15") r15 => _,
+        );
     }
 }
 

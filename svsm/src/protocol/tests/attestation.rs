@@ -521,8 +521,8 @@ fn i4_a_buffer_that_is_given_away_meanwhile_is_not_written_to() {
                 let page = Frame::containing(gpa);
                 let act = || {
                     if lend {
-                        let taken = world.engine.take(page, Role::Vmsa).unwrap();
-                        core::mem::forget(taken);
+                        // It is never given back.
+                        let _taken = world.engine.take(page, Role::Vmsa).unwrap();
                     } else {
                         let done = world.engine.rescind(Block::page(page), OnNoChange::Fail);
                         world.engine.flush(done.unwrap().flush.unwrap()).unwrap();

@@ -105,6 +105,10 @@ pub trait Domain {
     /// The module's status.
     fn ask_host(&self, registers: HostRegisters) -> Result<HostRegisters, Status>;
 
+    /// ReportFatalError: R12, R13, and the text in the order of its registers. A host that goes on has
+    /// not ended the trust domain.
+    fn report_fatal_error(&self, operands: [u64; 2], text: [u64; 8]);
+
     /// Reads accepted memory of the guest.
     ///
     /// # Errors

@@ -77,6 +77,7 @@ impl Backend for &Sept {
 /// Module, host and memory: what was asked of the host, and what it says.
 struct Model<H = fn()> {
     asked: RefCell<Vec<HostRegisters>>,
+    fatal: RefCell<Vec<([u64; 2], [u64; 8])>>,
     /// R10 and R11 of its answers.
     answer: (HostStatus, u64),
     mapping: Mapping,
@@ -88,6 +89,7 @@ impl Default for Model {
     fn default() -> Self {
         Self {
             asked: RefCell::default(),
+            fatal: RefCell::default(),
             answer: (HostStatus::SUCCESS, 0),
             mapping: Mapping {
                 level: 0,
@@ -129,6 +131,9 @@ impl<H: Fn()> Domain for &Model<H> {
         let [_, _, rest @ ..] = registers;
         let [r12, r13, r14, r15] = rest;
         Ok([self.answer.0.0, self.answer.1, r12, r13, r14, r15])
+    }
+    fn report_fatal_error(&self, operands: [u64; 2], text: [u64; 8]) {
+        self.fatal.borrow_mut().push((operands, text));
     }
     fn read(&self, _: Gpa, _: &mut [u8]) -> Result<(), Unreachable> {
         Ok(())
@@ -343,6 +348,7 @@ fn what_is_on_its_way_to_the_host_is_nobodys() {
         let answers = RefCell::new(Vec::new());
         let racing = Model {
             asked: RefCell::default(),
+            fatal: RefCell::default(),
             answer: quiet.answer,
             mapping: quiet.mapping,
             meanwhile: || {
@@ -461,6 +467,31 @@ fn a_host_that_does_not_convert_ends_the_machine() {
     with(&sept, &model, Touch::FAULT, |service, vp| {
         let answer = ask(service, vp, SubFunction::MAP_GPA, [0x1000, 0x1000]);
         assert_eq!(answer, Ok((HostStatus::GPA_IN_USE, 0x1000)));
+    });
+}
+
+/// All 64 bytes of the text, in their order, of what is passed.
+#[test]
+fn a_fatal_error_is_told_with_its_whole_text() {
+    let (sept, model) = (Sept::default(), Model::default());
+    with(&sept, &model, Touch::FAULT, |service, vp| {
+        // All, then all but RSI and R8.
+        for passed in [0xFFCC, 0xFFCC & !(1 << 6 | 1 << 8)] {
+            let mut registers: [(usize, u64); 16] =
+                core::array::from_fn(|register| (register, 0x100 + register as u64));
+            registers[RAX].1 = 0;
+            registers[RCX].1 = passed;
+            registers[R10].1 = 0;
+            registers[R11].1 = SubFunction::REPORT_FATAL_ERROR.0;
+            assert_eq!(tdcall(service, vp, &registers), Next::Resume);
+        }
+        let told = model.fatal.borrow();
+        let operands = [0x10C, 0x10D];
+        let text = [0x10E, 0x10F, 0x103, 0x107, 0x106, 0x108, 0x109, 0x102];
+        assert_eq!(told[0], (operands, text));
+        let text = [0x10E, 0x10F, 0x103, 0x107, 0, 0, 0x109, 0x102];
+        assert_eq!(told[1], (operands, text));
+        assert!(model.asked.borrow().is_empty());
     });
 }
 

@@ -7,7 +7,7 @@
 
 use accept::Backend;
 use protocols::tdx::vmcall::register::{R10, R11, R12, R13, R14, R15, RAX, RCX};
-use protocols::tdx::vmcall::{PASSABLE, Status as HostStatus, SubFunction};
+use protocols::tdx::vmcall::{FATAL_ERROR_TEXT, PASSABLE, Status as HostStatus, SubFunction};
 use protocols::tdx::{Operand, Status};
 use protocols::terminate::TurnstileReason;
 
@@ -61,14 +61,21 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 | SubFunction::WRMSR
                 | SubFunction::MMIO
                 | SubFunction::GET_TD_VMCALL_INFO
-                | SubFunction::GET_QUOTE
-                | SubFunction::REPORT_FATAL_ERROR => match self.domain.ask_host(request) {
+                | SubFunction::GET_QUOTE => match self.domain.ask_host(request) {
                     Ok(registers) => {
                         answer = registers;
                         note_spurious_vector(vp, request, answer);
                     }
                     Err(_) => return Next::End(TurnstileReason::TD_VMCALL),
                 },
+                SubFunction::REPORT_FATAL_ERROR => {
+                    let text = FATAL_ERROR_TEXT.map(|register| match is_passed(register) {
+                        true => vp.gprs()[register],
+                        false => 0,
+                    });
+                    // If the host goes on, the guest has to see for itself that it does not.
+                    self.domain.report_fatal_error([r12, r13], text);
+                }
                 _ => answer[0] = HostStatus::SUBFUNCTION_UNSUPPORTED.0,
             }
         }
