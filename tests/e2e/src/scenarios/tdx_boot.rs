@@ -56,8 +56,9 @@ impl Row {
         backing: Backing::Large,
         vcpus: 2,
     };
-    /// Those that judge the paravisor every day: both kernels, one processor and more. On small pages
-    /// OVMF accepts all memory below 4 GiB one by one, which takes minutes; there `tdx_l2/4k` judges.
+    /// Those that judge the paravisor every day: both kernels. On small pages OVMF accepts all memory
+    /// below 4 GiB one by one, which takes minutes; there `tdx_l2/4k` judges. With two processors a
+    /// boot was seen to stall (docs/known-limits.md): that is for `--full` until it is understood.
     const DAILY_L2: [Row; 2] = [
         Row {
             kernel: Kernel::Cloud6_12,
@@ -67,7 +68,7 @@ impl Row {
         Row {
             kernel: Kernel::Cloud7_2,
             backing: Backing::Large,
-            vcpus: 2,
+            vcpus: 1,
         },
     ];
 }
