@@ -13,7 +13,7 @@ use protocols::report::Outcome;
 
 use crate::image::{Item, Recipe};
 use crate::scenario::{BOOT_LIMIT, Context, Findings, Scenario};
-use crate::vm::Settings;
+use crate::vm::{Backing, Settings};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![Scenario::new("image/uki", uki).with_uki()]
@@ -37,8 +37,13 @@ fn uki(context: &Context) -> Result<Findings> {
         acceptance: Acceptance::LAZY,
     }
     .write_with(&items, &image)?;
+    // Large pages, for the time: what the firmware is handed is the same with small ones.
+    let settings = Settings {
+        backing: Backing::Large,
+        ..Settings::default()
+    };
     let finished = context
-        .machine(image, &sidecar, Settings::default())
+        .machine(image, &sidecar, settings)
         .run(BOOT_LIMIT, |_| {})?;
 
     let mut findings = Findings::default();

@@ -55,10 +55,29 @@ fn tell(lie: Hostile, entries: &mut Vec<MemoryMapEntry>, own: &Range<u64>, room:
                 last.page_count = u64::MAX;
             }
         }
-        Hostile::MapUnsorted => entries.reverse(),
+        // Backwards, the last page by itself: there may be one range alone.
+        Hostile::MapUnsorted => {
+            split_last_page(entries);
+            entries.reverse();
+        }
         Hostile::MapMany => fill_up(entries, room / size_of::<MemoryMapEntry>()),
         Hostile::MapOwnMissing => cut_out(entries, own),
         _ => {}
+    }
+}
+
+/// Makes the last page of the last range an entry of its own, if that is not all of it.
+fn split_last_page(entries: &mut Vec<MemoryMapEntry>) {
+    if let Some(last) = entries.last_mut()
+        && last.page_count > 1
+    {
+        last.page_count -= 1;
+        let page = MemoryMapEntry {
+            page_start: last.page_start + last.page_count,
+            page_count: 1,
+            ..*last
+        };
+        entries.push(page);
     }
 }
 
@@ -113,13 +132,18 @@ mod tests {
 
     /// (start, pages) of every entry.
     fn map(settings: &str) -> Vec<(u64, u64)> {
-        let settings = Settings::parse(settings).unwrap();
-        let mut layout = Layout::new();
-        for (gpa, bytes) in [
+        let ram = [
             (0, 0xA_0000),
             (1 << 32, 0x8000_0000),
             (0x10_0000, 0x6FF0_0000),
-        ] {
+        ];
+        map_of(&ram, settings)
+    }
+
+    fn map_of(ram: &[(u64, u64)], settings: &str) -> Vec<(u64, u64)> {
+        let settings = Settings::parse(settings).unwrap();
+        let mut layout = Layout::new();
+        for &(gpa, bytes) in ram {
             layout.add_ram(Gpa::new(gpa), bytes).unwrap();
         }
         layout
@@ -148,6 +172,9 @@ mod tests {
         let (start, pages) = map("hostile=map-wrap")[2];
         assert!(start.checked_add(pages).is_none());
         assert!(!map("hostile=map-unsorted").is_sorted());
+        // One range alone, as trust domains have it, cannot be in a wrong order as it is.
+        let single = map_of(&[(0, 0x6000_0000)], "hostile=map-unsorted");
+        assert_eq!(single, [(0x5_FFFF, 1), (0, 0x5_FFFF)]);
         let many = map("hostile=map-many");
         assert_eq!(many.len(), ROOM / size_of::<MemoryMapEntry>());
         let pages = |map: &[(u64, u64)]| map.iter().map(|entry| entry.1).sum::<u64>();
