@@ -17,7 +17,7 @@ use crate::block::{Block, PageSize};
 use crate::engine::{Done, Engine, Error, Held, OnNoChange};
 
 /// Requests to accept, one after the other. The region of the last small page stays locked until
-/// another region's turn comes, or until [`Accepting::engine`] or the end of the list.
+/// another region's turn comes, or until [`Accepting::release`] or the end of the list.
 ///
 /// While a list is under way its vCPU uses the engine through the list only: any other call could
 /// wait, in vain and then be told [`Error::Busy`], for the lock that the list holds.
@@ -85,9 +85,14 @@ impl<'e, 'm, B: Backend> Accepting<'e, 'm, B> {
         result
     }
 
+    /// Gives the lock up: before anything that could take a lock, or wait, by another way than this.
+    pub fn release(&mut self) {
+        self.kept = None;
+    }
+
     /// The engine, for any other call: no lock is held.
     pub fn engine(&mut self) -> &'e Engine<'m, B> {
-        self.kept = None;
+        self.release();
         self.engine
     }
 }

@@ -49,6 +49,11 @@ impl<'a, B: Backend, M: GuestMemory> ArgumentPage<'a, B, M> {
         }
     }
 
+    /// Whether an access takes a lock of the engine: its caller must hold none.
+    pub(super) const fn takes_lock(&self) -> bool {
+        !self.own_area
+    }
+
     /// Reads the word at `offset` in the page, once.
     pub(super) fn read_u64(&self, offset: u64) -> Result<u64, Stop> {
         self.access(|| self.memory.read_u64(self.gpa(offset)))
@@ -89,7 +94,7 @@ impl<'a, B: Backend, M: GuestMemory> ArgumentPage<'a, B, M> {
     }
 
     fn access<T>(&self, access: impl FnOnce() -> Result<T, Unreachable>) -> Result<T, Stop> {
-        if self.own_area {
+        if !self.takes_lock() {
             return access().map_err(|Unreachable| LOST);
         }
         self.engine

@@ -149,6 +149,9 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
     fn work_off(&self, list: &List<'_, B, M>, progress: &mut Progress) -> Result<(), Stop> {
         let mut accepting = self.engine.accepting();
         while progress.next < list.entries {
+            if list.page.takes_lock() {
+                accepting.release();
+            }
             let done = list.entry(progress.next).and_then(|entry| {
                 let mut request = entry.decode().map_err(malformed)?;
                 // To be in that state already is no mistake of an entry that put it there. What

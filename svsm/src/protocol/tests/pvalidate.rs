@@ -451,3 +451,24 @@ fn i8_a_large_entry_does_not_exceed_what_is_left_of_the_budget() {
         assert_eq!(world.pvalidate_again(LIST), (ResultCode::SUCCESS, 17));
     });
 }
+
+/// I12: the entries of a list in the guest's own page are read under the lock of that page, so no other
+/// lock may stay held from one entry to the next, and least of all the same one.
+#[test]
+fn i12_a_list_is_read_while_no_region_is_held() {
+    in_world(|world| {
+        // The list's own region, and all others, among them regions that share its lock.
+        let own = [0x15_0000, 0x15_1000, 0x15_2000];
+        let others = (1..super::model::REGIONS - 1).flat_map(|region| {
+            let first = region << 21;
+            [first, first + 0x1000]
+        });
+        let entries: Vec<u64> = own.into_iter().chain(others).map(validate_4k).collect();
+        let count = u16::try_from(entries.len()).unwrap();
+        let answer = world.pvalidate_at(GUEST, 0, &entries);
+        assert_eq!(answer, (ResultCode::SUCCESS, count));
+        let counters = world.engine.counters();
+        assert_eq!((counters.busy, counters.contended), (0, 0));
+        assert_eq!(counters.accepted_4k, u64::from(count));
+    });
+}
