@@ -16,11 +16,13 @@
 //! "Not slower" is judged by a control: the second baseline is measured twice in each round, and its
 //! times are compared with each other as the engine's are with a baseline's. How far these ratios
 //! scatter tells how far a median of so many rounds may lie from the truth ([`error_of_median`]); the
-//! engine's may be below 1.00 by twice that.
+//! engine's may be below 1.00 by [`ERRORS`] times that.
 //!
-//! What no round can show: where the program's pages lie in the computer's memory. The same program
-//! was seen to lose a quarter of its speed for as long as one copy of it lay in the page cache, and
-//! the engine alone; another copy did not. Who finds such a figure copies the program and asks again.
+//! Where a candidate's variables lie is part of the noise, too. A load waits for a store before it to an
+//! address with the same low 12 bits, and behind the fill of a page there are stores to all of them under
+//! way: with its stack a few lines higher or lower the same program was 2 % slower or faster, and once a
+//! quarter. So each timing has its stacks at another place within a page ([`lower`]), and over
+//! [`PLACES`] rounds each candidate has been at all of them.
 //!
 //! With two threads the best time of a candidate with locks may be that of a round in which they
 //! did not run at the same time.
@@ -70,6 +72,9 @@ impl Memory {
         self.blocks.len() * self.size.bytes() as usize / UNIT
     }
 
+    /// The same instructions for all candidates: a copy for one of them, elsewhere in the program, was seen
+    /// to be a quarter slower or faster.
+    #[inline(never)]
     fn fill(&self, block: Block) {
         assert_eq!(block.size(), self.size);
         let index = block.first().number() / self.size.pages();
@@ -272,8 +277,25 @@ fn pin(thread: usize) {
     let _ = sched_setaffinity(None, &processors);
 }
 
-/// The time that the threads need for their blocks: that of the slowest.
-fn time(candidate: &dyn Candidate, memory: &Memory, work: &[Vec<Block>]) -> Duration {
+/// Lines of a page at which a stack can begin.
+const PLACES: usize = 64;
+
+/// Does `work` with the stack about `lines` cache lines further down.
+#[inline(never)]
+fn lower<T>(lines: usize, work: &mut dyn FnMut() -> T) -> T {
+    let mut line = [0_u8; 64];
+    black_box(&mut line);
+    let result = match lines.checked_sub(1) {
+        Some(rest) => lower(rest, work),
+        None => work(),
+    };
+    // Behind the call, so that it is not the last thing done and the frame stays.
+    black_box(&mut line);
+    result
+}
+
+/// The time that the threads need for their blocks, with their stacks at a place: that of the slowest.
+fn time(candidate: &dyn Candidate, memory: &Memory, work: &[Vec<Block>], place: usize) -> Duration {
     let start = Barrier::new(work.len());
     thread::scope(|scope| {
         let threads: Vec<_> = work
@@ -284,9 +306,11 @@ fn time(candidate: &dyn Candidate, memory: &Memory, work: &[Vec<Block>]) -> Dura
                 scope.spawn(move || {
                     pin(thread);
                     start.wait();
-                    let begun = thread_time();
-                    candidate.accept_all(memory, blocks);
-                    thread_time() - begun
+                    lower(place, &mut || {
+                        let begun = thread_time();
+                        candidate.accept_all(memory, blocks);
+                        thread_time() - begun
+                    })
                 })
             })
             .collect();
@@ -298,7 +322,7 @@ fn time(candidate: &dyn Candidate, memory: &Memory, work: &[Vec<Block>]) -> Dura
 }
 
 /// One round of the engine on new state.
-fn time_engine(memory: &Memory, work: &[Vec<Block>]) -> Duration {
+fn time_engine(memory: &Memory, work: &[Vec<Block>], place: usize) -> Duration {
     let units = memory.units();
     let states: Vec<Region> = (0..units).map(|_| Region::new()).collect();
     let ranges = [Range::try_new(Frame::containing(0), units as u64 * 512, &states).unwrap()];
@@ -308,37 +332,40 @@ fn time_engine(memory: &Memory, work: &[Vec<Block>]) -> Duration {
     let map = Map::try_new(&ranges).unwrap();
     let locks = RegionLocks::try_new(&locks).unwrap();
     let engine = Engine::new(Scrubber(memory), map, locks);
-    time(&Turnstile(engine), memory, work)
+    time(&Turnstile(engine), memory, work, place)
 }
 
 /// What is compared, in the order of [`round`]'s times.
 const CANDIDATES: usize = 5;
 
-/// The times of the fill, the engine, the two baselines, and the second of them again, measured in an order that starts with
-/// another one each round.
+/// The times of the fill, the engine, the two baselines, and the second of them again, measured in an
+/// order that starts with another one each round.
 fn round(
     memory: &Memory,
     work: &[Vec<Block>],
     raw: &[Vec<Block>],
-    first: usize,
+    number: usize,
 ) -> [f64; CANDIDATES] {
     let units = memory.units();
     let mut times = [0.0; CANDIDATES];
     for turn in 0..CANDIDATES {
-        let which = (first + turn) % CANDIDATES;
-        let taken = match which {
-            0 => time(&Raw, memory, raw),
-            1 => time_engine(memory, work),
-            2 => time(
-                &GlobalLock(ByteLock::default(), Bitmap::new(units)),
-                memory,
-                work,
-            ),
+        let which = (number + turn) % CANDIDATES;
+        // Both factors have no divisor in common with the number of places.
+        let place = (number * CANDIDATES + which) * 37 % PLACES;
+        // What the threads share is on this stack.
+        let taken = lower(place, &mut || match which {
+            0 => time(&Raw, memory, raw, place),
+            1 => time_engine(memory, work, place),
+            2 => {
+                let baseline = GlobalLock(ByteLock::default(), Bitmap::new(units));
+                time(&baseline, memory, work, place)
+            }
             _ => {
                 let locks = std::array::from_fn(|_| ByteLock::default());
-                time(&AdjacentLocks(locks, Bitmap::new(units)), memory, work)
+                let baseline = AdjacentLocks(locks, Bitmap::new(units));
+                time(&baseline, memory, work, place)
             }
-        };
+        });
         times[which] = taken.as_secs_f64();
     }
     times
@@ -351,6 +378,10 @@ fn error_of_median(values: &[f64]) -> f64 {
     1.2533 * deviation / (values.len() as f64).sqrt()
 }
 
+/// By how many standard errors a median may be on the wrong side: with two, one of the twenty comparisons
+/// would be by chance.
+const ERRORS: f64 = 3.0;
+
 /// The least that has to be left of the memory's speed, on blocks that nobody else asks for.
 const DISJOINT_SHARE: f64 = 0.95;
 
@@ -358,7 +389,7 @@ fn main() {
     let number = |name: &str, default: usize| {
         option(name).map_or(default, |text| text.parse().expect("a number"))
     };
-    let (mib, rounds) = (number("--memory", 64), number("--rounds", 41));
+    let (mib, rounds) = (number("--memory", 64), number("--rounds", 2 * PLACES));
     let threads = option("--threads").unwrap_or_else(|| "1,2".into());
     let units = mib / 2;
     let only = option("--only").unwrap_or_default();
@@ -392,7 +423,7 @@ fn main() {
                 _ => Limit::None,
             };
             let control = ratios(4, 3);
-            let limit_of_noise = 1.0 - 2.0 * error_of_median(&control);
+            let limit_of_noise = 1.0 - ERRORS * error_of_median(&control);
             let limit_of_noise = (limit_of_noise * 1e4).round() / 1e4;
             figure(&label("control"), median(&control), "ratio", Limit::None);
             for (other, what) in [(0, "share of fill"), (2, "one lock"), (3, "64 locks")] {

@@ -183,18 +183,18 @@ impl<B: Backend> Engine<'_, B> {
         ready: Option<&PageSet>,
     ) -> Result<Done, Error> {
         let done = self.bring_in(held, fresh, ready, For::Guest)?;
-        let page = PageSize::Size4K.bytes();
         match block.size() {
             PageSize::Size4K => held.tally().accepted_4k.add(1),
             PageSize::Size2M => {
+                let page = PageSize::Size4K.bytes();
                 held.tally().accepted_2m.add(1);
                 held.tally()
                     .accepted_2m_bytes
-                    .add(done.changed_pages * page);
+                    .add(u64::from(done.changed_pages) * page);
             }
         }
         if let Some(ready) = ready {
-            held.tally().claimed_bytes.add(ready.len() * page);
+            held.tally().claimed_bytes.add(ready.bytes());
         }
         Ok(done)
     }
@@ -234,17 +234,17 @@ impl<B: Backend> Engine<'_, B> {
             return Err(held.error(Operation::Scrub, stopped));
         }
 
-        let scrubbed_bytes = fresh.len() * PageSize::Size4K.bytes();
         match (destination, ready) {
             (For::Paravisor(state), _) => {
                 held.record(fresh, state);
-                if state == PageState::Ahead {
-                    tally.prepared_bytes.add(scrubbed_bytes);
-                }
-                Ok(Done {
-                    scrubbed_bytes,
+                let done = Done {
+                    scrubbed_pages: fresh.len(),
                     changed_pages: fresh.len(),
-                })
+                };
+                if state == PageState::Ahead {
+                    tally.prepared_bytes.add(done.scrubbed_bytes());
+                }
+                Ok(done)
             }
             (For::Guest, None) => self.hand_over(held, fresh, fresh, grain),
             (For::Guest, Some(ready)) => {
@@ -283,7 +283,7 @@ impl<B: Backend> Engine<'_, B> {
         }
         held.record(all, PageState::Accepted);
         Ok(Done {
-            scrubbed_bytes: fresh.len() * PageSize::Size4K.bytes(),
+            scrubbed_pages: fresh.len(),
             changed_pages: all.len(),
         })
     }

@@ -119,7 +119,7 @@ impl<B: Backend> Engine<'_, B> {
             Some(Err(error)) => Err(error),
         };
         let used = match done {
-            Ok(Step::Done(done)) => done.scrubbed_bytes,
+            Ok(Step::Done(done)) => done.scrubbed_bytes(),
             Ok(Step::Over) | Err(_) => 0,
         };
         let unused = PageSize::Size2M.bytes() - used;

@@ -33,20 +33,29 @@ pub enum OnNoChange {
     Ignore,
 }
 
-/// What a finished request has done.
+/// What a finished request has done. Numbers of a block's pages, 512 at most: so small that a result comes
+/// back in a register, and not in memory behind the stores that have just filled a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Done {
-    /// Bytes that were filled with zeros: the measure of the work.
-    pub scrubbed_bytes: u64,
-    /// Pages that changed hands.
-    pub changed_pages: u64,
+    /// Pages of 4 KiB that were filled with zeros: the measure of the work.
+    pub scrubbed_pages: u16,
+    /// Pages of 4 KiB that changed hands.
+    pub changed_pages: u16,
 }
+
+const _: () = assert!(size_of::<Option<Result<Done, Error>>>() <= size_of::<u64>());
 
 impl Done {
     pub(crate) const NOTHING: Self = Self {
-        scrubbed_bytes: 0,
+        scrubbed_pages: 0,
         changed_pages: 0,
     };
+
+    /// What was filled with zeros, in bytes.
+    #[must_use]
+    pub fn scrubbed_bytes(self) -> u64 {
+        u64::from(self.scrubbed_pages) * PageSize::Size4K.bytes()
+    }
 }
 
 /// What a finished rescind has done, and what it still owes.
@@ -54,7 +63,7 @@ impl Done {
 #[must_use = "a flush may be owed"]
 pub struct Rescinded {
     /// Pages that left.
-    pub changed_pages: u64,
+    pub changed_pages: u16,
     /// The flush that is owed before the guest is answered, if a page left.
     pub flush: Option<FlushOwed>,
 }

@@ -78,7 +78,7 @@
 //!
 //! let block = Block::try_new(Frame::containing(0x20_0000), PageSize::Size2M).unwrap();
 //! let done = engine.accept(block, OnNoChange::Fail).unwrap();
-//! assert_eq!(done.scrubbed_bytes, 2 << 20);
+//! assert_eq!(done.scrubbed_bytes(), 2 << 20);
 //! assert!(engine.accept(block, OnNoChange::Fail).is_err(), "never twice");
 //! ```
 

@@ -5,7 +5,7 @@
 //! [`Engine::adopt`] make: the map does not know who owns an Owned page.
 
 use crate::backend::{Backend, Operation, Trouble};
-use crate::block::{Block, Frame, PageSize};
+use crate::block::{Block, Frame};
 use crate::engine::{Engine, Error, Held};
 use crate::pages::{PageSet, PageState};
 use crate::sweep::{Grain, Stopped, sweep};
@@ -160,7 +160,7 @@ impl<B: Backend> Engine<'_, B> {
         page: &PageSet,
         instruction: impl Fn(Block) -> Result<(), F>,
     ) -> Option<Stopped> {
-        debug_assert_eq!(page.len(), PageSize::Size4K.pages());
+        debug_assert_eq!(page.len(), 1);
         sweep(
             held.region(),
             page,

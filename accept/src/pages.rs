@@ -289,15 +289,20 @@ impl PageSet {
     }
 
     /// The number of pages.
-    pub(crate) fn len(&self) -> u64 {
+    pub(crate) fn len(&self) -> u16 {
         if self.is_full() {
             // The usual case, where counting would cost more than all else.
-            return PAGES_PER_REGION as u64;
+            return PAGES_PER_REGION as u16;
         }
         self.touched
             .indices()
-            .map(|index| u64::from(self.words[index].count_ones()))
+            .map(|index| self.words[index].count_ones() as u16)
             .sum()
+    }
+
+    /// How much memory they are.
+    pub(crate) fn bytes(&self) -> u64 {
+        u64::from(self.len()) * PageSize::Size4K.bytes()
     }
 
     /// The pages in `self` or `other`.

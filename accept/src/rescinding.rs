@@ -123,7 +123,7 @@ impl<B: Backend> Engine<'_, B> {
 
         held.record(&all, PageState::Unaccepted);
         Ok(Done {
-            scrubbed_bytes: 0,
+            scrubbed_pages: 0,
             changed_pages: all.len(),
         })
     }
@@ -187,7 +187,7 @@ pub(crate) fn count_rescinded(tally: &Tally, block: Block, leaving: &Leaving) {
         PageSize::Size4K => tally.rescinded_4k.add(1),
         PageSize::Size2M => tally.rescinded_2m.add(1),
     }
-    let bytes = leaving.accepted.len() * PageSize::Size4K.bytes();
+    let bytes = leaving.accepted.bytes();
     tally.rescinded_bytes.add(bytes);
 }
 

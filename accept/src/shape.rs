@@ -16,7 +16,7 @@ pub(crate) trait Pages {
     /// Whether it is all of them.
     fn is_full(&self) -> bool;
     /// The number of pages.
-    fn len(&self) -> u64;
+    fn len(&self) -> u16;
     /// The indices of the pages as runs without a gap, ascending.
     fn runs(&self) -> impl Iterator<Item = Range<usize>>;
     /// The same as a set.
@@ -35,7 +35,7 @@ impl Pages for OnePage {
     }
 
     #[inline]
-    fn len(&self) -> u64 {
+    fn len(&self) -> u16 {
         1
     }
 
@@ -65,8 +65,8 @@ impl Pages for WholeRegion {
     }
 
     #[inline]
-    fn len(&self) -> u64 {
-        PAGES_PER_REGION as u64
+    fn len(&self) -> u16 {
+        PAGES_PER_REGION as u16
     }
 
     #[inline]
@@ -90,7 +90,7 @@ impl Pages for PageSet {
         self.is_full()
     }
 
-    fn len(&self) -> u64 {
+    fn len(&self) -> u16 {
         self.len()
     }
 

@@ -11,7 +11,7 @@
 
 use crate::backend::Backend;
 use crate::block::{Block, Frame, PAGES_PER_REGION, PageSize};
-use crate::engine::{Done, Engine, Error, OnNoChange};
+use crate::engine::{Engine, Error, OnNoChange};
 use crate::pages::{PageSet, StateSets};
 
 /// The units from the lowest unaccepted one to the highest.
@@ -59,12 +59,13 @@ impl Piece {
 
 impl<B: Backend> Engine<'_, B> {
     /// Accepts the rest of every unit that is unaccepted in part, so that the bits of
-    /// [`Engine::unaccepted_bits`] tell the whole truth. For the time before the guest starts.
+    /// [`Engine::unaccepted_bits`] tell the whole truth. For the time before the guest starts. Returns how
+    /// many pages of 4 KiB changed hands.
     ///
     /// # Errors
     /// Those of [`Engine::accept`]. What was accepted until then stays accepted.
-    pub fn round_out(&self) -> Result<Done, Error> {
-        let mut sum = Done::NOTHING;
+    pub fn round_out(&self) -> Result<u64, Error> {
+        let mut changed_pages = 0;
         for piece in self.pieces() {
             let rest = piece.unaccepted();
             if rest.is_full() {
@@ -73,11 +74,10 @@ impl<B: Backend> Engine<'_, B> {
             for index in rest.indices() {
                 let page = Block::page(piece.first.at_index(index));
                 let done = self.accept(page, OnNoChange::Ignore)?;
-                sum.scrubbed_bytes += done.scrubbed_bytes;
-                sum.changed_pages += done.changed_pages;
+                changed_pages += u64::from(done.changed_pages);
             }
         }
-        Ok(sum)
+        Ok(changed_pages)
     }
 
     /// From the lowest to the highest unaccepted unit; none when everything is accepted.
@@ -142,7 +142,7 @@ impl<B: Backend> Engine<'_, B> {
     #[must_use]
     pub fn census(&self, regions: core::ops::Range<u64>) -> Census {
         let mut census = Census::default();
-        let bytes = |pages: &PageSet| pages.len() * PageSize::Size4K.bytes();
+        let bytes = |pages: &PageSet| pages.bytes();
         for piece in self.pieces_of(regions) {
             let states = &piece.states;
             census.ahead += bytes(&states.ahead);

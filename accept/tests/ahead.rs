@@ -26,7 +26,7 @@ fn with_memory<B: Backend>(backend: B, test: impl FnOnce(&Engine<'_, B>)) {
 fn walk_to_the_end<B: Backend>(engine: &Engine<'_, B>, walk: &Walk) -> u64 {
     let mut scrubbed = 0;
     while let Step::Done(done) = engine.prepare_next(walk).expect("a step") {
-        scrubbed += done.scrubbed_bytes;
+        scrubbed += done.scrubbed_bytes();
     }
     scrubbed
 }
@@ -54,7 +54,7 @@ fn a_walk_makes_all_memory_ready_and_a_claim_validates_nothing() {
 
         for block in [large(1), page(0), page(3 * 512 + 7)] {
             let done = engine.accept(block, OnNoChange::Fail).expect("claimed");
-            assert_eq!(done.scrubbed_bytes, 0);
+            assert_eq!(done.scrubbed_bytes(), 0);
         }
         assert!(validated(&model).is_empty(), "a claim has validated");
         assert_eq!(engine.counters().claimed_bytes, STEP + 2 * 4096);
@@ -82,7 +82,7 @@ fn a_walk_stops_at_its_budget_and_takes_what_others_left_of_it() {
         assert_eq!(
             engine.prepare_next(&walk),
             Ok(Step::Done(Done {
-                scrubbed_bytes: 0,
+                scrubbed_pages: 0,
                 changed_pages: 0
             }))
         );
@@ -237,7 +237,7 @@ fn i2_walkers_and_guest_at_once_never_validate_twice() {
             scope.spawn(|| {
                 for number in (0..REGIONS * 512).step_by(61) {
                     match engine.accept(page(number), OnNoChange::Fail) {
-                        Ok(done) if done.scrubbed_bytes == 0 => {
+                        Ok(done) if done.scrubbed_bytes() == 0 => {
                             claims.fetch_add(1, Ordering::Relaxed);
                         }
                         Ok(_) => {}
@@ -278,7 +278,7 @@ fn a_region_near_a_request_is_paid_from_the_walk_s_budget() {
         assert_eq!(
             done,
             Step::Done(Done {
-                scrubbed_bytes: STEP,
+                scrubbed_pages: 512,
                 changed_pages: 512
             })
         );
@@ -363,7 +363,7 @@ fn a_touch_takes_the_region_but_where_pages_were_given_back_one_page() {
         engine.prepare(large(3)).expect("ready");
         assert!(!validated(&model).is_empty());
         let done = engine.accept_around(frame(3 * 512)).expect("claimed");
-        assert_eq!((done.scrubbed_bytes, done.changed_pages), (0, 512));
+        assert_eq!((done.scrubbed_bytes(), done.changed_pages), (0, 512));
         assert!(validated(&model).is_empty());
     });
     model.assert_lawful();

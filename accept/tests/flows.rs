@@ -19,7 +19,7 @@ fn i3_accepting_validates_then_scrubs_then_grants() {
     let model = Model::new(2, true);
     with_engine(&model, 2, 1000, |engine| {
         let done = engine.accept(large(1), OnNoChange::Fail).expect("accepted");
-        assert_eq!((done.scrubbed_bytes, done.changed_pages), (2 << 20, 512));
+        assert_eq!((done.scrubbed_bytes(), done.changed_pages), (2 << 20, 512));
         assert_eq!(
             model.take_log(),
             [Operation::Validate, Operation::Scrub, Operation::Grant]
@@ -117,7 +117,7 @@ fn i2_a_second_accept_executes_nothing() {
             for block in [large(0), page(3)] {
                 assert_eq!(engine.accept(block, OnNoChange::Fail), Err(Error::NoChange));
                 let done = engine.accept(block, OnNoChange::Ignore).expect("ignored");
-                assert_eq!((done.changed_pages, done.scrubbed_bytes), (0, 0));
+                assert_eq!((done.changed_pages, done.scrubbed_bytes()), (0, 0));
             }
             assert_eq!(model.take_log(), []);
             assert_eq!(model.entry(3).content, Content::Guest, "contents are kept");
@@ -163,7 +163,10 @@ fn a_mixed_block_is_refused_or_completed_as_asked() {
         let done = engine
             .accept(large(0), OnNoChange::Ignore)
             .expect("completed");
-        assert_eq!((done.changed_pages, done.scrubbed_bytes), (511, 511 << 12));
+        assert_eq!(
+            (done.changed_pages, done.scrubbed_bytes()),
+            (511, 511 << 12)
+        );
         assert_eq!(
             model.entry(100).content,
             Content::Guest,
@@ -192,21 +195,24 @@ fn claiming_a_page_ahead_validates_nothing() {
     let model = Model::new(2, true);
     with_engine(&model, 2, 1000, |engine| {
         let done = engine.prepare(large(0)).expect("prepared");
-        assert_eq!(done.scrubbed_bytes, 2 << 20);
+        assert_eq!(done.scrubbed_bytes(), 2 << 20);
         assert_eq!(engine.state(frame(1)), Some(PageState::Ahead));
         model.assert_agrees(engine);
         model.take_log();
         let done = engine
             .accept(large(0), OnNoChange::Fail)
             .expect("new to the guest");
-        assert_eq!((done.scrubbed_bytes, done.changed_pages), (0, 512));
+        assert_eq!((done.scrubbed_bytes(), done.changed_pages), (0, 512));
         assert_eq!(model.take_log(), [Call::On(Operation::Grant, 0, LARGE)]);
         assert_eq!(engine.counters().claimed_bytes, 2 << 20);
 
         // Half ahead, half not: both become the guest's, each in its own way.
         engine.prepare(page(512 + 3)).expect("prepared");
         let done = engine.accept(large(1), OnNoChange::Fail).expect("accepted");
-        assert_eq!((done.scrubbed_bytes, done.changed_pages), (511 << 12, 512));
+        assert_eq!(
+            (done.scrubbed_bytes(), done.changed_pages),
+            (511 << 12, 512)
+        );
         model.assert_agrees(engine);
         model.assert_lawful();
         assert_eq!(

@@ -135,7 +135,7 @@ impl Ahead {
                 break;
             };
             match engine.prepare_near(&self.walk, Block::region_around(next)) {
-                Ok(Step::Done(done)) => work += done.scrubbed_bytes,
+                Ok(Step::Done(done)) => work += done.scrubbed_bytes(),
                 Err(Error::HostLied) => return Err(HostLied),
                 // No budget, no memory there, or an instruction failed: it was a favour.
                 Ok(Step::Over) | Err(_) => break,

@@ -87,7 +87,7 @@ fn what_was_given_back_is_not_made_ready_behind_the_guests_back() {
 fn the_last_region_of_a_walk_is_made_ready_once() {
     let step = |engine: &Guarded<'_>| engine.prepare_next(&engine.backend().shared.walk);
     let done = Step::Done(Done {
-        scrubbed_bytes: 2 << 20,
+        scrubbed_pages: 512,
         changed_pages: 512,
     });
     explore(

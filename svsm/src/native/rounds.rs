@@ -119,7 +119,7 @@ impl<B: Backend, M: Memory> Rounds<'_, '_, B, M> {
         let mut changed = 0;
         for block in self.blocks() {
             match self.engine.accept(block, OnNoChange::Fail) {
-                Ok(done) => changed += done.changed_pages,
+                Ok(done) => changed += u64::from(done.changed_pages),
                 Err(error) => return refused("accept", block, error),
             }
         }
@@ -150,7 +150,7 @@ impl<B: Backend, M: Memory> Rounds<'_, '_, B, M> {
         for block in self.blocks() {
             match self.engine.rescind(block, OnNoChange::Fail) {
                 Ok(rescinded) => {
-                    changed += rescinded.changed_pages;
+                    changed += u64::from(rescinded.changed_pages);
                     owed = rescinded.flush.or(owed);
                 }
                 Err(error) => return refused("rescind", block, error),

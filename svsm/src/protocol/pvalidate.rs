@@ -217,7 +217,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
                 rescinded.changed_pages
             }
         };
-        progress.work += changed_pages * PageSize::Size4K.bytes();
+        progress.work += u64::from(changed_pages) * PageSize::Size4K.bytes();
         if request.action == PvalidateAction::Validate && request.size == PageSize::Size2M {
             let room = WORK_BUDGET - progress.work;
             progress.work += self.ahead.prepare_behind(accepting.engine(), block, room)?;

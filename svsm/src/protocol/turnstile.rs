@@ -71,7 +71,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
                 return Err(ResultCode::INCOMPLETE.into());
             }
             match self.engine.accept(block, OnNoChange::Ignore) {
-                Ok(done) => work += (done.changed_pages * PAGE_SIZE).max(LOOK_COST),
+                Ok(done) => work += (u64::from(done.changed_pages) * PAGE_SIZE).max(LOOK_COST),
                 // BUSY says that nothing was done.
                 Err(accept::Error::Busy) if work > 0 => {
                     return Err(ResultCode::INCOMPLETE.into());
