@@ -8,7 +8,9 @@
 use anyhow::{Context, Result};
 use base64ct::{Base64, Encoding as _};
 
+use crate::guests::Kernel;
 use crate::initramfs::Extra;
+use crate::scenario;
 use crate::verify::Evidence;
 
 /// A module of the kernel.
@@ -70,13 +72,30 @@ pub fn module_path(module: &Module) -> String {
     format!("turnstile/{}", module.name)
 }
 
-/// The nonce as a file of the guest.
-pub fn nonce_file(nonce: &[u8; NONCE_SIZE]) -> Extra {
-    Extra {
+/// A nonce that nobody has seen.
+pub fn fresh_nonce() -> [u8; NONCE_SIZE] {
+    let mut nonce = [0; NONCE_SIZE];
+    rand_core::RngCore::fill_bytes(&mut rand_core::OsRng, &mut nonce);
+    nonce
+}
+
+/// The files that a guest needs for [`command`]: the modules of its kernel, for a scenario that said that it
+/// loads them, and the nonce.
+pub fn guest_files(
+    context: &scenario::Context,
+    kernel: Kernel,
+    nonce: &[u8; NONCE_SIZE],
+) -> Result<Vec<Extra>> {
+    let modules = context.artefacts.modules.get(&kernel);
+    let mut files = modules
+        .context("the kernel's modules were not fetched for this scenario")?
+        .clone();
+    files.push(Extra {
         name: NONCE.to_owned(),
         permissions: 0o644,
         data: nonce.to_vec(),
-    }
+    });
+    Ok(files)
 }
 
 /// The shell command that gathers the evidence. Whatever fails is told, and shows in what is missing.

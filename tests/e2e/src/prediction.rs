@@ -14,9 +14,12 @@ use igvm_build::measure::snp::launch_digest;
 use igvm_build::sidecar::hex;
 use igvm_build::target::Target;
 use protocols::measure::Digest;
+use protocols::svsm::attestation::ServicesManifest;
 
+use crate::attestation::{NONCE_SIZE, evidence};
+use crate::chip::Chip;
 use crate::scenario::Findings;
-use crate::verify::{ReportedIdentity, Verified};
+use crate::verify::{Evidence, ReportedIdentity, Verified};
 
 /// What the ID blocks here say.
 pub const IDENTITY: Identity = Identity {
@@ -52,6 +55,17 @@ impl Signers {
     }
 }
 
+/// Evidence that has been verified.
+#[derive(Clone, Debug)]
+pub struct Both {
+    /// On the paravisor.
+    pub services: Evidence,
+    /// Of the guest's own asking.
+    pub own: Evidence,
+    /// What the paravisor tells of itself.
+    pub manifest: ServicesManifest,
+}
+
 /// What reports must say.
 #[derive(Clone, Debug)]
 pub struct Prediction {
@@ -82,8 +96,36 @@ impl Prediction {
         })
     }
 
+    /// Verifies both reports in the guest's `output`, and demands of each that it says all of it. What has come
+    /// out of the guest, and the manifest of its paravisor.
+    pub fn demand_both(
+        &self,
+        findings: &mut Findings,
+        output: &str,
+        chip: &Chip,
+        nonce: &[u8; NONCE_SIZE],
+    ) -> Result<Both> {
+        let services = evidence(output, "services")?;
+        let (verified, manifest) = services.verify_services(chip, nonce)?;
+        self.demand(findings, "the paravisor's", &verified);
+        let own = evidence(output, "own")?;
+        let verified = own.verify(chip)?;
+        self.demand(findings, "the guest's own", &verified);
+        findings.equal("the guest's own report speaks for", verified.vmpl, 1);
+        findings.check(
+            "the guest's own report is about the nonce",
+            verified.report_data == *nonce,
+            || format!("{:x?}", verified.report_data),
+        );
+        Ok(Both {
+            services,
+            own,
+            manifest,
+        })
+    }
+
     /// Demands that the report says all of it.
-    pub fn demand(&self, findings: &mut Findings, whose: &str, verified: &Verified) {
+    fn demand(&self, findings: &mut Findings, whose: &str, verified: &Verified) {
         let Prediction {
             digest,
             policy,

@@ -9,7 +9,7 @@ use igvm_build::check::{self, check};
 use protocols::launch::{AcceptPolicy, Acceptance, Fault};
 use protocols::report::Outcome;
 
-use crate::attestation::{NONCE_SIZE, evidence};
+use crate::attestation::NONCE_SIZE;
 use crate::image::Recipe;
 use crate::prediction::{Prediction, Signers};
 use crate::scenario::{Context, Findings, GUEST_LIMIT, Scenario};
@@ -132,20 +132,12 @@ fn reported(
     let output = String::from_utf8_lossy(&finished.output).replace('\r', "");
     findings.equal("the guest's exit code", finished.report()?.code, 0);
 
-    let services = evidence(&output, "services")?;
-    let (verified, manifest) = services.verify_services(&context.artefacts.chip, &nonce)?;
-    prediction.demand(findings, "the paravisor's", &verified);
+    let chip = &context.artefacts.chip;
+    let both = prediction.demand_both(findings, &output, chip, &nonce)?;
     findings.equal(
-        "the policy of acceptance in its manifest",
-        AcceptPolicy(manifest.turnstile.policy),
+        "the policy of acceptance in the manifest",
+        AcceptPolicy(both.manifest.turnstile.policy),
         image.acceptance.policy,
-    );
-    let own = evidence(&output, "own")?.verify(&context.artefacts.chip)?;
-    prediction.demand(findings, "the guest's own", &own);
-    findings.equal(
-        "level and nonce of the guest's own report",
-        (own.vmpl, own.report_data),
-        (1, nonce),
     );
     Ok(())
 }
