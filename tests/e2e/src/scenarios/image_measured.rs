@@ -102,7 +102,7 @@ fn run(context: &Context, image: &Image) -> Result<Findings> {
     findings.equal("rules that the file breaks", broken, Vec::new());
     findings.equal("measured as built", &prediction.digest, &sidecar.digest);
     findings.measured(&finished, &sidecar);
-    let pages = finished.launch.as_ref().map(|launch| launch.pages.clone());
+    let pages = finished.launch.as_ref().map(|launch| launch.pages);
     let pages = pages.unwrap_or_default();
     findings.equal(
         "one VMSA, secrets and CPUID page",
