@@ -241,6 +241,13 @@ pub unsafe fn call(address: u64) -> Result<u64, Trap> {
     trap::result(value)
 }
 
+/// RDTSC.
+#[must_use]
+pub fn time_stamp() -> u64 {
+    // SAFETY: every processor here has it, and it changes nothing but its two registers.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
 /// Takes interrupts for a moment.
 pub fn open_interrupts() {
     // SAFETY: the handlers are installed; interrupts are off before and after.

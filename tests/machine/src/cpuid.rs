@@ -290,8 +290,9 @@ const TD_MAX_STANDARD: u32 = 0x21;
 const TD_MAX_EXTENDED: u32 = 0x8000_0008;
 /// Linear and physical address bits of a trust domain: the shared bit is one of an address.
 const TD_ADDRESS_BITS: u32 = LINEAR_BITS << 8 | crate::tdx::GPA_WIDTH;
-/// The module tells the TSC's frequency as a multiple of this crystal's.
-const TD_CRYSTAL_HZ: u32 = 25_000_000;
+/// The module tells the TSC's frequency as a multiple of this crystal's, which is the clock of the APIC's
+/// timer, too.
+pub const TD_CRYSTAL_HZ: u32 = 25_000_000;
 
 /// As [`guest_view`], for a trust domain: the same features under Intel's name.
 fn td_view(leaf: u32, subleaf: u32, native: Leaf, vcpus: u32, tsc_hz: u64) -> Leaf {

@@ -310,11 +310,18 @@ fn last_words(dir: &Path) {
         (&logs.second, 4),
         (&logs.machine, 4),
         (&logs.qemu, 4),
+        (&logs.state, 24),
     ] {
         let text = fs::read(log).map(|bytes| {
             let text = String::from_utf8_lossy(&bytes);
-            // QEMU always warns about the processor features that TCG leaves out.
-            let tells = |line: &&str| !line.contains("warning: TCG");
+            // QEMU always warns about the processor features that TCG leaves out. Of the processors'
+            // state a few lines say what they are at.
+            let tells = |line: &&str| match log == &logs.state {
+                true => ["RIP=", "ISR\t", "IRR\t", "PPR"]
+                    .iter()
+                    .any(|word| line.contains(word)),
+                false => !line.contains("warning: TCG"),
+            };
             text.lines()
                 .filter(tells)
                 .map(|line| format!("{line}\n"))

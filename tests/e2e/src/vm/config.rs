@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
@@ -256,6 +257,8 @@ pub struct Logs {
     pub second: PathBuf,
     /// What QEMU itself says.
     pub qemu: PathBuf,
+    /// What the processors were doing when the run's time was up.
+    pub state: PathBuf,
 }
 
 impl Logs {
@@ -266,14 +269,21 @@ impl Logs {
             console: dir.join("console.log"),
             second: dir.join("com2.log"),
             qemu: dir.join("qemu.log"),
+            state: dir.join("state.log"),
         }
     }
 
     /// Makes all of them, empty.
     pub(super) fn empty(&self) -> Result<()> {
-        [&self.machine, &self.console, &self.second, &self.qemu]
-            .into_iter()
-            .try_for_each(|log| write(log, ""))
+        [
+            &self.machine,
+            &self.console,
+            &self.second,
+            &self.qemu,
+            &self.state,
+        ]
+        .into_iter()
+        .try_for_each(|log| write(log, ""))
     }
 }
 
@@ -368,14 +378,17 @@ pub(super) fn hardware(
     qemu
 }
 
-/// Gives the guest its two serial ports, and QEMU's own words a file.
+/// Gives the guest its two serial ports, and files to QEMU's own words and, unless the monitor shares the
+/// terminal, to what the monitor says.
 pub(super) fn serial_ports(qemu: &mut Command, logs: &Logs, console: Console) -> Result<()> {
     qemu.arg("-chardev");
     match console {
         Console::File => {
             qemu.arg(option("file,id=console,path=", &logs.console))
-                .stdin(Stdio::null())
-                .stdout(Stdio::null());
+                .args(["-chardev", "stdio,id=monitor,signal=off"])
+                .args(["-mon", "chardev=monitor,mode=readline"])
+                .stdin(Stdio::piped())
+                .stdout(append_to(&logs.state)?);
         }
         Console::Terminal => {
             qemu.arg(option(
@@ -389,12 +402,15 @@ pub(super) fn serial_ports(qemu: &mut Command, logs: &Logs, console: Console) ->
     qemu.args(["-serial", "chardev:console", "-chardev"])
         .arg(option("file,id=second,path=", &logs.second))
         .args(["-serial", "chardev:second"]);
-    let own_words = std::fs::File::options()
-        .append(true)
-        .open(&logs.qemu)
-        .with_context(|| format!("{}: cannot be written", logs.qemu.display()))?;
-    qemu.stderr(own_words);
+    qemu.stderr(append_to(&logs.qemu)?);
     Ok(())
+}
+
+fn append_to(log: &Path) -> Result<File> {
+    File::options()
+        .append(true)
+        .open(log)
+        .with_context(|| format!("{}: cannot be written", log.display()))
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

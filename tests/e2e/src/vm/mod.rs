@@ -12,6 +12,7 @@ mod disk;
 mod exec;
 mod native;
 mod plain;
+mod state;
 mod tail;
 
 use std::path::{Path, PathBuf};
@@ -85,6 +86,7 @@ pub struct Running {
     /// Held while it runs.
     _core: Option<Core>,
     started: Instant,
+    vcpus: u32,
     machine: (Tail, Lines),
     console: (Tail, Lines),
     second: Tail,
@@ -142,7 +144,7 @@ impl Config {
             1 => Cores::All,
             _ => self.cores,
         };
-        Running::start(self.command()?, cores, &self.dir, firmware)
+        Running::start(self.command()?, self.vcpus, cores, &self.dir, firmware)
     }
 
     /// Runs the machine to its end, or until `limit` has passed, telling `watch` what happens.
@@ -166,9 +168,15 @@ fn present<'a>(files: impl IntoIterator<Item = (&'a Path, &'a str)>) -> Result<(
 }
 
 impl Running {
-    /// Starts `qemu` on `cores`; its logs are in `dir`. `firmware` tells whether a firmware writes to the
-    /// second serial port before the guest's command does.
-    fn start(mut qemu: Command, cores: Cores, dir: &Path, firmware: bool) -> Result<Running> {
+    /// Starts `qemu`, which has `vcpus` processors, on `cores`; its logs are in `dir`. `firmware` tells
+    /// whether a firmware writes to the second serial port before the guest's command does.
+    fn start(
+        mut qemu: Command,
+        vcpus: u32,
+        cores: Cores,
+        dir: &Path,
+        firmware: bool,
+    ) -> Result<Running> {
         let logs = Logs::within(dir);
         let started = match cores {
             Cores::One => spawn_on_one(&mut qemu).map(|(child, core)| (child, Some(core))),
@@ -184,6 +192,7 @@ impl Running {
             child,
             _core: core,
             started: Instant::now(),
+            vcpus,
             machine: (Tail::new(&logs.machine), Lines::default()),
             console: (Tail::new(&logs.console), Lines::default()),
             second: Tail::new(&logs.second),
@@ -219,6 +228,10 @@ impl Running {
             }
             if self.started.elapsed() > limit {
                 self.seen.timed_out = true;
+                if let Some(questions) = &mut self.child.stdin {
+                    let log = Logs::within(&self.seen.dir).state;
+                    state::ask(questions, &log, self.vcpus);
+                }
                 return Ok(self.finish());
             }
             sleep(POLL);

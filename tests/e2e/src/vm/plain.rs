@@ -44,6 +44,6 @@ impl Plain {
         qemu.arg("-bios").arg(&self.firmware);
         config::serial_ports(&mut qemu, &logs, Console::File)?;
         self.disk.attach(&mut qemu);
-        Running::start(qemu, Cores::All, &self.dir, true)?.watch(limit, watch)
+        Running::start(qemu, self.vcpus, Cores::All, &self.dir, true)?.watch(limit, watch)
     }
 }

@@ -34,11 +34,27 @@ pub fn enable_x2apic() {
     cpu::wrmsr(msr::APIC_BASE, base | cpu::APIC_ENABLED);
 }
 
+/// Task priority, processor priority, spurious vector with the switch, and the requested vectors in eight
+/// registers.
+const TPR: u32 = 0x808;
+const PPR: u32 = 0x80A;
+const SPURIOUS: u32 = 0x80F;
+const IRR: u32 = 0x820;
+
+/// Has the APIC of this CPU look again whether it has an interrupt for it. QEMU may forget that: VMRUN with
+/// a virtual interrupt changes the CPU's word of requests without a lock, and the request of an APIC that
+/// comes at that moment from another core is lost (docs/machine.md). Writing the priority makes it again.
+pub fn look_again() {
+    cpu::wrmsr(TPR, cpu::rdmsr(TPR));
+}
+
 /// Whether an interrupt waits in the APIC of this CPU that its processor priority lets through.
 pub fn is_interrupted() -> bool {
-    /// Processor priority, and the requested vectors in eight registers.
-    const PPR: u32 = 0x80A;
-    const IRR: u32 = 0x820;
+    const ON: u64 = 1 << 8;
+    // One that is off keeps what it has, and hands out nothing.
+    if cpu::rdmsr(SPURIOUS) & ON == 0 {
+        return false;
+    }
     let highest = (0..8_u32).rev().find_map(|index| {
         let word = cpu::rdmsr(IRR + index) as u32;
         word.checked_ilog2().map(|bit| index * 32 + bit)

@@ -26,6 +26,7 @@ use protocols::exit_code::ExitCode;
 use protocols::report::Event;
 use protocols::vmsa::Efer;
 
+use super::apic;
 use super::console;
 use super::l2;
 use super::memory::OwnPages;
@@ -459,6 +460,7 @@ impl Vcpu {
         };
         self.vmcb_mut().control.n_cr3 = root;
         self.injected = self.vmcb().control.event_inj;
+        let waits = virq::kept(self.vmcb().control.int_ctl) != 0;
         cpu::match_cr4(self.save().cr4);
         if !self.is_l2() {
             self.guard_cr8();
@@ -471,6 +473,9 @@ impl Vcpu {
         let ticks = unsafe { svm::vmrun(at, &mut self.registers) };
         svm::host_interrupts(false);
         smp::left_guest(self.id);
+        if waits {
+            apic::look_again();
+        }
         // QEMU may leave nested paging on (docs/machine.md): the first instruction after VMRUN
         // then faults in the guest's nested tables, and this second exit stores the machine's own
         // state over the guest's, which is lost. No guest has the machine's page tables.

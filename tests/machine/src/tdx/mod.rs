@@ -14,6 +14,7 @@
 //! | `report` | TDG.MR.RTMR.EXTEND, TDG.MR.REPORT |
 //! | [`l2`] | TD partitioning: the L2 VMs, their entry and exits |
 //! | `vmcall` | the host's answers to TDG.VP.VMCALL |
+//! | `timer` | the clock of the APIC's timer |
 //! | [`ve`] | which events become #VE, with what information |
 //! | [`measure`] | the measurement of the launch |
 //! | `launch` | TDH.MEM.PAGE.ADD, TDH.MR.EXTEND, the processors' first state |
@@ -31,6 +32,7 @@ pub mod sept;
 pub mod tdcall;
 #[cfg(test)]
 mod tests;
+mod timer;
 pub mod ve;
 pub(crate) mod vmcall;
 
@@ -45,6 +47,7 @@ use protocols::tdx::ve::VeInfo;
 use protocols::tdx::{L2Vm, TdAttributes};
 
 use self::l2::{Inside, L2};
+use self::timer::Timer;
 use crate::memory::PhysicalMemory;
 use crate::platform::{End, Platform};
 use crate::settings::PlatformKind;
@@ -92,6 +95,7 @@ struct Vp {
     ve: Option<VeInfo>,
     /// Every CPUID raises #VE in supervisor mode, in user mode.
     cpuid_ve: [bool; 2],
+    timer: Timer,
     l2: [L2; L2Vm::ALL.len()],
     /// The L2 VM that L1 has entered.
     inside: Option<Inside>,

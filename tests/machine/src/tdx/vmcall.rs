@@ -40,7 +40,7 @@ impl<P: PhysicalMemory> Platform<P> {
     /// Answers a request; `seen` are the registers that the guest passes, the others zero.
     pub(super) fn serve_vmcall(
         &mut self,
-        _vcpu: VcpuId,
+        vcpu: VcpuId,
         seen: &mut Gprs,
         cpu: &mut dyn Cpu,
     ) -> Result<Answer, Stop> {
@@ -65,7 +65,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 Status::SUCCESS
             }
             SubFunction::IO => port_access(seen, cpu),
-            SubFunction::RDMSR => match cpu.rdmsr(seen[R12] as u32) {
+            SubFunction::RDMSR => match self.read_msr(vcpu, seen[R12] as u32, cpu) {
                 Some(value) => {
                     seen[R11] = value;
                     Status::SUCCESS
@@ -73,7 +73,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 None => Status::INVALID_OPERAND,
             },
             SubFunction::WRMSR if never_arrives(seen[R12], seen[R13]) => Status::SUCCESS,
-            SubFunction::WRMSR => match cpu.wrmsr(seen[R12] as u32, seen[R13]) {
+            SubFunction::WRMSR => match self.write_msr(vcpu, seen[R12] as u32, seen[R13], cpu) {
                 true => Status::SUCCESS,
                 false => Status::INVALID_OPERAND,
             },
@@ -86,6 +86,20 @@ impl<P: PhysicalMemory> Platform<P> {
         };
         seen[R10] = status.0;
         Ok(answer)
+    }
+
+    fn read_msr(&mut self, vcpu: VcpuId, number: u32, cpu: &mut dyn Cpu) -> Option<u64> {
+        let timer = self.td_mut().and_then(|td| td.vp(vcpu)).map(|vp| vp.timer);
+        timer
+            .and_then(|timer| timer.read(number, cpu))
+            .unwrap_or_else(|| cpu.rdmsr(number))
+    }
+
+    fn write_msr(&mut self, vcpu: VcpuId, number: u32, value: u64, cpu: &mut dyn Cpu) -> bool {
+        self.td_mut()
+            .and_then(|td| td.vp(vcpu))
+            .and_then(|vp| vp.timer.write(number, value, cpu))
+            .unwrap_or_else(|| cpu.wrmsr(number, value))
     }
 
     /// MMIO: only where there is no memory.

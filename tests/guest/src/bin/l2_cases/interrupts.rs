@@ -270,7 +270,7 @@ fn timer() -> Verdict {
         }
     }
     trap::on_interrupt(Some(tick));
-    let verdict = start_timer(PERIODIC | 0x55, 1_000_000).and_then(|()| {
+    let verdict = start_timer(PERIODIC | 0x55, 25_000).and_then(|()| {
         let mut looks = LOOKS;
         insn::open_interrupts_while(|| {
             looks -= 1;
@@ -387,7 +387,7 @@ fn both_accept() -> Verdict {
     second::set_operand(page_of(region, 1));
     trap::on_interrupt(Some(tick));
     let verdict = ask(work::ACCEPT).and_then(|()| {
-        start_timer(PERIODIC | 0x56, 2_000_000)?;
+        start_timer(PERIODIC | 0x56, 50_000)?;
         let accepted = accept_every_other(region);
         let mut looks = LOOKS;
         insn::open_interrupts_while(|| {

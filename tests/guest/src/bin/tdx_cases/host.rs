@@ -44,6 +44,11 @@ pub const CASES: &[Case] = &[
     ),
     case("hlt_ends_with_an_interrupt", "tdx.md §4 0x0C", hlt),
     case(
+        "the_timers_clock_is_the_crystal",
+        "docs/machine.md, TDX: host",
+        timer_clock,
+    ),
+    case(
         "vectors_of_exceptions_never_arrive",
         "docs/machine.md, TDX: host",
         exception_vectors,
@@ -296,10 +301,41 @@ fn hlt() -> Verdict {
     expect("spurious vector", host_wrmsr(SPURIOUS, APIC_ON | 0xFF)?, 0)?;
     expect("divider", host_wrmsr(TIMER_DIVIDER, 0xB)?, 0)?;
     expect("entry", host_wrmsr(TIMER_LVT, VECTOR)?, 0)?;
-    expect("count", host_wrmsr(TIMER_COUNT, 1_000_000)?, 0)?;
+    expect("count", host_wrmsr(TIMER_COUNT, 25_000)?, 0)?;
     let after = ask_host(SubFunction::HLT, &[(R12, 0)])?;
     expect("R10", after[R10], 0)?;
     expect("pending", insn::rdmsr(PENDING_40), Ok(1))
+}
+
+/// Linux takes what CPUID(0x15) calls the crystal for the clock of the timer, and sets it by that.
+fn timer_clock() -> Verdict {
+    const TIMER_CURRENT: u64 = 0x839;
+    /// Long enough that how long a request takes does not matter.
+    const CYCLES: u64 = 500_000;
+    expect("divider", host_wrmsr(TIMER_DIVIDER, 0xB)?, 0)?;
+    expect("entry", host_wrmsr(TIMER_LVT, 1 << 16)?, 0)?;
+    let told =
+        insn::cpuid(0x15, 0).map_err(|trap| Finding::new(format_args!("CPUID 0x15: {trap:x?}")))?;
+    expect("crystal", told.ecx, 25_000_000)?;
+    expect("count", host_wrmsr(TIMER_COUNT, 1 << 31)?, 0)?;
+    let started = insn::time_stamp();
+    let left = loop {
+        let (status, left) = host_rdmsr(TIMER_CURRENT)?;
+        expect("RDMSR", status, 0)?;
+        if left <= (1 << 31) - CYCLES {
+            break left;
+        }
+    };
+    let cycles = (insn::time_stamp() - started) / u64::from(told.ebx);
+    expect("count", host_wrmsr(TIMER_COUNT, 0)?, 0)?;
+    let counted = (1 << 31) - left;
+    let fits = counted / 2 < cycles && cycles < counted * 2;
+    if !fits {
+        return Err(Finding::new(format_args!(
+            "{counted} were counted while {cycles} cycles passed"
+        )));
+    }
+    Ok(())
 }
 
 fn exception_vectors() -> Verdict {

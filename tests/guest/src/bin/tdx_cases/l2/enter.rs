@@ -345,7 +345,7 @@ fn ends() -> Verdict {
     // One shot, from the host's timer. On a busy computer it may come before the VM is entered:
     // then with more time once more.
     for doublings in 0..12 {
-        let ticks = 100_000 << doublings;
+        let ticks = 2_500 << doublings;
         expect("count", tdcall::host_wrmsr(INITIAL_COUNT, ticks)?, 0)?;
         let exit = vm.run_or_wait()?;
         insn::open_interrupts();
