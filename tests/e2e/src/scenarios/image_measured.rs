@@ -22,6 +22,8 @@ struct Image {
     vcpus: u32,
     signers: Signers,
     acceptance: Acceptance,
+    /// Whether it is one for TDX, too.
+    tdx: bool,
 }
 
 /// What is in the image besides the paravisor.
@@ -33,7 +35,7 @@ enum Above {
     Reporter,
 }
 
-const IMAGES: [Image; 8] = [
+const IMAGES: [Image; 9] = [
     image("bare", Above::Nothing, 1, Signers::Nobody),
     image("firmware", Above::Firmware, 1, Signers::Nobody),
     image("firmware-4cpu", Above::Firmware, 4, Signers::Nobody),
@@ -48,6 +50,10 @@ const IMAGES: [Image; 8] = [
         },
         ..image("eager", Above::Reporter, 1, Signers::Nobody)
     },
+    Image {
+        tdx: true,
+        ..image("and-tdx", Above::Reporter, 1, Signers::IdKey)
+    },
 ];
 
 const fn image(name: &'static str, above: Above, vcpus: u32, signers: Signers) -> Image {
@@ -57,6 +63,7 @@ const fn image(name: &'static str, above: Above, vcpus: u32, signers: Signers) -
         vcpus,
         signers,
         acceptance: Acceptance::LAZY,
+        tdx: false,
     }
 }
 
@@ -77,7 +84,7 @@ fn run(context: &Context, image: &Image) -> Result<Findings> {
             Above::Firmware => Some(&artefacts.ovmf),
             Above::Reporter => Some(&artefacts.svsm_evidence),
         },
-        td_firmware: None,
+        td_firmware: image.tdx.then_some(&artefacts.l2_cases),
         fault: Fault::NONE,
         acceptance: image.acceptance,
     })?;
