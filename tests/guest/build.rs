@@ -11,6 +11,7 @@ fn main() {
         ("isa_cases", "isa_cases"),
         ("svsm_cases", "svsm_cases"),
         ("svsm_counts", "svsm_cases"),
+        ("svsm_evidence", "svsm_cases"),
         ("tdx_cases", "tdx_cases"),
         ("l2_cases", "l2_cases"),
         ("l2_counts", "l2_cases"),

@@ -62,6 +62,12 @@ const SVSM_COUNTS: Program = Program {
     features: &[],
     artefact: "svsm_counts.elf",
 };
+const SVSM_EVIDENCE: Program = Program {
+    package: "guest",
+    bin: "svsm_evidence",
+    features: &[],
+    artefact: "svsm_evidence.elf",
+};
 const TDX_CASES: Program = Program {
     package: "guest",
     bin: "tdx_cases",
@@ -157,6 +163,8 @@ pub struct ForTests {
     pub svsm_cases: PathBuf,
     /// The VMPL1 guest that counts, packed as a firmware.
     pub svsm_counts: PathBuf,
+    /// The VMPL1 guest that hands out its evidence, packed as a firmware.
+    pub svsm_evidence: PathBuf,
     /// The test program for L1 of a trust domain, an ELF file.
     pub tdx_cases: PathBuf,
     /// The test guest for an L2 VM, packed as a firmware.
@@ -171,6 +179,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let isa_cases = compile(layout, target, &ISA_CASES, &step)?;
     let guest = compile(layout, target, &SVSM_CASES, &step)?;
     let counts = compile(layout, target, &SVSM_COUNTS, &step)?;
+    let evidence = compile(layout, target, &SVSM_EVIDENCE, &step)?;
     let tdx_cases = compile(layout, target, &TDX_CASES, &step)?;
     let l2_guest = compile(layout, target, &L2_CASES, &step)?;
     let l2_counting = compile(layout, target, &L2_COUNTS, &step)?;
@@ -179,6 +188,8 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     write_flat(&guest, GUEST_ROM_SIZE, &svsm_cases)?;
     let svsm_counts = layout.artefacts.join("svsm_counts.fd");
     write_flat(&counts, GUEST_ROM_SIZE, &svsm_counts)?;
+    let svsm_evidence = layout.artefacts.join("svsm_evidence.fd");
+    write_flat(&evidence, GUEST_ROM_SIZE, &svsm_evidence)?;
     let l2_cases = layout.artefacts.join("l2_cases.fd");
     write_flat(&l2_guest, L2_ROM_SIZE, &l2_cases)?;
     let l2_counts = layout.artefacts.join("l2_counts.fd");
@@ -191,6 +202,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
         isa_cases,
         svsm_cases,
         svsm_counts,
+        svsm_evidence,
         tdx_cases,
         l2_cases,
         l2_counts,

@@ -1,12 +1,16 @@
-//! Attestation in a Linux guest: what it is given, what it does, and how its evidence comes out.
+//! Attestation in a Linux guest: what it is given, what it does, and how its evidence comes out. The test guest
+//! `svsm_evidence` writes the same lines.
 //!
 //! The guest uses nothing but the kernel's own interface, configfs-tsm: it asks the service provider "svsm" for
 //! a report on the paravisor, and the security processor for one on itself. It also asks that for one on VMPL0,
 //! which the interface does unless it is told otherwise; that must bring none.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use base64ct::{Base64, Encoding as _};
 
+use crate::guests::Kernel;
 use crate::initramfs::Extra;
+use crate::scenario;
 use crate::verify::Evidence;
 
 /// A module of the kernel.
@@ -68,13 +72,30 @@ pub fn module_path(module: &Module) -> String {
     format!("turnstile/{}", module.name)
 }
 
-/// The nonce as a file of the guest.
-pub fn nonce_file(nonce: &[u8; NONCE_SIZE]) -> Extra {
-    Extra {
+/// A nonce that nobody has seen.
+pub fn fresh_nonce() -> [u8; NONCE_SIZE] {
+    let mut nonce = [0; NONCE_SIZE];
+    rand_core::RngCore::fill_bytes(&mut rand_core::OsRng, &mut nonce);
+    nonce
+}
+
+/// The files that a guest needs for [`command`]: the modules of its kernel, for a scenario that said that it
+/// loads them, and the nonce.
+pub fn guest_files(
+    context: &scenario::Context,
+    kernel: Kernel,
+    nonce: &[u8; NONCE_SIZE],
+) -> Result<Vec<Extra>> {
+    let modules = context.artefacts.modules.get(&kernel);
+    let mut files = modules
+        .context("the kernel's modules were not fetched for this scenario")?
+        .clone();
+    files.push(Extra {
         name: NONCE.to_owned(),
         permissions: 0o644,
         data: nonce.to_vec(),
-    }
+    });
+    Ok(files)
 }
 
 /// The shell command that gathers the evidence. Whatever fails is told, and shows in what is missing.
@@ -114,7 +135,7 @@ pub fn evidence(output: &str, entry: &str) -> Result<Evidence> {
         let mark = format!("{entry} {name} ");
         let line = output.lines().find_map(|line| line.strip_prefix(&mark));
         let text = line.with_context(|| format!("the guest has told no {name} of {entry}"))?;
-        base64(text.trim()).with_context(|| format!("{name} of {entry}"))
+        Base64::decode_vec(text.trim()).with_context(|| format!("{name} of {entry}: no base64"))
     };
     let is_own = !output.contains(&format!("{entry} manifestblob "));
     Ok(Evidence {
@@ -128,44 +149,9 @@ pub fn evidence(output: &str, entry: &str) -> Result<Evidence> {
     })
 }
 
-/// Reads base64 with padding, as `base64` writes it.
-fn base64(text: &str) -> Result<Vec<u8>> {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let digits = text.trim_end_matches('=');
-    if !text.len().is_multiple_of(4) || text.len() - digits.len() > 2 {
-        bail!("{} characters are no base64", text.len());
-    }
-    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
-    let (mut bits, mut held) = (0_u32, 0);
-    for character in digits.bytes() {
-        let Some(value) = ALPHABET.iter().position(|known| *known == character) else {
-            bail!("{:?} is no character of base64", char::from(character));
-        };
-        bits = bits << 6 | value as u32;
-        held += 6;
-        if held >= 8 {
-            held -= 8;
-            bytes.push((bits >> held) as u8);
-            bits &= (1 << held) - 1;
-        }
-    }
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{base64, command, evidence};
-
-    #[test]
-    fn base64_as_the_guest_writes_it() {
-        assert_eq!(base64("").unwrap(), b"");
-        assert_eq!(base64("TQ==").unwrap(), b"M");
-        assert_eq!(base64("TWE=").unwrap(), b"Ma");
-        assert_eq!(base64("TWFu+/8=").unwrap(), b"Man\xFB\xFF");
-        for bad in ["T", "TQ=", "T===", "TQ!=", "====", "TQ==TQ=="] {
-            assert!(base64(bad).is_err(), "{bad}");
-        }
-    }
+    use super::{command, evidence};
 
     #[test]
     fn evidence_is_found_by_its_entry() {
@@ -178,6 +164,7 @@ mod tests {
         let own = evidence(output, "own").unwrap();
         assert_eq!((own.report.as_slice(), own.manifest.len()), (&b"Ma"[..], 0));
         assert!(evidence(output, "other").is_err());
+        assert!(evidence("own outblob TWE\nown auxblob TQ==\n", "own").is_err());
     }
 
     #[test]

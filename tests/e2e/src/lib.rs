@@ -3,8 +3,9 @@
 //! Owns everything between an image on disk and a verdict about a run:
 //!
 //! - [`vm`]: one run of the machine, also used by `xtask run`;
-//! - [`attestation`]: how a Linux guest gathers its evidence;
+//! - [`attestation`]: how a guest gathers its evidence, and in which lines it comes out;
 //! - [`chip`]: the chip of the emulated security processor, and its certificates;
+//! - [`prediction`]: what reports must say, known before the launch;
 //! - [`verify`]: what a verifier does with a report;
 //! - [`image`]: the images that are run;
 //! - [`guests`]: the kernels and firmware that are booted, by name;
@@ -27,6 +28,7 @@ pub mod chip;
 pub mod guests;
 pub mod image;
 pub mod initramfs;
+pub mod prediction;
 pub mod report_laws;
 pub mod scenario;
 pub mod scenarios;

@@ -34,6 +34,8 @@ pub struct Artefacts {
     pub svsm_cases: PathBuf,
     /// The VMPL1 guest that counts what calls cost, packed as a firmware.
     pub svsm_counts: PathBuf,
+    /// The VMPL1 guest that hands out its evidence, packed as a firmware.
+    pub svsm_evidence: PathBuf,
     /// The test program for L1 of a trust domain, an ELF file.
     pub tdx_cases: PathBuf,
     /// The test guest for an L2 VM, packed as a firmware.

@@ -7,6 +7,8 @@
 use std::fs;
 
 use anyhow::{Context, Result, bail, ensure};
+use igvm_build::id_block::Identity;
+use igvm_build::sidecar::hex;
 use protocols::amd_sp::certificates::{ARK, ASK, CertificateEntry, VCEK};
 use protocols::guid::Guid;
 use protocols::svsm::attestation::ServicesManifest;
@@ -41,6 +43,21 @@ pub struct Verified {
     pub report_data: [u8; 64],
     /// The guest's policy.
     pub policy: u64,
+    /// Who vouches for the guest.
+    pub identity: ReportedIdentity,
+}
+
+/// What a report tells of the ID block: all of it zero for a guest without one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReportedIdentity {
+    /// FAMILY_ID, IMAGE_ID, GUEST_SVN.
+    pub identity: Identity,
+    /// ID_KEY_DIGEST, in hexadecimal.
+    pub id_key_digest: String,
+    /// AUTHOR_KEY_EN: whether there is an author key.
+    pub author_key: bool,
+    /// AUTHOR_KEY_DIGEST, in hexadecimal.
+    pub author_key_digest: String,
 }
 
 impl Evidence {
@@ -63,6 +80,16 @@ impl Evidence {
             vmpl: report.vmpl,
             report_data: report.report_data[..].try_into()?,
             policy: u64::from(report.policy),
+            identity: ReportedIdentity {
+                identity: Identity {
+                    family_id: report.family_id,
+                    image_id: report.image_id,
+                    guest_svn: report.guest_svn,
+                },
+                id_key_digest: hex(&report.id_key_digest),
+                author_key: report.key_info.author_key_en(),
+                author_key_digest: hex(&report.author_key_digest),
+            },
         })
     }
 
@@ -147,8 +174,4 @@ fn certified(vcek: &Certificate, report: &AttestationReport) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -9,7 +9,8 @@
 //! - `l2_cases` is the guest of the paravisor there, an ordinary trust domain to itself.
 //!
 //! These are tables of [`harness::Case`]s; `svsm_counts` and `l2_counts` count what calls cost in the
-//! places of the second and the last. A case makes something happen and compares what *others* say
+//! places of the second and the last, and `svsm_evidence`, in the second's place too, asks for reports that a
+//! verifier outside judges. A case makes something happen and compares what *others* say
 //! about it (results of instructions, replies, the oracle, memory that others filled) with what the
 //! fact sheets promise; it never compares with a value it wrote itself unless the point is that the
 //! value survived. One line per case goes to the second serial port, then a summary; a write to port

@@ -178,6 +178,7 @@ fn artefacts(
         isa_cases: tests.isa_cases,
         svsm_cases: tests.svsm_cases,
         svsm_counts: tests.svsm_counts,
+        svsm_evidence: tests.svsm_evidence,
         tdx_cases: tests.tdx_cases,
         l2_cases: tests.l2_cases,
         l2_counts: tests.l2_counts,

@@ -11,18 +11,33 @@ use protocols::hob::IgvmDataKind;
 use protocols::launch::{Acceptance, Fault};
 use protocols::report::Outcome;
 
+use crate::attestation::{self, fresh_nonce, guest_files};
+use crate::guests::Kernel;
 use crate::image::{Item, Recipe};
+use crate::prediction::{Prediction, Signers};
 use crate::scenario::{BOOT_LIMIT, Context, Findings, Scenario};
-use crate::vm::{Backing, Settings};
+use crate::vm::{Backing, Linux, Settings};
 
 pub fn scenarios() -> Vec<Scenario> {
-    vec![Scenario::new("image/uki", uki).with_uki()]
+    let scenario = |name: &str, kernel| {
+        Scenario::new(name, move |context| uki(context, kernel))
+            .booting(kernel)
+            .with_uki()
+            .with_modules()
+    };
+    vec![
+        scenario("image/uki", Kernel::Cloud6_12),
+        scenario("image/uki-7.2", Kernel::Cloud7_2).only_in_full(),
+    ]
 }
 
-/// A unified kernel image is started by unmodified OVMF.
-fn uki(context: &Context) -> Result<Findings> {
+/// A unified kernel image is started by unmodified OVMF, and the report's MEASUREMENT says so.
+fn uki(context: &Context, kernel: Kernel) -> Result<Findings> {
     let artefacts = &context.artefacts;
-    let program = make_uki(context, "dmesg; echo handed over")?;
+    let nonce = fresh_nonce();
+    let command = format!("dmesg; echo handed over; {}", attestation::command());
+    let files = guest_files(context, kernel, &nonce)?;
+    let program = make_uki(context, context.linux_with(kernel, &command, &files)?)?;
     let program = fs::read(program)?;
     let items = [Item {
         kind: IgvmDataKind::KERNEL,
@@ -37,6 +52,7 @@ fn uki(context: &Context) -> Result<Findings> {
         acceptance: Acceptance::LAZY,
     }
     .write_with(&items, &image)?;
+    let prediction = Prediction::of(&image, Signers::Nobody)?;
     // Large pages, for the time: what the firmware is handed is the same with small ones.
     let settings = Settings {
         backing: Backing::Large,
@@ -54,20 +70,25 @@ fn uki(context: &Context) -> Result<Findings> {
         finished.exec_status,
         Some(0),
     );
-    let output = String::from_utf8_lossy(&finished.output);
-    for words in ["Linux version 6.12.", "SNP running at VMPL1", "handed over"] {
+    let output = String::from_utf8_lossy(&finished.output).replace('\r', "");
+    let version = match kernel {
+        Kernel::Cloud6_12 => "Linux version 6.12.",
+        // What came after it has its place, too (`guests`).
+        _ => "Linux version 7.",
+    };
+    for words in [version, "SNP running at VMPL1", "handed over"] {
         findings.check(
             format!("the guest says {words:?}"),
             output.contains(words),
             || format!("not in {} bytes of output", output.len()),
         );
     }
+    prediction.demand_both(&mut findings, &output, &artefacts.chip, &nonce)?;
     Ok(findings)
 }
 
-/// Debian's kernel with a userspace that runs `command`, as one EFI program.
-fn make_uki(context: &Context, command: &str) -> Result<PathBuf> {
-    let linux = context.linux(command)?;
+/// A kernel with its userspace, as one EFI program.
+fn make_uki(context: &Context, linux: Linux) -> Result<PathBuf> {
     let command_line = context.dir.join("cmdline");
     fs::write(&command_line, &linux.append)?;
     let sections = [

@@ -19,7 +19,8 @@
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
-//! | [`image`] | is the image reproducible, measured as told, and refused with a wrong ID block? |
+//! | [`image`] | is the image reproducible and small, and refused with a wrong ID block? |
+//! | [`image_measured`] | do `measure`, the launch and the reports on the guest say the same of it? |
 //! | [`image_tools`] | do other people's tools say the same of it? |
 //! | [`handover`] | does the firmware take what the image hands it? |
 //! | [`double_validation`] | is no page ever validated twice, whatever host and guest try? |
@@ -38,6 +39,7 @@ mod faults;
 mod handover;
 mod hostile;
 mod image;
+mod image_measured;
 mod image_tools;
 mod isa;
 mod matrix;
@@ -53,11 +55,15 @@ mod tools;
 
 use crate::scenario::Scenario;
 
+/// A host that says it has no processors: the paravisor ends the run where the launch alone is of interest.
+const ENDS_BEHIND_THE_LAUNCH: &str = "vp-count-zero";
+
 /// All scenarios, in the order in which a failure says most.
 pub fn all() -> Vec<Scenario> {
     [
         tools::scenarios(),
         image::scenarios(),
+        image_measured::scenarios(),
         image_tools::scenarios(),
         handover::scenarios(),
         isa::scenarios(),
