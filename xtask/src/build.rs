@@ -152,6 +152,11 @@ pub fn for_run(
     })
 }
 
+/// Builds the paravisor alone, an ELF file.
+pub fn paravisor(layout: &Layout, target: BareTarget, step: &progress::Step) -> Result<PathBuf> {
+    compile(layout, target, &PARAVISOR, step)
+}
+
 /// What the scenarios need besides.
 #[derive(Clone, Debug)]
 pub struct ForTests {

@@ -7,6 +7,7 @@
 
 use std::borrow::Cow;
 use std::env;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -181,8 +182,20 @@ impl Toolchain {
 impl BareTarget {
     /// `cargo SUBCOMMAND` for the bare-metal target, in release mode.
     pub fn cargo(self, root: &Path, subcommand: &str) -> Command {
+        self.cargo_of(root, &cargo_home(root), subcommand)
+    }
+
+    /// The same with another home of cargo's. What is built says nothing of either place: what it is
+    /// measured as must not depend on who built it. Flags of the user's own are left out, as they would take
+    /// the place of those in `.cargo/config.toml`.
+    pub fn cargo_of(self, root: &Path, home: &Path, subcommand: &str) -> Command {
         let mut cargo = cargo(root);
-        cargo.args([subcommand, "--release", "--target", BARE_TARGET]);
+        cargo
+            .env("CARGO_HOME", home)
+            .env_remove("RUSTFLAGS")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .args([subcommand, "--release", "--target", BARE_TARGET])
+            .args(["--config", &nameless(root, home)]);
         if self == BareTarget::FromSource {
             // Only these two options of cargo need the unlock; no crate uses an unstable feature.
             cargo.env("RUSTC_BOOTSTRAP", "1").args([
@@ -192,6 +205,30 @@ impl BareTarget {
         }
         cargo
     }
+}
+
+/// Where cargo keeps its sources and settings, as seen from the checkout.
+pub fn cargo_home(root: &Path) -> PathBuf {
+    env::var_os("CARGO_HOME")
+        .map(|home| root.join(home))
+        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")))
+        .unwrap_or_default()
+}
+
+/// The setting of cargo's by which the names of the checkout, and of the places where cargo keeps sources, do
+/// not come into what is built: messages of panics name files.
+fn nameless(root: &Path, home: &Path) -> String {
+    let registries = fs::read_dir(home.join("registry/src"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some((entry.ok()?.path(), "crates")));
+    let flags: Vec<String> = registries
+        .chain([(root.to_path_buf(), "turnstile")])
+        .map(|(place, name)| format!("--remap-path-prefix={}={name}", place.display()))
+        // A string of Rust's in quotes is one of TOML's.
+        .map(|flag| format!("{flag:?}"))
+        .collect();
+    format!("target.{BARE_TARGET}.rustflags=[{}]", flags.join(","))
 }
 
 /// `cargo` in the checkout, as a child of the cargo that runs `xtask`.

@@ -5,6 +5,7 @@
 //! total, alone on standard output; each failure names the logs to look at.
 
 mod cargo;
+mod elsewhere;
 mod slots;
 
 use std::collections::BTreeMap;
@@ -59,18 +60,22 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
         .into_iter()
         .filter(|job| wanted(job.name()))
         .collect();
+    let elsewhere = wanted(elsewhere::NAME);
     let scenarios: Vec<Scenario> = scenarios::all()
         .into_iter()
         .filter(|scenario| wanted(&scenario.name) && (options.full || !scenario.full_only))
         .collect();
     if options.list {
         jobs.iter().for_each(|job| println!("{}", job.name()));
+        if elsewhere {
+            println!("{}", elsewhere::NAME);
+        }
         scenarios
             .iter()
             .for_each(|scenario| println!("{}", scenario.name));
         return Ok(ExitCode::SUCCESS);
     }
-    if jobs.is_empty() && scenarios.is_empty() {
+    if jobs.is_empty() && !elsewhere && scenarios.is_empty() {
         anyhow::bail!(
             "nothing has {:?} in its name; see: cargo xtask test --full --list",
             options.filter
@@ -87,6 +92,14 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
         let checks = job.perform(layout, target, &logs, &step)?;
         drop(step);
         tally.add(job.name(), &checks, started, &logs);
+    }
+    if elsewhere {
+        let logs = fresh(&dir, elsewhere::NAME)?;
+        let step = progress::step(elsewhere::NAME);
+        let started = Instant::now();
+        let checks = elsewhere::perform(layout, target, &logs, &step)?;
+        drop(step);
+        tally.add(elsewhere::NAME, &checks, started, &logs);
     }
     if !scenarios.is_empty() {
         let artefacts = artefacts(layout, target, xtask, &scenarios)?;
