@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result};
 
 use crate::scenario::{Context, Findings, Scenario};
+use crate::vm::Logs;
 
 /// One way to end.
 struct End {
@@ -24,7 +25,7 @@ struct End {
 /// Starts the kernel anew, once.
 const KEXEC: &str = "grep -q kexeced /proc/cmdline || kexec-again kexeced || exit 9";
 
-const ENDS: [End; 9] = [
+const ENDS: [End; 8] = [
     End {
         name: "poweroff",
         arguments: &["--exec", "true"],
@@ -56,12 +57,6 @@ const ENDS: [End; 9] = [
         says: "panicked: Kernel panic - not syncing: sysrq triggered crash",
     },
     End {
-        name: "timeout",
-        arguments: &["--exec", "true", "--timeout", "1"],
-        status: 91,
-        says: "its time was up",
-    },
-    End {
         name: "paravisor",
         arguments: &["--exec", "true", "--fault", "panic"],
         status: 83,
@@ -91,6 +86,19 @@ pub fn scenarios() -> Vec<Scenario> {
             })
         })
         .collect();
+    scenarios.push(Scenario::new("ends/timeout", |context| {
+        let arguments = ["--exec", "true", "--timeout", "1"].map(OsString::from);
+        let mut findings = judge(&xtask(context, &arguments)?, 91, "its time was up");
+        let state = fs::read_to_string(Logs::within(&context.dir).state)?;
+        for word in ["RIP=", "IRR"] {
+            findings.check(
+                format!("the log says where the processor was: {word}"),
+                state.contains(word),
+                || state.clone(),
+            );
+        }
+        Ok(findings)
+    }));
     scenarios.push(Scenario::new("ends/terminated", |context| {
         let firmware = terminating_firmware(context)?;
         let arguments = ["--exec", "true", "--firmware"].map(OsString::from);
