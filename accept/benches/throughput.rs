@@ -19,10 +19,9 @@
 //! engine's may be below 1.00 by [`ERRORS`] times that.
 //!
 //! Where a candidate's variables lie is part of the noise, too. A load waits for a store before it to an
-//! address with the same low 12 bits, and behind the fill of a page there are stores to all of them under
-//! way: with its stack a few lines higher or lower the same program was 2 % slower or faster, and once a
-//! quarter. So each timing has its stacks at another place within a page ([`lower`]), and over
-//! [`PLACES`] rounds each candidate has been at all of them.
+//! address with the same low 12 bits, and behind the fill of a page stores to many of them are under way.
+//! So each timing has its stacks at another place within a page ([`lower`]), and over [`PLACES`] rounds
+//! each candidate has been at all of them.
 //!
 //! With two threads the best time of a candidate with locks may be that of a round in which they
 //! did not run at the same time.

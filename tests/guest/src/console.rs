@@ -8,6 +8,8 @@ use core::fmt::{self, Write};
 use protocols::ghcb::event::IoWidth;
 use spin::Once;
 
+use crate::harness::Verdict;
+
 /// Data register of the second serial port (COM2), where the harness reads results.
 const COM2: u16 = 0x2F8;
 /// QEMU's `isa-debug-exit`; the machine watches it and ends the run.
@@ -51,6 +53,18 @@ impl Write for Console {
         }
         Ok(())
     }
+}
+
+/// Ends the run of a guest that has one thing to do, and says why if that failed. Nobody hears it if no way
+/// out was attached; the status says it as well.
+pub fn exit_with(verdict: Verdict) -> ! {
+    exit(match verdict {
+        Ok(()) => Exit::Passed,
+        Err(finding) => {
+            let _ = writeln!(Console, "failed: {finding}");
+            Exit::Failed
+        }
+    })
 }
 
 /// Ends the run.

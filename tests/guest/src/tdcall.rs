@@ -213,6 +213,33 @@ pub fn host_wrmsr(number: u64, value: u64) -> Result<u64, Finding> {
     Ok(ask_host(SubFunction::WRMSR, &[(R12, number), (R13, value)])?[R10])
 }
 
+/// x2APIC: the timer's divider.
+pub const TIMER_DIVIDER: u64 = 0x83E;
+/// x2APIC: the timer's entry of the local vector table.
+const TIMER_LVT: u64 = 0x832;
+/// x2APIC: the timer's initial count.
+const TIMER_COUNT: u64 = 0x838;
+/// Bit of the entry: it sends nothing.
+pub const TIMER_MASKED: u64 = 1 << 16;
+
+/// Starts the timer of this processor's APIC: `count` cycles of its clock, and what the entry of the local
+/// vector table says. None is the end of it.
+///
+/// # Errors
+///
+/// A finding when the host does not do it.
+pub fn start_timer(entry: u64, count: u64) -> Verdict {
+    // Divided by one.
+    for (register, value) in [
+        (TIMER_DIVIDER, 0xB),
+        (TIMER_LVT, entry),
+        (TIMER_COUNT, count),
+    ] {
+        expect("timer", host_wrmsr(register, value)?, 0)?;
+    }
+    Ok(())
+}
+
 /// TDG.VM.RD: RAX and R8.
 ///
 /// # Errors

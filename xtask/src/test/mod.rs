@@ -49,6 +49,9 @@ pub struct Options {
     list: bool,
 }
 
+/// Does a job that needs no scenario, with its logs in a directory.
+type Perform = Box<dyn Fn(&Layout, BareTarget, &Path, &progress::Step) -> Result<Vec<Check>>>;
+
 /// Runs what was asked for and prints the total.
 pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     // Asked for before cargo may put a new file in its place.
@@ -56,26 +59,29 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     let wanted = |name: &str| {
         options.filter.is_empty() || options.filter.iter().any(|part| name.contains(part))
     };
-    let jobs: Vec<Job> = Job::ALL
+    let cargos = Job::ALL.map(|job| {
+        let perform: Perform =
+            Box::new(move |layout, target, logs, step| job.perform(layout, target, logs, step));
+        (job.name(), perform)
+    });
+    let elsewhere: Perform = Box::new(elsewhere::perform);
+    let jobs: Vec<(&str, Perform)> = cargos
         .into_iter()
-        .filter(|job| wanted(job.name()))
+        .chain([(elsewhere::NAME, elsewhere)])
+        .filter(|(name, _)| wanted(name))
         .collect();
-    let elsewhere = wanted(elsewhere::NAME);
     let scenarios: Vec<Scenario> = scenarios::all()
         .into_iter()
         .filter(|scenario| wanted(&scenario.name) && (options.full || !scenario.full_only))
         .collect();
     if options.list {
-        jobs.iter().for_each(|job| println!("{}", job.name()));
-        if elsewhere {
-            println!("{}", elsewhere::NAME);
-        }
+        jobs.iter().for_each(|(name, _)| println!("{name}"));
         scenarios
             .iter()
             .for_each(|scenario| println!("{}", scenario.name));
         return Ok(ExitCode::SUCCESS);
     }
-    if jobs.is_empty() && !elsewhere && scenarios.is_empty() {
+    if jobs.is_empty() && scenarios.is_empty() {
         anyhow::bail!(
             "nothing has {:?} in its name; see: cargo xtask test --full --list",
             options.filter
@@ -85,21 +91,13 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
     let dir = layout.artefacts.join("tests");
     let tally = Tally::default();
     let target = build::prepare(layout)?;
-    for job in jobs {
-        let logs = fresh(&dir, job.name())?;
-        let step = progress::step(job.name());
+    for (name, perform) in jobs {
+        let logs = fresh(&dir, name)?;
+        let step = progress::step(name);
         let started = Instant::now();
-        let checks = job.perform(layout, target, &logs, &step)?;
+        let checks = perform(layout, target, &logs, &step)?;
         drop(step);
-        tally.add(job.name(), &checks, started, &logs);
-    }
-    if elsewhere {
-        let logs = fresh(&dir, elsewhere::NAME)?;
-        let step = progress::step(elsewhere::NAME);
-        let started = Instant::now();
-        let checks = elsewhere::perform(layout, target, &logs, &step)?;
-        drop(step);
-        tally.add(elsewhere::NAME, &checks, started, &logs);
+        tally.add(name, &checks, started, &logs);
     }
     if !scenarios.is_empty() {
         let artefacts = artefacts(layout, target, xtask, &scenarios)?;

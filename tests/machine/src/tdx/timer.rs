@@ -14,7 +14,7 @@ const INITIAL: u32 = 0x838;
 const CURRENT: u32 = 0x839;
 /// Divide configuration.
 const DIVIDE: u32 = 0x83E;
-/// Its bits 3, 1 and 0 (SDM volume 3, figure 11-10).
+/// Its bits 3, 1 and 0 (SDM volume 3, "Divide Configuration Register").
 const DIVIDE_BITS: u64 = 0b1011;
 
 /// Nanoseconds of a cycle, each of which QEMU's timer counts.
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
     use crate::testing::FakeCpu;
 
-    /// SDM volume 3, figure 11-10.
+    /// SDM volume 3, "Divide Configuration Register".
     const DIVIDES: [(u32, u32); 8] = [
         (0b1011, 1),
         (0b0000, 2),

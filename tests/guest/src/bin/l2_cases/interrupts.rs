@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use guest::harness::{Case, Finding, Verdict, case, expect};
 use guest::memory::{self, page_of, private};
-use guest::tdcall::{expect_accept, host_rdmsr, host_wrmsr, map_gpa};
+use guest::tdcall::{TIMER_MASKED, expect_accept, host_rdmsr, host_wrmsr, map_gpa, start_timer};
 use guest::trap::Trap;
 use guest::{insn, trap};
 use protocols::addr::{PAGE_SIZE, PageSize};
@@ -52,11 +52,7 @@ const SPURIOUS: u64 = 0x80F;
 const ISR: u32 = 0x810;
 const IRR: u32 = 0x820;
 const SELF_IPI: u32 = 0x83F;
-const TIMER_LVT: u64 = 0x832;
-const TIMER_COUNT: u64 = 0x838;
-const TIMER_DIVIDER: u64 = 0x83E;
 const PERIODIC: u64 = 1 << 17;
-const MASKED: u64 = 1 << 16;
 
 const SHARED: u64 = 1 << 47;
 /// Vector of spurious interrupts, as the paravisor has set it.
@@ -244,20 +240,8 @@ fn end() -> Verdict {
     verdict
 }
 
-fn start_timer(entry: u64, count: u64) -> Verdict {
-    for (register, value) in [
-        (TIMER_DIVIDER, 0xB),
-        (TIMER_LVT, entry),
-        (TIMER_COUNT, count),
-    ] {
-        expect("timer", host_wrmsr(register, value)?, 0)?;
-    }
-    Ok(())
-}
-
 fn stop_timer() -> Verdict {
-    expect("timer", host_wrmsr(TIMER_LVT, MASKED)?, 0)?;
-    expect("timer", host_wrmsr(TIMER_COUNT, 0)?, 0)?;
+    start_timer(TIMER_MASKED, 0)?;
     insn::open_interrupts();
     Ok(())
 }

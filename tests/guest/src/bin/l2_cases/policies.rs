@@ -100,8 +100,9 @@ fn let_sleep() -> Verdict {
     second::await_answer()
 }
 
-/// Whenever the guest wants the second processor it gets it, whatever that is doing; how much it does
-/// meanwhile is the machine's to count. Again and again, as long as there is work. Then it serves the guest and does nothing else.
+/// Whenever the guest wants the second processor it gets it, whatever that is doing, again and again as long as
+/// there is work; how much it does meanwhile is the machine's to count. Then it serves the guest and does
+/// nothing else.
 fn processor_wakes() -> Verdict {
     if oracle::table() == Table::AHEAD {
         await_valid(HEAD_START)?;

@@ -31,22 +31,14 @@ mod reset;
 
 #[cfg(target_os = "none")]
 extern "C" fn main() -> ! {
-    use core::fmt::Write as _;
-
-    use guest::console::{self, Console, Exit};
+    use guest::console::{self, Console};
     use guest::{tdcall, trap};
 
     trap::install();
     console::attach(tdcall::port_out);
     // What the first processor found is for the cases.
     let _ = reset::first();
-    console::exit(match counts::all(&mut Console) {
-        Ok(()) => Exit::Passed,
-        Err(finding) => {
-            let _ = writeln!(Console, "failed: {finding}");
-            Exit::Failed
-        }
-    })
+    console::exit_with(counts::all(&mut Console))
 }
 
 /// A second processor has nothing to do.

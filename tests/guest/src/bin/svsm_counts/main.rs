@@ -31,9 +31,7 @@ mod reset;
 
 #[cfg(target_os = "none")]
 extern "C" fn main() -> ! {
-    use core::fmt::Write as _;
-
-    use guest::console::{self, Console, Exit};
+    use guest::console::{self, Console};
     use guest::{insn, svsm, trap};
     use protocols::addr::Gpa;
     use protocols::ghcb::event::IoWidth;
@@ -49,13 +47,7 @@ extern "C" fn main() -> ! {
     svsm::use_calling_area(Gpa::new(reset::CALLING_AREA));
     // The secrets page is where a firmware would look first; nothing here needs it.
     let _ = reset::SECRETS;
-    console::exit(match counts::all(&mut Console) {
-        Ok(()) => Exit::Passed,
-        Err(finding) => {
-            let _ = writeln!(Console, "failed: {finding}");
-            Exit::Failed
-        }
-    })
+    console::exit_with(counts::all(&mut Console))
 }
 
 #[cfg(not(target_os = "none"))]

@@ -33,22 +33,13 @@ mod reset;
 
 #[cfg(target_os = "none")]
 extern "C" fn main() -> ! {
-    use core::fmt::Write as _;
-
-    use guest::console::{self, Console, Exit};
+    use guest::console::{self, Console};
     use guest::{svsm, trap};
     use protocols::addr::Gpa;
 
     trap::install();
     svsm::use_calling_area(Gpa::new(reset::CALLING_AREA));
-    console::exit(match evidence::all(&mut Console) {
-        Ok(()) => Exit::Passed,
-        Err(finding) => {
-            // Nobody hears it if there is no console yet; the status says it as well.
-            let _ = writeln!(Console, "failed: {finding}");
-            Exit::Failed
-        }
-    })
+    console::exit_with(evidence::all(&mut Console))
 }
 
 #[cfg(not(target_os = "none"))]

@@ -4,7 +4,10 @@ use guest::harness::{Case, Finding, Verdict, case, expect, expect_not};
 use guest::insn;
 use guest::memory::{self, shared};
 use guest::oracle;
-use guest::tdcall::{self, MARK, ask_host, call, host_rdmsr, host_wrmsr, map_gpa};
+use guest::tdcall::{
+    self, MARK, TIMER_DIVIDER, TIMER_MASKED, ask_host, call, host_rdmsr, host_wrmsr, map_gpa,
+    start_timer,
+};
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
 use protocols::oracle::PageFlags;
 use protocols::tdx::vmcall::register::{R10, R11, R12, R13, R14, R15, RAX, RBP, RCX};
@@ -154,14 +157,10 @@ fn rdmsr() -> Verdict {
     expect("R10", host_rdmsr(0xC001_0117)?.0, INVALID)
 }
 
-/// x2APIC: the timer's initial count, divider and entry of the local vector table; pending vectors
-/// 0x40 to 0x5F.
-const TIMER_COUNT: u64 = 0x838;
-const TIMER_DIVIDER: u64 = 0x83E;
-const TIMER_LVT: u64 = 0x832;
 /// x2APIC: spurious vector, with the bit that lets the table's entries work.
 const SPURIOUS: u64 = 0x80F;
 const APIC_ON: u64 = 1 << 8;
+/// x2APIC: pending vectors 0x40 to 0x5F.
 const PENDING_40: u32 = 0x822;
 
 fn wrmsr() -> Verdict {
@@ -299,9 +298,7 @@ fn hlt() -> Verdict {
     const VECTOR: u64 = 0x40;
     // One shot, after a while; interrupts are off, so it stays pending and is seen to be.
     expect("spurious vector", host_wrmsr(SPURIOUS, APIC_ON | 0xFF)?, 0)?;
-    expect("divider", host_wrmsr(TIMER_DIVIDER, 0xB)?, 0)?;
-    expect("entry", host_wrmsr(TIMER_LVT, VECTOR)?, 0)?;
-    expect("count", host_wrmsr(TIMER_COUNT, 25_000)?, 0)?;
+    start_timer(VECTOR, 25_000)?;
     let after = ask_host(SubFunction::HLT, &[(R12, 0)])?;
     expect("R10", after[R10], 0)?;
     expect("pending", insn::rdmsr(PENDING_40), Ok(1))
@@ -312,12 +309,10 @@ fn timer_clock() -> Verdict {
     const TIMER_CURRENT: u64 = 0x839;
     /// Long enough that how long a request takes does not matter.
     const CYCLES: u64 = 500_000;
-    expect("divider", host_wrmsr(TIMER_DIVIDER, 0xB)?, 0)?;
-    expect("entry", host_wrmsr(TIMER_LVT, 1 << 16)?, 0)?;
     let told =
         insn::cpuid(0x15, 0).map_err(|trap| Finding::new(format_args!("CPUID 0x15: {trap:x?}")))?;
     expect("crystal", told.ecx, 25_000_000)?;
-    expect("count", host_wrmsr(TIMER_COUNT, 1 << 31)?, 0)?;
+    start_timer(TIMER_MASKED, 1 << 31)?;
     let started = insn::time_stamp();
     let left = loop {
         let (status, left) = host_rdmsr(TIMER_CURRENT)?;
@@ -327,7 +322,7 @@ fn timer_clock() -> Verdict {
         }
     };
     let cycles = (insn::time_stamp() - started) / u64::from(told.ebx);
-    expect("count", host_wrmsr(TIMER_COUNT, 0)?, 0)?;
+    start_timer(TIMER_MASKED, 0)?;
     let counted = (1 << 31) - left;
     let fits = counted / 2 < cycles && cycles < counted * 2;
     if !fits {

@@ -288,17 +288,13 @@ fn off() -> Verdict {
 fn none_lost() -> Verdict {
     const ROUNDS: u64 = 30_000;
     const PHYSICAL: u64 = 0x31;
-    const LVT_TIMER: u64 = 0x832;
-    const INITIAL_COUNT: u64 = 0x838;
     // MOV CR8, RAX; DEC ECX; JNZ back; HLT: the machine enters the VM anew behind each MOV.
     let mut vm = with_apic(&[0x44, 0x0F, 0x22, 0xC0, 0xFF, 0xC9, 0x75, 0xF8, 0xF4])?;
     post(&mut vm, VECTOR)?;
     let _ = trap::interrupts();
-    expect("LVT", tdcall::host_wrmsr(LVT_TIMER, PHYSICAL)?, 0)?;
     for round in 0..ROUNDS {
         // Each a little later than the last, so that all places of an entry have their turn.
-        let ticks = 500 + round % 400;
-        expect("count", tdcall::host_wrmsr(INITIAL_COUNT, ticks)?, 0)?;
+        tdcall::start_timer(PHYSICAL, 500 + round % 400)?;
         loop {
             vm.state.rip = vm.code();
             (vm.state.gprs[RCX], vm.state.gprs[RAX]) = (100, 0);

@@ -337,16 +337,12 @@ fn pending_interrupt() -> Verdict {
 }
 
 fn ends() -> Verdict {
-    const LVT_TIMER: u64 = 0x832;
-    const INITIAL_COUNT: u64 = 0x838;
     let mut vm = Vm::of(SPIN)?;
     let _ = trap::interrupts();
-    expect("LVT", tdcall::host_wrmsr(LVT_TIMER, VECTOR)?, 0)?;
     // One shot, from the host's timer. On a busy computer it may come before the VM is entered:
     // then with more time once more.
     for doublings in 0..12 {
-        let ticks = 2_500 << doublings;
-        expect("count", tdcall::host_wrmsr(INITIAL_COUNT, ticks)?, 0)?;
+        tdcall::start_timer(VECTOR, 2_500 << doublings)?;
         let exit = vm.run_or_wait()?;
         insn::open_interrupts();
         expect("taken", trap::interrupts(), 1 << (VECTOR - 32))?;
