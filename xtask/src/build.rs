@@ -4,6 +4,7 @@
 //! that no crate's features leak into another, then ROMs, then IGVM images. Everything ends up in
 //! [`Layout::artefacts`]; what is already up to date is not built again.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -12,7 +13,7 @@ use e2e::image::{self, Recipe, write_flat};
 use protocols::launch::{Acceptance, Fault};
 
 use crate::command::{self, tail};
-use crate::layout::{Layout, read, write};
+use crate::layout::{Layout, lock, read, write};
 use crate::progress;
 use crate::toolchain::{BARE_TARGET, BareTarget, Toolchain};
 
@@ -157,6 +158,15 @@ pub fn paravisor(layout: &Layout, target: BareTarget, step: &progress::Step) -> 
     compile(layout, target, &PARAVISOR, step)
 }
 
+/// The same with deliberate faults.
+pub fn faulty_paravisor(
+    layout: &Layout,
+    target: BareTarget,
+    step: &progress::Step,
+) -> Result<PathBuf> {
+    compile(layout, target, &FAULTY_PARAVISOR, step)
+}
+
 /// What the scenarios need besides.
 #[derive(Clone, Debug)]
 pub struct ForTests {
@@ -200,7 +210,7 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
     let l2_counts = layout.artefacts.join("l2_counts.fd");
     write_flat(&l2_counting, L2_ROM_SIZE, &l2_counts)?;
     let step = progress::step("build the paravisor with deliberate faults");
-    let faulty_paravisor = compile(layout, target, &FAULTY_PARAVISOR, &step)?;
+    let faulty_paravisor = faulty_paravisor(layout, target, &step)?;
     step.done("");
     Ok(ForTests {
         faulty_paravisor,
@@ -218,9 +228,15 @@ pub fn for_tests(layout: &Layout, target: BareTarget) -> Result<ForTests> {
 pub fn chip(layout: &Layout) -> Result<Chip> {
     let dir = layout.artefacts.join("chip");
     let step = progress::step("the keys of the emulated security processor");
+    let _building = building(layout)?;
     let chip = Chip::obtain(&dir)?;
     step.done("");
     Ok(chip)
+}
+
+/// One process at a time makes what several runs use; held until the file is dropped.
+fn building(layout: &Layout) -> Result<File> {
+    lock(&layout.artefacts.join("lock"))
 }
 
 /// The toolchain made ready for the bare-metal target.
@@ -229,13 +245,14 @@ pub fn prepare(layout: &Layout) -> Result<BareTarget> {
 }
 
 /// Compiles `program` and copies its ELF file to its place among the artefacts: the next build with
-/// other features overwrites cargo's own copy.
+/// other features overwrites cargo's own copy. Another run may be at just that, so both are done under a lock.
 fn compile(
     layout: &Layout,
     target: BareTarget,
     program: &Program,
     step: &progress::Step,
 ) -> Result<PathBuf> {
+    let _building = building(layout)?;
     let mut cargo = target.cargo(&layout.root, "build");
     cargo.args(["--package", program.package, "--bin", program.bin]);
     if !program.features.is_empty() {

@@ -5,6 +5,7 @@
 //! machine does not download again.
 
 use std::env;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -55,6 +56,15 @@ impl Layout {
 pub fn create_dir(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir)
         .with_context(|| format!("{}: the directory cannot be created", dir.display()))
+}
+
+/// Keeps other processes, and other threads, from what `path` stands for until the file is dropped; waits for
+/// those that are at it.
+pub fn lock(path: &Path) -> Result<File> {
+    let file = File::create(path).with_context(|| format!("{}", path.display()))?;
+    file.lock()
+        .with_context(|| format!("{}: cannot be locked", path.display()))?;
+    Ok(file)
 }
 
 /// Reads a whole file; the error names it.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::command;
-use crate::fetch::{Version, Wanted};
+use crate::fetch::{Version, Wanted, lock};
 use crate::layout::{Layout, create_dir};
 use crate::progress;
 
@@ -157,9 +157,14 @@ impl Toolchain {
                  this helps: rustup target add {BARE_TARGET}"
             )
         })?;
+        let _unpacking = lock(layout)?;
         let library = self.library();
         if let Some(parent) = library.parent() {
             create_dir(parent)?;
+        }
+        if self.ready().is_some() {
+            // Another run was faster.
+            return Ok(());
         }
         if library.exists() {
             bail!(

@@ -23,7 +23,7 @@ use anyhow::{Context, Result, bail};
 use e2e::guests::Kernel;
 
 use crate::fetch::apt;
-use crate::layout::{Layout, create_dir, write};
+use crate::layout::{Layout, create_dir, lock, write};
 use crate::progress;
 pub use options::DiskOptions;
 use recipe::Recipe;
@@ -64,11 +64,7 @@ pub fn obtain(layout: &Layout, kernel: Kernel) -> Result<PathBuf> {
     let dir = layout.cache.join("disks");
     create_dir(&dir)?;
     // One process makes disks at a time; held until the file is dropped.
-    let lock = dir.join("lock");
-    let making = fs::File::create(&lock).with_context(|| format!("{}", lock.display()))?;
-    making
-        .lock()
-        .with_context(|| format!("{}: cannot be locked", lock.display()))?;
+    let _making = lock(&dir.join("lock"))?;
     if disk.is_file() {
         return Ok(disk);
     }

@@ -19,7 +19,7 @@ use e2e::guests::{Firmware, Kernel};
 use apt::{Archive, Candidate};
 use sources::Debian;
 
-use crate::layout::{Layout, create_dir, write};
+use crate::layout::{self, Layout, create_dir, write};
 use crate::progress;
 
 /// A package to be taken from Debian, unpacked and used in place.
@@ -221,11 +221,7 @@ fn fitting(archive: &Archive, package: &str, version: &Version) -> Result<Candid
 
 /// The cache is filled by one process at a time; the lock is held until the file is dropped.
 pub fn lock(layout: &Layout) -> Result<fs::File> {
-    let path = layout.cache.join("lock");
-    let file = fs::File::create(&path).with_context(|| format!("{}", path.display()))?;
-    file.lock()
-        .with_context(|| format!("{}: cannot be locked", path.display()))?;
-    Ok(file)
+    layout::lock(&layout.cache.join("lock"))
 }
 
 /// The entry below `root` that `pattern` names; each component may hold one `*`. Of several the last

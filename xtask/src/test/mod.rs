@@ -4,6 +4,7 @@
 //! check of a scenario and every case of the bare-metal guests counts as one. The last line is the
 //! total, alone on standard output; each failure names the logs to look at.
 
+mod at_once;
 mod cargo;
 mod elsewhere;
 mod slots;
@@ -64,10 +65,13 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
             Box::new(move |layout, target, logs, step| job.perform(layout, target, logs, step));
         (job.name(), perform)
     });
-    let elsewhere: Perform = Box::new(elsewhere::perform);
+    let builds: [(&str, Perform); 2] = [
+        (elsewhere::NAME, Box::new(elsewhere::perform)),
+        (at_once::NAME, Box::new(at_once::perform)),
+    ];
     let jobs: Vec<(&str, Perform)> = cargos
         .into_iter()
-        .chain([(elsewhere::NAME, elsewhere)])
+        .chain(builds)
         .filter(|(name, _)| wanted(name))
         .collect();
     let scenarios: Vec<Scenario> = scenarios::all()
