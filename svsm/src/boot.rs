@@ -6,27 +6,26 @@
 //! ```
 //!
 //! Each step relies on those before it and on nothing else. A step that fails ends the machine
-//! with its reason. Memory is validated in two places only: the rest of the region and the
-//! carve-out; both have never been validated, and "already valid" there is a lie of the host.
-#![expect(
-    unsafe_code,
-    reason = "turns launch pages into references, makes the pools"
-)]
+//! with its reason.
+//!
+//! | module | owns |
+//! |---|---|
+//! | [`host`] | what the host says, checked |
+//! | [`own_memory`] | the rest of the region and the carve-out, validated |
+//! | [`map`] | the map of the guest's memory and the engine, on all platforms |
+#![expect(unsafe_code, reason = "turns launch pages into references")]
 
-use accept::{
-    Backend, Engine, Frame, GivenBack, Map, PageState, Range, Region, RegionLock, RegionLocks,
-};
+pub(crate) mod host;
+pub(crate) mod map;
+mod own_memory;
+
+use accept::{Frame, RegionLock, RegionLocks};
 use log::info;
-use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
+use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
 use protocols::cpuid::CpuidPage;
 use protocols::ghcb::HypervisorFeatures;
-use protocols::ghcb::msr::CpuidRegister;
 use protocols::ghcb::psc;
-use protocols::igvm_map::MemoryMapEntry;
-use protocols::launch::{
-    AcceptPolicy, GENERAL_VP_COUNT_OFFSET, LaunchParams, MEMORY_MAP_SIZE, PlatformKind,
-};
-use protocols::map::{MapDescriptor, MapRange};
+use protocols::launch::{AcceptPolicy, LaunchParams, PlatformKind};
 use protocols::secrets::SecretsPage;
 use protocols::terminate::TurnstileReason;
 use protocols::vmsa::{SevFeatures, SevStatus};
@@ -43,21 +42,23 @@ use crate::guest::GUEST_VMPL;
 use crate::guest::parameters::guest_memory_map;
 use crate::guest::prepare::{GUEST_SEV_FEATURES, Preparation};
 use crate::guest::vmsa::VmsaWindow;
-use crate::host_map::HostMap;
-use crate::hypervisor::ghcb::{self, Ghcb};
+use crate::hypervisor::ghcb::Ghcb;
 use crate::hypervisor::{Hypervisor, Start, VcpuRequest, msr};
 use crate::launch::Launch;
-use crate::memory::layout::{GUEST_WINDOW, MAX_VCPUS, OWN_WINDOW, PageRange};
-use crate::memory::page_tables::{self, Owner};
-use crate::memory::plan::{CarveOut, Plan, regions_before, regions_touched};
+use crate::memory::layout::PageRange;
+use crate::memory::page_tables;
+use crate::memory::plan::{CarveOut, Plan};
 use crate::memory::pool::Pool;
 use crate::platform::snp::{self, Snp};
-use crate::platform::{MappedBlock, Platform, ValidateError};
 use crate::secondary::{self, vmsa_page};
 use crate::system::{self, GuestRegistry, System};
 use crate::terminate::terminate;
 use crate::vcpus::{RECORDS_PER_VCPU, Record, Registry, Shown, Tables, Vcpu};
-use crate::{apic_ids, attestation, console, descriptor, exceptions, native, percpu, requests};
+use crate::{attestation, console, exceptions, native, percpu, requests};
+
+use host::{check_vp_count, read_apic_ids, read_host_map};
+use map::{make_engine, map_guest_memory, memory_with_state, publish_map};
+use own_memory::{list_page, shared_pages, validate_carve_out, validate_region};
 
 /// Bytes of the carve-out for each processor: its context, and its share of tables, generously.
 const BYTES_PER_VCPU: u64 = secondary::BYTES_PER_PROCESSOR + 1024;
@@ -66,8 +67,6 @@ const BYTES_OF_LINE: usize =
     attestation::CERTIFICATE_BYTES + size_of::<Line<SharedPages>>() + PAGE_SIZE as usize;
 /// How often the boot processor looks whether the others have ended their last step.
 const LOOKS_AT_OTHERS: u32 = 1 << 16;
-/// CPUID leaf whose EDX is the x2APIC id of the processor that executes it.
-const X2APIC_ID_LEAF: u32 = 0xB;
 
 /// Where the entry point continues.
 ///
@@ -224,11 +223,6 @@ fn start(
     Ok((system, ghcb))
 }
 
-/// Bytes of all memory that has a state.
-pub(crate) fn memory_with_state(plan: &Plan) -> u64 {
-    plan.ranges().iter().map(|range| range.bytes()).sum()
-}
-
 /// Tells the host about the other processors, and starts what the policy accepts before the guest
 /// asks. Everything that they share is made.
 fn accept_ahead(
@@ -346,33 +340,6 @@ pub(crate) fn harden_processor() {
     }
 }
 
-/// Reads the host's number of processors, once.
-pub(crate) fn check_vp_count(params: &LaunchParams) -> Result<usize, TurnstileReason> {
-    let address = params.general_gpa + GENERAL_VP_COUNT_OFFSET as u64;
-    // SAFETY: inside the general parameter page of the launch.
-    let count = unsafe { (address as *const u32).read_volatile() } as usize;
-    if (1..=MAX_VCPUS).contains(&count) {
-        Ok(count)
-    } else {
-        Err(TurnstileReason::VP_COUNT)
-    }
-}
-
-/// The pages at the end of the region that are shared and not validated: a GHCB per processor,
-/// those for guest messages, and one for the list of APIC ids.
-fn shared_pages(launch: &Launch<'_>, vp_count: usize) -> Result<PageRange, TurnstileReason> {
-    let end = launch.region().end_frame();
-    let count = vp_count as u64 + attestation::shared::PAGES + 1;
-    PageRange::try_from_frames(end - count, end)
-        .filter(|pages| launch.unlaunched().contains(*pages))
-        .ok_or(TurnstileReason::LAUNCH_PARAMS)
-}
-
-/// The last of [`shared_pages`].
-fn list_page(shared: PageRange) -> Result<Gpa, TurnstileReason> {
-    shared.frames().next_back().ok_or(TurnstileReason::INTERNAL)
-}
-
 /// Opens the line to the security processor, on the pages of [`shared_pages`] before the last.
 fn open_line(
     shared: PageRange,
@@ -385,106 +352,6 @@ fn open_line(
     let carrier = unsafe { SharedPages::establish(pages) }?;
     let (_, certificates) = pool.slice(attestation::CERTIFICATE_BYTES, |_| 0)?;
     pool.leak(Line::new(carrier, certificates))
-}
-
-/// Asks the host for the APIC ids, and checks them.
-fn read_apic_ids(
-    host: &impl Hypervisor,
-    list: Gpa,
-    vp_count: usize,
-    pool: &mut Pool,
-) -> Result<&'static [u32], TurnstileReason> {
-    const { assert!((1 + MAX_VCPUS) * size_of::<u32>() <= PAGE_SIZE as usize) };
-    // SAFETY: the page is the one of the region that is set aside for the list.
-    unsafe { ghcb::share(list) }?;
-    host.list_apic_ids(list)?;
-    // Read once each: the host may change them at any time.
-    // SAFETY: inside the page, which is mapped; any bytes are a number.
-    let word = |index: usize| unsafe { (list.get() as *const u32).add(index).read_volatile() };
-    let claimed = word(0);
-    let (_, ids) = pool.slice(vp_count, |index| word(1 + index))?;
-    let own = msr::cpuid(X2APIC_ID_LEAF, CpuidRegister::Edx)?;
-    apic_ids::check(ids, claimed, own)?;
-    Ok(ids)
-}
-
-/// Checks the host's memory map.
-pub(crate) fn read_host_map(launch: &Launch<'_>) -> Result<HostMap, TurnstileReason> {
-    let count = MEMORY_MAP_SIZE as usize / size_of::<MemoryMapEntry>();
-    let first = launch.params().memory_map_gpa as *const MemoryMapEntry;
-    // SAFETY: the area is in the launched part of the region, private, and any bytes are
-    // entries.
-    let entries = (0..count).map(|index| unsafe { first.add(index).read_volatile() });
-    // The windows end there, too.
-    let limit = Gpa::new(1 << launch.c_bit().map_or(46, |bit| bit.min(46)));
-    let host_map = HostMap::check(entries, limit, launch.region())?;
-    for memory in host_map.memory() {
-        info!("memory {memory}");
-    }
-    Ok(host_map)
-}
-
-/// Validates and zeros the part of the region that was not launched, but for the GHCBs.
-fn validate_region(
-    platform: &Snp,
-    launch: &Launch<'_>,
-    ghcbs: PageRange,
-) -> Result<Pool, TurnstileReason> {
-    let (pages, _) = launch.unlaunched().without(ghcbs);
-    for page in pages.frames() {
-        validate_own(platform, page.get(), PageSize::Size4K)?;
-    }
-    // SAFETY: the image maps the whole region one to one, writable where it is not launched;
-    // the pages were validated and zeroed just now, and nobody else gets them.
-    Ok(unsafe { Pool::new(pages, 0) })
-}
-
-/// Maps, validates and zeros the carve-out.
-fn validate_carve_out(
-    platform: &Snp,
-    plan: &Plan,
-    tables: &mut Pool,
-) -> Result<Pool, TurnstileReason> {
-    let pages = plan.carve_out;
-    page_tables::map_large(OWN_WINDOW, pages, Owner::Paravisor, tables)?;
-    for gpa in (pages.start().get()..pages.end().get()).step_by(LARGE_PAGE_SIZE as usize) {
-        validate_own(platform, OWN_WINDOW + gpa, PageSize::Size2M)?;
-    }
-    // SAFETY: mapped, validated and zeroed just now; the plan gives it to nobody else.
-    Ok(unsafe { Pool::new(pages, OWN_WINDOW) })
-}
-
-/// Validates and zeros memory of ours that was never validated; 2 MiB fall back to 4 KiB.
-fn validate_own(platform: &Snp, address: u64, size: PageSize) -> Result<(), TurnstileReason> {
-    let block = MappedBlock::try_new(address, size).ok_or(TurnstileReason::INTERNAL)?;
-    match platform.validate(block) {
-        Ok(()) => platform
-            .scrub(block)
-            .map_err(|_| TurnstileReason::NOT_VALIDATED),
-        Err(ValidateError::NoChange) => Err(TurnstileReason::ALREADY_VALID),
-        Err(ValidateError::SizeMismatch) if size == PageSize::Size2M => (address
-            ..address + size.bytes())
-            .step_by(PAGE_SIZE as usize)
-            .try_for_each(|page| validate_own(platform, page, PageSize::Size4K)),
-        Err(_) => Err(TurnstileReason::PVALIDATE),
-    }
-}
-
-/// Builds the guest window: all memory with a state, except what is the paravisor's.
-pub(crate) fn map_guest_memory(
-    plan: &Plan,
-    launch: &Launch<'_>,
-    pool: &mut Pool,
-) -> Result<(), TurnstileReason> {
-    for (outer, _) in plan.groups() {
-        let (below, rest) = outer.without(launch.region());
-        for piece in [below, rest] {
-            let (lower, upper) = piece.without(plan.carve_out);
-            page_tables::map_large(GUEST_WINDOW, lower, Owner::Guest, pool)?;
-            page_tables::map_large(GUEST_WINDOW, upper, Owner::Guest, pool)?;
-        }
-    }
-    Ok(())
 }
 
 /// The registry and where its public table is.
@@ -519,59 +386,6 @@ fn make_vcpus(
     })
 }
 
-/// Makes the engine and records what is known before the guest exists.
-pub(crate) fn make_engine<B: Backend>(
-    backend: B,
-    launch: &Launch<'_>,
-    plan: &Plan,
-    locks: usize,
-    pool: &mut Pool,
-) -> Result<Engine<'static, B>, TurnstileReason> {
-    let mut made = [None; MapDescriptor::MAX_RANGES];
-    let mut slots = made.iter_mut();
-    for (outer, group) in plan.groups() {
-        let (_, regions) = pool.slice(regions_touched(outer) as usize, |_| Region::new())?;
-        let regions: &'static [Region] = regions;
-        for (pages, slot) in group.iter().zip(slots.by_ref()) {
-            // Ranges that share a region share its record: their pages in it are different
-            // ones, and its lock is the same.
-            let start = regions_before(outer, *pages) as usize;
-            let own = regions.get(start..start + regions_touched(*pages) as usize);
-            let first = Frame::containing(pages.start().get());
-            let range = Range::try_new(first, pages.pages(), own.unwrap_or_default())
-                .map_err(|_| TurnstileReason::INTERNAL)?;
-            let needed = GivenBack::needed(range.regions().len());
-            let (_, flags) = pool.slice(needed, |_| GivenBack::new())?;
-            let range = range.with_given_back(flags);
-            *slot = Some(range.map_err(|_| TurnstileReason::INTERNAL)?);
-        }
-    }
-    let first = made
-        .first()
-        .copied()
-        .flatten()
-        .ok_or(TurnstileReason::MAP_EMPTY)?;
-    let (_, ranges) = pool.slice(plan.ranges().len(), |index| {
-        made.get(index).copied().flatten().unwrap_or(first)
-    })?;
-    let map = Map::try_new(ranges).map_err(|_| TurnstileReason::INTERNAL)?;
-    let (_, locks) = pool.slice(locks, |_| RegionLock::new())?;
-    let locks = RegionLocks::try_new(locks).map_err(|_| TurnstileReason::INTERNAL)?;
-    let engine = Engine::new(backend, map, locks);
-
-    let (region, _) = launch.region().without(plan.ghcbs);
-    for owned in [region, plan.carve_out] {
-        engine
-            .record_launch(
-                Frame::containing(owned.start().get()),
-                owned.pages(),
-                PageState::Owned,
-            )
-            .map_err(|_| TurnstileReason::INTERNAL)?;
-    }
-    Ok(engine)
-}
-
 /// Shows map and registry to the referee.
 fn publish_descriptor(
     system: &System,
@@ -582,33 +396,4 @@ fn publish_descriptor(
         shown.vcpu_count = system.registry.shown_count() as u32;
         shown.vcpu_table_gpa = vcpu_table.get();
     })
-}
-
-/// Shows the map to the referee, with what `complete` adds to it. The descriptor is a page, and it lies
-/// on the stack: once.
-#[inline(never)]
-pub(crate) fn publish_map<B: Backend>(
-    engine: &Engine<'_, B>,
-    plan: &Plan,
-    complete: impl FnOnce(&mut MapDescriptor),
-) -> Result<(), TurnstileReason> {
-    let mut shown = MapDescriptor::new();
-    let ranges = engine.map().ranges();
-    let mut ranges = ranges.iter();
-    for (outer, group) in plan.groups() {
-        let first = ranges.next().ok_or(TurnstileReason::INTERNAL)?;
-        ranges.by_ref().take(group.len() - 1).for_each(drop);
-        let range = MapRange {
-            gpa: outer.start().get(),
-            pages: outer.pages(),
-            states_gpa: first.regions().as_ptr() as u64 - OWN_WINDOW,
-        };
-        if !shown.push_range(range) {
-            return Err(TurnstileReason::MAP_TOO_MANY);
-        }
-    }
-    shown.guest_vmpl = GUEST_VMPL.number().into();
-    complete(&mut shown);
-    descriptor::publish(shown);
-    Ok(())
 }

@@ -32,9 +32,9 @@ mod bare {
     use super::handover;
     use super::rounds::{Memory, Rounds};
     use crate::backend::{Alone, WindowBackend};
-    use crate::boot::{
-        check_vp_count, harden_processor, make_engine, map_guest_memory, read_host_map,
-    };
+    use crate::boot::harden_processor;
+    use crate::boot::host::{check_vp_count, read_host_map};
+    use crate::boot::map::{make_engine, map_guest_memory};
     use crate::entry::boot_stack_guard;
     use crate::guest::parameters::LEGACY_HOLE;
     use crate::host_map::HostMap;

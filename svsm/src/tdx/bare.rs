@@ -28,9 +28,9 @@ use super::l2::interrupts::VirtualApic;
 use super::run::{self, System, VcpuPages};
 use super::runners::{Others, Runner};
 use crate::ahead::Ahead;
-use crate::boot::{
-    harden_processor, make_engine, map_guest_memory, memory_with_state, publish_map, read_host_map,
-};
+use crate::boot::harden_processor;
+use crate::boot::host::read_host_map;
+use crate::boot::map::{make_engine, map_guest_memory, memory_with_state, publish_map};
 use crate::entry::boot_stack_guard;
 use crate::host_map::HostMap;
 use crate::hypervisor::tdx;
