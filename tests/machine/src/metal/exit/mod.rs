@@ -4,6 +4,7 @@
 //! strict level and is done at once for a direct one (facts: guests.md §5.5). What the platform
 //! means is asked of the library; nothing here decides it.
 
+mod control;
 mod instruction;
 mod io;
 mod l2;
@@ -84,7 +85,7 @@ pub fn handle(vcpu: &mut Vcpu) -> Flow {
         // in a guest whose CPUID hides SVM.
         ExitCode::XSETBV | ExitCode(0x7A | 0x80 | 0x82..=0x86) => vcpu.undefined_opcode(),
         EXIT_WRITE_CR4 => write_cr4(vcpu),
-        EXIT_WRITE_CR8 => l2::write_cr8(vcpu),
+        EXIT_WRITE_CR8 => control::write_cr8(vcpu),
         ExitCode::NMI => {
             svm::take_nmi();
             if smp::was_kicked(vcpu.id) {
@@ -137,7 +138,7 @@ fn invalid(vcpu: &mut Vcpu) -> Flow {
         && matches!(modrm >> 3 & 7, 3 | 4)
     {
         return if vcpu.kind == PlatformKind::Tdx {
-            l2::write_refused_cr4(vcpu)
+            control::write_refused_cr4(vcpu)
         } else {
             vcpu.general_protection()
         };
