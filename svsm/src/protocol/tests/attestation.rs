@@ -14,10 +14,8 @@ use protocols::terminate::TurnstileReason;
 use sha2::{Digest, Sha512};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::model::{
-    AREA, BOOT, END, GUEST, GUEST_PAGES, LIST, OWN_PAGE, VMSA, World, in_world,
-    in_world_that_accepts,
-};
+use super::model::{AREA, BOOT, END, GUEST, GUEST_PAGES, LIST, OWN_PAGE, VMSA};
+use super::world::{World, in_world, in_world_that_accepts};
 use crate::attestation::channel::{SealedAnswer, SealedRequest};
 use crate::attestation::tests::{Host, ToModel, table};
 use crate::attestation::{self, CERTIFICATE_BYTES, Carrier};

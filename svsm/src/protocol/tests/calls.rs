@@ -4,7 +4,8 @@ use protocols::exit_code::ExitCode;
 use protocols::svsm::{CallId, CoreCall, Protocol, ProtocolQuery, ResultCode};
 use protocols::terminate::TurnstileReason;
 
-use super::model::{AREA, END, OWN_PAGE, Page, core_registers, in_world};
+use super::model::{AREA, END, OWN_PAGE, Page};
+use super::world::{core_registers, in_world};
 use crate::protocol::{Answer, Registers, VcpuIndex};
 
 fn registers(protocol: Protocol, call: u32) -> Registers {

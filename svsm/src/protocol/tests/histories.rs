@@ -6,10 +6,8 @@ use protocols::addr::Gpa;
 use protocols::exit_code::ExitCode;
 use protocols::svsm::{CallId, ResultCode};
 
-use super::model::{
-    AREA, BOOT, END, GUEST, GUEST_PAGES, OWN_PAGE, VMSA, World, in_world, rescind_2m, rescind_4k,
-    validate_2m, validate_4k,
-};
+use super::model::{AREA, BOOT, END, GUEST, GUEST_PAGES, OWN_PAGE, VMSA};
+use super::world::{World, in_world, rescind_2m, rescind_4k, validate_2m, validate_4k};
 use crate::protocol::{Answer, GuestMemory, Registers, Vcpus};
 
 /// Calls of each history.

@@ -4,6 +4,7 @@
 //! and proof that a refused call has changed nothing.
 
 mod model;
+mod world;
 
 mod attestation;
 mod calls;

@@ -5,9 +5,9 @@ use accept::{Block, Frame, OnNoChange, PageState};
 use protocols::svsm::{CoreCall, ResultCode};
 use protocols::terminate::TurnstileReason;
 
-use super::model::{
-    AREA, END, Event, GUEST, LIST, OWN_PAGE, Page, VMSA, core_registers, ignoring, in_world,
-    rescind_2m, rescind_4k, validate_2m, validate_4k,
+use super::model::{AREA, END, Event, GUEST, LIST, OWN_PAGE, Page, VMSA};
+use super::world::{
+    core_registers, ignoring, in_world, rescind_2m, rescind_4k, validate_2m, validate_4k,
 };
 use crate::protocol::Answer;
 

@@ -7,9 +7,8 @@ use protocols::addr::Gpa;
 use protocols::exit_code::ExitCode;
 use protocols::svsm::{CoreCall, ResultCode};
 
-use super::model::{
-    AREA, BOOT, GUEST, LIST, Machine, core_registers, in_world, rescind_4k, validate_4k,
-};
+use super::model::{AREA, BOOT, GUEST, LIST, Machine};
+use super::world::{core_registers, in_world, rescind_4k, validate_4k};
 use crate::protocol::{Answer, GuestMemory, Registers, Service, Unreachable};
 
 const PAGE: u64 = 0x60_5000;

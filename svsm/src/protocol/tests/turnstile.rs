@@ -5,9 +5,9 @@ use protocols::launch::{AcceptPolicy, Acceptance, Budget, BudgetUnit};
 use protocols::svsm::turnstile::{TurnstileCall, TurnstileCounter};
 use protocols::svsm::{CoreCall, ResultCode};
 
-use super::model::{
-    AREA, END, Event, GUEST, LIST, OWN_PAGE, World, core_registers, in_world,
-    in_world_that_accepts, rescind_2m, validate_2m,
+use super::model::{AREA, END, Event, GUEST, LIST, OWN_PAGE};
+use super::world::{
+    World, core_registers, in_world, in_world_that_accepts, rescind_2m, validate_2m,
 };
 use crate::protocol::{Answer, Registers, Steps};
 

@@ -5,10 +5,8 @@ use protocols::svsm::{CoreCall, ResultCode};
 use protocols::terminate::TurnstileReason;
 use protocols::vmsa::{Efer, SevFeatures};
 
-use super::model::{
-    AREA, BOOT, END, Event, GUEST, OWN_PAGE, Page, VMSA, core_registers, in_world, rescind_4k,
-    validate_4k,
-};
+use super::model::{AREA, BOOT, END, Event, GUEST, OWN_PAGE, Page, VMSA};
+use super::world::{core_registers, in_world, rescind_4k, validate_4k};
 use crate::protocol::{Answer, Vcpus};
 
 /// Where the tests put a VMSA and its calling area, as OVMF does: one after the other.

@@ -1,29 +1,30 @@
-//! The attestation protocol: what is delivered, what is refused, several processors at once, and hosts that
-//! lie about messages (`hostile=messages-…`).
-//!
-//! Buffers are pages of regions of their own, so that whatever is written beside them is seen.
+//! The attestation protocol: what is delivered, what is refused, and several processors at once.
+
+pub mod lies;
+mod place;
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use guest::harness::{Case, Finding, Verdict, case, expect, expect_not};
-use guest::memory::{self, page_of};
-use guest::oracle::{self, host_act};
-use guest::svsm::{self, Caller, Registers, call};
+use guest::harness::{Case, Finding, Verdict, case, expect};
+use guest::memory;
+use guest::svsm::{self, Registers, call};
 use protocols::addr::{Gpa, PAGE_SIZE, PageSize};
 use protocols::amd_sp::certificates::{CertificateEntry, VCEK};
-use protocols::amd_sp::report::AttestationReport;
 use protocols::launch::AcceptPolicy;
-use protocols::oracle::HostAct;
 use protocols::svsm::attestation::{
     AttestationCall, Buffer, SERVICES_MANIFEST, ServicesManifest, ServicesOperation,
     SingleServiceOperation, TURNSTILE_SERVICE, TurnstileManifest,
 };
 use protocols::svsm::turnstile::{TurnstileCall, TurnstileCounter};
 use protocols::svsm::{CallId, CoreCall, Protocol, ProtocolQuery, ResultCode};
-use sha2::{Digest, Sha512};
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use zerocopy::{FromZeros, IntoBytes};
 
-use crate::setup::{self, NO_MEMORY, accepted_region, unchanged};
+use place::{
+    CERTIFICATE_PAGE, END_PAGE, MANIFEST, Place, REPORT, REPORT_PAGE, SEED, ask, buffer, pass,
+    pass_by, refused, sizes,
+};
+
+use crate::setup::{self, NO_MEMORY, unchanged};
 use crate::team::{Member, Team};
 
 /// The table.
@@ -70,166 +71,6 @@ pub const CASES: &[Case] = &[
     case("attest_unknown_calls", "svsm.md §3", unknown_calls),
     case("smp_attest_all_at_once", "design.md I12", all_at_once),
 ];
-
-/// With a host that lies about messages and later does not.
-pub const LIES: &[Case] = &[
-    case("attest_host_is_busy", "ghcb.md §8", busy),
-    case("attest_host_drops_the_message", "ghcb.md §8", dropped),
-    case("attest_host_says_it_failed", "ghcb.md §8", failed),
-    case("attest_host_wants_more_room", "ghcb.md §8", more_room),
-];
-
-/// A lie that is not got over: the firmware has moved on, and its answer is gone.
-pub const LAST_LIE: &[Case] = &[case(
-    "attest_answer_is_not_the_firmwares",
-    "ghcb.md §8",
-    last_lie,
-)];
-
-/// Whether this host lies about messages.
-pub fn is_host() -> bool {
-    oracle::host_would(HostAct::DROP_MESSAGE)
-}
-
-/// What buffers hold before a call: a value of its own in each line.
-const SEED: u64 = 0xB1A2_0000_0000;
-const BUSY_TRIES: u32 = 1_000_000;
-
-/// Buffers in a region: nonce in page 1, report in 2, manifest in 3, certificates in 4 to 7.
-#[derive(Clone, Copy)]
-struct Place(Gpa);
-
-const NONCE_PAGE: u64 = 1;
-const REPORT_PAGE: u64 = 2;
-const MANIFEST_PAGE: u64 = 3;
-const CERTIFICATE_PAGE: u64 = 4;
-const END_PAGE: u64 = 8;
-/// The nonce crosses into the next page's neighbour.
-const NONCE_OFFSET: u64 = 0x7F8;
-
-const fn buffer(gpa: Gpa, size: u32) -> Buffer {
-    Buffer {
-        gpa: gpa.get(),
-        size,
-        reserved: 0,
-    }
-}
-
-impl Place {
-    fn new() -> Result<Self, Finding> {
-        accepted_region().map(Self)
-    }
-
-    fn page(self, index: u64) -> Gpa {
-        page_of(self.0, index)
-    }
-
-    fn nonce(self) -> Gpa {
-        Gpa::new(self.page(NONCE_PAGE).get() + NONCE_OFFSET)
-    }
-
-    /// The nonce of caller `number`.
-    fn put_nonce(self, number: u8) -> Verdict {
-        memory::put_bytes(self.nonce().get(), &[number; 64])
-    }
-
-    fn operation(self) -> ServicesOperation {
-        ServicesOperation {
-            report: buffer(self.page(REPORT_PAGE), PAGE_SIZE as u32),
-            nonce: buffer(self.nonce(), 64),
-            manifest: buffer(self.page(MANIFEST_PAGE), PAGE_SIZE as u32),
-            certificates: buffer(self.page(CERTIFICATE_PAGE), 4 * PAGE_SIZE as u32),
-        }
-    }
-
-    fn blank(self) -> Verdict {
-        let bytes = (END_PAGE - REPORT_PAGE) * PAGE_SIZE;
-        memory::fill(self.page(REPORT_PAGE).get(), bytes, SEED)
-    }
-
-    fn expect_blank(self) -> Verdict {
-        let bytes = (END_PAGE - REPORT_PAGE) * PAGE_SIZE;
-        memory::expect_filled(self.page(REPORT_PAGE).get(), bytes, SEED)
-    }
-
-    fn report(self) -> Result<AttestationReport, Finding> {
-        let mut report = AttestationReport::new_zeroed();
-        memory::take_bytes(self.page(REPORT_PAGE).get(), report.as_mut_bytes())?;
-        Ok(report)
-    }
-
-    fn manifest<T: FromZeros + FromBytes + IntoBytes>(self) -> Result<T, Finding> {
-        let mut manifest = T::new_zeroed();
-        memory::take_bytes(self.page(MANIFEST_PAGE).get(), manifest.as_mut_bytes())?;
-        Ok(manifest)
-    }
-
-    /// Report and manifest belong together, and to the nonce of caller `number`.
-    fn expect_answer<T: FromZeros + FromBytes + IntoBytes>(self, number: u8) -> Result<T, Finding> {
-        let report = self.report()?;
-        expect("version and VMPL", (report.version, report.vmpl), (3, 0))?;
-        expect_not("MEASUREMENT", report.measurement, [0; 48])?;
-        let mut manifest: T = self.manifest()?;
-        let data = Sha512::new()
-            .chain_update([number; 64])
-            .chain_update(manifest.as_mut_bytes())
-            .finalize();
-        expect("REPORT_DATA", report.report_data[..] == data[..], true)?;
-        Ok(manifest)
-    }
-}
-
-/// Passes an operation in the calling area of `caller`.
-fn pass_by(
-    caller: Caller,
-    id: AttestationCall,
-    operation: &[u8],
-) -> Result<(ResultCode, Registers), Finding> {
-    let at = caller.0.get() + protocols::svsm::CallingArea::BUFFER_OFFSET as u64;
-    memory::put_bytes(at, operation)?;
-    let registers = Registers {
-        rcx: at,
-        rdx: u64::MAX,
-        r8: u64::MAX,
-        r9: 0,
-    };
-    for _ in 0..BUSY_TRIES {
-        match caller.call_of(id.id(), registers)? {
-            (ResultCode::BUSY, _) => {}
-            answer => return Ok(answer),
-        }
-    }
-    Err(Finding::new(format_args!("BUSY {BUSY_TRIES} times")))
-}
-
-fn pass(id: AttestationCall, operation: &[u8]) -> Result<(ResultCode, Registers), Finding> {
-    pass_by(Caller(svsm::calling_area()), id, operation)
-}
-
-fn ask(operation: &ServicesOperation) -> Result<(ResultCode, Registers), Finding> {
-    pass(AttestationCall::SERVICES, operation.as_bytes())
-}
-
-fn sizes(registers: &Registers) -> (u64, u64, u64) {
-    (registers.rcx, registers.rdx, registers.r8)
-}
-
-/// Bytes of manifest and report.
-const MANIFEST: u64 = size_of::<ServicesManifest>() as u64;
-const REPORT: u64 = AttestationReport::SIZE as u64;
-
-/// The call must be refused with `code`: registers as they were, nothing written, no page changed.
-fn refused(place: Place, operation: &ServicesOperation, code: ResultCode) -> Verdict {
-    place.blank()?;
-    let pages = [place.0, place.page(REPORT_PAGE), place.page(END_PAGE)];
-    unchanged(&pages, || {
-        let (result, registers) = ask(operation)?;
-        expect("result", result, code)?;
-        let untouched = (svsm::buffer().get(), u64::MAX, u64::MAX);
-        expect("RCX, RDX, R8", sizes(&registers), untouched)
-    })?;
-    place.expect_blank()
-}
 
 fn query() -> Verdict {
     for (version, answer) in [(1, 1 << 32 | 1), (0, 0), (2, 0)] {
@@ -659,90 +500,4 @@ fn all_at_once() -> Verdict {
             Ok(())
         })
     })
-}
-
-/// The next message meets such a host; the address counts for nothing.
-fn next_meets(act: HostAct) -> Verdict {
-    host_act(svsm::calling_area(), act)
-}
-
-/// Asks once. What comes back, and the lies that the manifest of a good answer tells of.
-fn ask_once(place: Place, number: u8) -> Result<(ResultCode, Registers, Option<u64>), Finding> {
-    place.put_nonce(number)?;
-    place.blank()?;
-    let at = svsm::buffer().get();
-    memory::put_bytes(at, place.operation().as_bytes())?;
-    let registers = Registers {
-        rcx: at,
-        rdx: u64::MAX,
-        r8: u64::MAX,
-        r9: 0,
-    };
-    let answer = call(AttestationCall::SERVICES.id(), registers)?;
-    let lies = if answer.result() == ResultCode::SUCCESS {
-        let manifest: ServicesManifest = place.expect_answer(number)?;
-        Some(manifest.turnstile.host_lies)
-    } else {
-        expect("registers", answer.registers, registers)?;
-        place.expect_blank()?;
-        None
-    };
-    Ok((answer.result(), answer.registers, lies))
-}
-
-/// A lie is answered with `code`, again if it is told again, and got over when it is not; then the manifest
-/// tells of `noticed` lies more than before.
-fn got_over(act: HostAct, code: ResultCode, noticed: u64) -> Verdict {
-    let place = Place::new()?;
-    let (_, _, before) = ask_once(place, 0x40)?;
-    for number in [0x41, 0x42] {
-        next_meets(act)?;
-        expect("result", ask_once(place, number)?.0, code)?;
-    }
-    // The first two questions are never answered to anybody; the third is.
-    let (result, _, after) = ask_once(place, 0x43)?;
-    expect("result", result, ResultCode::SUCCESS)?;
-    expect("host lies", after, before.map(|lies| lies + 2 * noticed))
-}
-
-fn busy() -> Verdict {
-    got_over(HostAct::SAY_BUSY, ResultCode::BUSY, 0)
-}
-
-fn dropped() -> Verdict {
-    got_over(HostAct::DROP_MESSAGE, ResultCode::INVALID_REQUEST, 1)
-}
-
-fn failed() -> Verdict {
-    got_over(HostAct::SAY_FAILED, ResultCode::INVALID_REQUEST, 0)
-}
-
-/// The report comes without certificates.
-fn more_room() -> Verdict {
-    let place = Place::new()?;
-    next_meets(HostAct::TOO_MANY_CERTIFICATES)?;
-    let (result, registers, _) = ask_once(place, 0x50)?;
-    expect("result", result, ResultCode::SUCCESS)?;
-    expect("sizes", sizes(&registers), (MANIFEST, 0, REPORT))
-}
-
-/// The guest is told, now and for ever: a message cannot be made again, and no other may take its number.
-fn last_lie() -> Verdict {
-    let act = [
-        HostAct::TAMPER_ANSWER,
-        HostAct::REPLAY_ANSWER,
-        HostAct::LOSE_ANSWER,
-    ]
-    .into_iter()
-    .find(|&act| oracle::host_would(act))
-    .ok_or_else(|| Finding::new(format_args!("this host has no such lie")))?;
-    let place = Place::new()?;
-    expect("before", ask_once(place, 0x60)?.0, ResultCode::SUCCESS)?;
-    next_meets(act)?;
-    for number in 0x61..0x66 {
-        let result = ask_once(place, number)?.0;
-        expect("result", result, ResultCode::INVALID_REQUEST)?;
-    }
-    // Everything else goes on.
-    setup::accepted_page().map(|_| ())
 }

@@ -86,8 +86,12 @@ extern "C" fn main() -> ! {
             smp::MEMORY,
             double_validation::RE_ADD_ENDS,
         ]
-    } else if attestation::is_host() {
-        &[attestation::CASES, attestation::LIES, attestation::LAST_LIE]
+    } else if attestation::lies::is_host() {
+        &[
+            attestation::CASES,
+            attestation::lies::LIES,
+            attestation::lies::LAST_LIE,
+        ]
     } else {
         match policies::policy() {
             // Where memory is accepted ahead, many a case of the others counts what is not
