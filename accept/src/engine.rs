@@ -327,7 +327,7 @@ impl<'m> Held<'m> {
         self.guard.distrust();
     }
 
-    /// Whether a flow that failed has ever put out pages of the region: its flush may be under way
+    /// Whether a flow that failed under this lock has ever put out pages: its flush may be under way
     /// still, or was not certain. To who gives these pages back nothing changes, but he shares them
     /// with the host when he is answered.
     pub(crate) fn maybe_stale(&self) -> bool {

@@ -29,7 +29,9 @@ impl Withdrawn {
         self.block
     }
 
-    /// The flush that is owed before the host is asked, if the guest had any of the pages.
+    /// The flush that is owed before the host is asked, if the guest had any of the pages. A flow that
+    /// failed owes none here: of what the guest could reach it has put out nothing, but for a page that
+    /// the host had removed, and that ends the VM.
     #[must_use]
     pub fn flush(&self) -> Option<FlushOwed> {
         (!self.leaving.accepted.is_empty()).then_some(FlushOwed(()))

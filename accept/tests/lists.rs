@@ -66,6 +66,24 @@ fn i12_another_region_a_large_block_or_another_call_release_the_lock() {
 }
 
 #[test]
+fn i12_who_waits_for_another_region_holds_nothing() {
+    let model = Model::new(2, false);
+    with_engine(&model, 2, LOOKS, |engine| {
+        engine
+            .accept(page(520), OnNoChange::Fail)
+            .expect("accepted");
+        let mut list = engine.accepting();
+        accept(&mut list, page(0)).expect("accepted");
+        assert!(!is_free(engine, 1));
+        let freed = engine.while_accepted(frame(520), || {
+            assert_eq!(accept(&mut list, page(512)), Err(Error::Busy));
+            is_free(engine, 1)
+        });
+        assert_eq!(freed, Ok(true));
+    });
+}
+
+#[test]
 fn a_refusal_ends_the_hold() {
     let model = Model::new(1, false);
     with_engine(&model, 1, LOOKS, |engine| {

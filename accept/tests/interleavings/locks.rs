@@ -27,6 +27,8 @@ fn lists_in_opposite_order_do_not_wait_for_each_other() {
         move |engine| list(engine, [1, 0]),
         |_, mine, theirs| {
             let ([a0, a1], [b1, b0]) = (mine.expect("a list"), theirs.expect("a list"));
+            // Both may be told "busy": a look may read what a lock was a while ago. That nothing is held
+            // meanwhile is for `lists.rs`.
             for (mine, theirs) in [(a0, b0), (a1, b1)] {
                 // Who is told "busy" has met the other at this very page.
                 assert_eq!(usize::from(mine.is_ok()) + usize::from(theirs.is_ok()), 1);
