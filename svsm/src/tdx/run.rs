@@ -238,21 +238,24 @@ pub fn run(system: &'static System, index: usize) -> ! {
         if prepare_entry(&mut vp).is_err() {
             terminate(TurnstileReason::TD_FIELD);
         }
+        let flush = runner.enter();
         let state = service.domain.shared().cast::<EnterState>();
         // SAFETY: the structure is the first in the page, which is this processor's; the module reads
         // and writes it during the call and at no other time.
         let exit = unsafe {
             state.write(vp.state);
-            let exit = module::enter(GUEST, runner.enter(), pages.shared);
-            runner.leave();
+            let exit = module::enter(GUEST, flush, pages.shared);
             vp.state = state.read();
             exit
         };
-        // Without an entry nothing was delivered.
-        if exit.status != Status::PENDING_INTERRUPT {
+        // Without an entry nothing was delivered, and nothing flushed.
+        if exit.status == Status::PENDING_INTERRUPT {
+            runner.not_entered(flush);
+        } else {
             vp.injection = None;
             vp.stepped = false;
         }
+        runner.leave();
         if matches!(
             exit.status,
             Status::PENDING_INTERRUPT | Status::L2_EXIT_PENDING_INTERRUPT
