@@ -1,6 +1,6 @@
 //! The guest's memory: acceptance, conversion, and accesses to pages that it has not accepted.
 
-use accept::{Backend, Block, Error, Frame, OnNoChange, PageSize, PageState};
+use accept::{Backend, Block, Error, Frame, OnNoChange, Operation, PageSize, PageState};
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
 use protocols::launch::{READ_AHEAD_LIMIT, Touch};
 use protocols::tdx::l2::{Exit, ExtendedType};
@@ -71,7 +71,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             Err(Error::Owned | Error::OutOfRange | Error::NotAccepted) => Operand::RCX.into(),
             Err(Error::Busy) => busy(),
             Err(Error::HostLied) => Done::End(self.lie_about(block)),
-            Err(Error::Backend { status, .. }) => Status(status).into(),
+            Err(Error::Backend { operation, status }) => not_accepted(operation, Status(status)),
         }
     }
 
@@ -110,7 +110,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 return Done::End(TurnstileReason::NOT_VALIDATED);
             }
             Ok(Ok(mapping)) => mapping.level,
-            Ok(Err(status)) => return status.into(),
+            Ok(Err(status)) => return refused(status),
             Err(Error::Busy) => return busy(),
             // The first page is not: only small pages can be accepted one by one.
             Err(_) => 0,
@@ -343,8 +343,26 @@ fn copied(result: Result<Result<(), super::Unreachable>, Error>, gpa: u64) -> Re
     }
 }
 
-fn busy() -> Done {
+pub(super) fn busy() -> Done {
     Done::Status(Status::OPERAND_BUSY.with(Operand::RCX.0))
+}
+
+/// Why L1 was refused a page, as the guest would hear it of the module: its entry was busy for longer than
+/// the paravisor asks (I12), the host's right of way or not, or it is no page.
+pub(super) fn refused(status: Status) -> Done {
+    if status.is_busy() {
+        return busy();
+    }
+    Operand::RCX.into()
+}
+
+/// An accept that was not carried out. Where the page is accepted but could not be given to the guest's VM,
+/// of which the guest knows nothing, the next request gives it: busy.
+fn not_accepted(operation: Operation, status: Status) -> Done {
+    match operation {
+        Operation::Grant => busy(),
+        _ => refused(status),
+    }
 }
 
 /// The largest block at an address within so many bytes. The address is that of a page.

@@ -30,6 +30,7 @@ use crate::ahead::Ahead;
 
 mod exits;
 mod policies;
+mod refusals;
 
 const SHARED: u64 = 1 << 47;
 /// Regions of the model's memory, from address 0. The last one is the paravisor's.
@@ -43,6 +44,9 @@ struct Sept {
     lies: bool,
     /// No flush is certain.
     others_stay: Cell<bool>,
+    /// What the module answers to an accept, to a grant; done without.
+    accept_fails: Cell<Option<Status>>,
+    grant_fails: Cell<Option<Status>>,
     accepted: RefCell<Vec<u64>>,
 }
 
@@ -51,6 +55,9 @@ impl Backend for &Sept {
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
         if self.lies {
             return Err(ValidateFault::AlreadyDone);
+        }
+        if let Some(status) = self.accept_fails.get() {
+            return Err(ValidateFault::Failed(status.0));
         }
         self.accepted.borrow_mut().push(block.gpa());
         Ok(())
@@ -62,7 +69,10 @@ impl Backend for &Sept {
         Ok(())
     }
     fn grant(&self, _: Block) -> Result<(), AdjustFault> {
-        Ok(())
+        match self.grant_fails.get() {
+            Some(status) => Err(AdjustFault::Failed(status.0)),
+            None => Ok(()),
+        }
     }
     fn revoke(&self, _: Block) -> Result<(), AdjustFault> {
         Ok(())
@@ -547,6 +557,7 @@ fn touch(service: &TestService<'_>, vp: &mut Vp, gpa: u64) -> Next {
 const VE: u32 = 0x8000_0314;
 const DOUBLE_FAULT: u32 = 0x8000_0B08;
 const GENERAL_PROTECTION: u32 = 0x8000_0B0D;
+const INVALID_OPCODE: u32 = 0x8000_0306;
 
 fn injected(vp: &Vp) -> Option<u32> {
     vp.injection.map(|injection| injection.information)
