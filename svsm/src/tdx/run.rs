@@ -1,5 +1,7 @@
 //! Running the guest on one processor: the L2 VM's fields, and the loop of entries and exits.
-#![expect(unsafe_code, reason = "the page that module and loop share")]
+#![expect(unsafe_code, reason = "the page that module and loop share, and CR2")]
+
+use core::arch::asm;
 
 use accept::Engine;
 use protocols::addr::{Gpa, PAGE_SIZE};
@@ -327,8 +329,15 @@ fn prepare_entry(vp: &mut Vp) -> Result<(), Status> {
         information,
         error,
         length,
+        address,
     }) = vp.injection
     {
+        if let Some(address) = address {
+            // SAFETY: L1 reads CR2 in its handler of page faults only, and one that it gets sets it anew.
+            unsafe {
+                asm!("mov cr2, {}", in(reg) address, options(nomem, nostack, preserves_flags))
+            };
+        }
         set(Field::ENTRY_ERROR_CODE, error.into())?;
         if length != 0 {
             set(Field::ENTRY_INSTRUCTION_LENGTH, length.into())?;

@@ -89,6 +89,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                     information: exit.interruption as u32,
                     error: (exit.interruption >> 32) as u32,
                     length: 0,
+                    address: None,
                 });
                 Next::Resume
             }

@@ -15,6 +15,7 @@ use super::tdcall::Done;
 use super::vp::{Debt, Vp};
 use super::{Domain, Next, Service};
 use crate::ahead::HostLied;
+use crate::memory::layout::largest_block;
 use crate::platform::tdx::map_gpa::{Answer, Conversion};
 
 /// How much one request converts at most; the guest asks for the rest again (I8).
@@ -144,6 +145,12 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// An access that the secure EPT does not allow.
     pub(super) fn access(&self, vp: &mut Vp, exit: &Exit) -> Next {
         let gpa = exit.gpa;
+        let told = EptViolation::from_bits_retain(exit.qualification);
+        // Bits above the width are reserved in the guest's tables.
+        if gpa >= self.shared() << 1 && told.contains(EptViolation::LINEAR_ADDRESS) {
+            vp.reserved_bits(exit.gla, told, exit.cpl & 3 == 3);
+            return Next::Resume;
+        }
         if !is_private(gpa, self.shared()) {
             // A device: the guest's handler asks for the access.
             vp.virtualization(violation(exit));
@@ -237,7 +244,8 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             if vp.debt.is_some() {
                 return Ok((HostStatus::RETRY, at));
             }
-            let block = block_at(at & !shared, stop - at);
+            let first = Frame::containing(at & !shared);
+            let block = largest_block(first, (stop - at) / PAGE_SIZE);
             let (status, done) = if alias == 0 {
                 self.to_private(block)?
             } else {
@@ -362,16 +370,6 @@ fn not_accepted(operation: Operation, status: Status) -> Done {
     match operation {
         Operation::Grant => busy(),
         _ => refused(status),
-    }
-}
-
-/// The largest block at an address within so many bytes. The address is that of a page.
-const fn block_at(gpa: u64, bytes: u64) -> Block {
-    let frame = Frame::containing(gpa);
-    if gpa.is_multiple_of(LARGE_PAGE_SIZE) && bytes >= LARGE_PAGE_SIZE {
-        Block::region_around(frame)
-    } else {
-        Block::page(frame)
     }
 }
 

@@ -62,11 +62,8 @@ const POLICIES: [(&str, Acceptance); 3] = [("eager", EAGER), ("ahead", AHEAD), (
 
 /// When memory is accepted while the host lies, in the name of a scenario; behind the dash is the name of
 /// the guest's table.
-const WHEN: [(&str, Acceptance); 3] = [
-    ("", Acceptance::LAZY),
-    ("-eager", EAGER),
-    ("-ahead", AHEAD),
-];
+const WHEN: [(&str, Acceptance); 3] =
+    [("", Acceptance::LAZY), ("-eager", EAGER), ("-ahead", AHEAD)];
 
 pub fn scenarios() -> Vec<Scenario> {
     let good = Backing::BOTH.into_iter().map(|backing| {
@@ -90,7 +87,8 @@ pub fn scenarios() -> Vec<Scenario> {
     let hostile = WHEN.into_iter().flat_map(|(suffix, acceptance)| {
         LIES.into_iter().map(move |(lie, reason)| {
             let name = format!("tdx_l2/hostile/{lie}{suffix}");
-            let scenario = Scenario::new(name, move |context| meets(context, lie, reason, acceptance));
+            let scenario =
+                Scenario::new(name, move |context| meets(context, lie, reason, acceptance));
             // Every day under lazy, as for SEV-SNP.
             match suffix {
                 "" => scenario,

@@ -6,7 +6,9 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use guest::harness::{Case, Finding, Verdict, case, expect};
 use guest::memory::{self, page_of, private};
-use guest::tdcall::{TIMER_MASKED, TIMER_PERIODIC, expect_accept, host_rdmsr, host_wrmsr, map_gpa, start_timer};
+use guest::tdcall::{
+    TIMER_MASKED, TIMER_PERIODIC, expect_accept, host_rdmsr, host_wrmsr, map_gpa, start_timer,
+};
 use guest::trap::Trap;
 use guest::{insn, oracle, trap};
 use protocols::addr::{PAGE_SIZE, PageSize};
