@@ -433,7 +433,7 @@ fn flush_calls_out() -> Verdict {
 /// the entry that succeeds has to carry that out.
 fn flush_with_ticks() -> Verdict {
     let before = oracle::counter(Counter::STALE_TRANSLATION);
-    share_beside(work::SPIN_TICKING, 128)?;
+    share_beside(work::SPIN_TICKING, 256)?;
     let after = oracle::counter(Counter::STALE_TRANSLATION);
     expect("stale translations", after, before)
 }

@@ -45,7 +45,7 @@ pub mod work {
     /// The vector of `SPIN_TICKING`.
     pub const TICK: u8 = 0x57;
     /// Its timer's period, in cycles of 25 MHz.
-    pub const TICK_LENGTH: u64 = 5_000;
+    pub const TICK_LENGTH: u64 = 1_000;
     /// Result of one that runs on.
     pub const RUNNING: u64 = 1;
 }
