@@ -115,11 +115,7 @@ fn breaking(rule: Rule) -> Vec<u8> {
         Rule::PlatformType => good().before(kind::POLICY, platform(2, 9)).bytes(),
         Rule::PlatformVersion => good().with(kind::PLATFORM, 6, &[2]).bytes(),
         Rule::HighestVtl => good().with(kind::PLATFORM, 4, &[1]).bytes(),
-        Rule::Boundary => {
-            let mut native = platform(2, 0);
-            native.1[8] = 1;
-            good().before(kind::POLICY, native).bytes()
-        }
+        Rule::Boundary => Raw::native().with(kind::PLATFORM, 8, &[1]).natively(0, 0),
         Rule::StrayMask => good().with(kind::PAGE, 8, &[3]).bytes(),
         Rule::PolicyTwice => good().before(kind::AREA, policy(1, POLICY)).bytes(),
         Rule::PageAlignment => good().with(kind::PAGE, 0, &[1]).bytes(),
