@@ -197,9 +197,9 @@ fn breaking(rule: Rule) -> Vec<u8> {
 /// Further ways to break a rule, and whether QEMU's rules are asked for.
 fn also_breaking() -> Vec<(Rule, bool, Vec<u8>)> {
     let good = Raw::snp;
-    let corim = |change: &dyn Fn(&mut (u32, Vec<u8>))| {
+    let corim = |change: &dyn Fn(&mut Vec<u8>)| {
         let mut header = manifest(kind::MANIFEST, 1, DATA, 0x2000);
-        change(&mut header);
+        change(&mut header.1);
         good().before(kind::AREA, header).bytes()
     };
     let end = DATA + 0x2000;
@@ -223,20 +223,16 @@ fn also_breaking() -> Vec<(Rule, bool, Vec<u8>)> {
             true,
             Raw::native().natively(0xB7, 8),
         ),
-        (Rule::DataRange, false, corim(&|header| header.1[8] = 1)),
+        (Rule::DataRange, false, corim(&|body| body[8] = 1)),
         (
             Rule::DataRange,
             false,
-            corim(&|header| header.1[4..8].copy_from_slice(&end.to_le_bytes())),
+            corim(&|body| body[4..8].copy_from_slice(&end.to_le_bytes())),
         ),
-        (Rule::DataRange, false, corim(&|header| header.1[4] = 8)),
-        (Rule::Reserved, false, corim(&|header| header.1[15] = 1)),
-        (Rule::StrayMask, false, corim(&|header| header.1[0] = 3)),
-        (
-            Rule::BodyLength,
-            false,
-            corim(&|header| header.1.truncate(12)),
-        ),
+        (Rule::DataRange, false, corim(&|body| body[4] = 8)),
+        (Rule::Reserved, false, corim(&|body| body[15] = 1)),
+        (Rule::StrayMask, false, corim(&|body| body[0] = 3)),
+        (Rule::BodyLength, false, corim(&|body| body.truncate(12))),
         (Rule::QemuType, true, corim(&|_| {})),
     ]
 }
