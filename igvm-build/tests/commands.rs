@@ -12,7 +12,7 @@ use p384::SecretKey;
 use p384::pkcs8::{EncodePrivateKey, LineEnding};
 use raw::Raw;
 use serde_json::Value;
-use support::{AREAS, ovmf, paravisor};
+use support::{AREAS, certificate_list, ovmf, paravisor};
 
 /// An empty directory.
 fn directory(name: &str) -> PathBuf {
@@ -158,6 +158,18 @@ fn keys_and_programs_are_looked_at() {
         }
         assert!(!place.join("out.igvm").exists());
     }
+    // What is good goes on, to a firmware that takes nothing of the kind.
+    fs::write(place.join("pk.esl"), certificate_list()).unwrap();
+    let output = run(
+        &place,
+        &["build", "--recipe", "recipe.toml", "--pk", "pk.esl"],
+    );
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(
+        error.contains("ovmf.fd: the firmware has no area"),
+        "{error}"
+    );
 }
 
 /// Files that are longer than what they should be, or have no end, are not read into memory.

@@ -251,6 +251,26 @@ fn lists_of_signatures_are_walked_to_their_end() {
     }
 }
 
+/// Every length, and every byte changed in turn: an error or none, but an answer.
+#[test]
+fn spoiled_lists_and_programs_bring_nothing_down() {
+    let lists = [
+        certificate_list(),
+        signature_list(SHA256, &[&[1; 32], &[2; 32]]),
+    ];
+    for (kind, good) in [
+        (IgvmDataKind::DB, lists.concat()),
+        (IgvmDataKind::KERNEL, efi_program(0x190, 0)),
+    ] {
+        for at in 0..good.len() {
+            let _ = Item::new(kind, &good[..at]);
+            for value in [0, 1, 0x7F, 0x80, 0xFF, good[at] ^ 4] {
+                let _ = Item::new(kind, &changed(&good, at, &[value]));
+            }
+        }
+    }
+}
+
 #[test]
 fn programs_are_for_this_processor_and_a_firmware() {
     let good = efi_program(0x400, 0);

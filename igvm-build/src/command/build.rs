@@ -180,7 +180,13 @@ impl Build {
             &items,
             &options,
         )
-        .map_err(FileError::content(&paravisor))?;
+        .map_err(|error| {
+            let blamed = match (&error, &firmware_file) {
+                (Error::NoDataArea, Some(firmware)) => firmware,
+                _ => &paravisor,
+            };
+            FileError::content(blamed)(error)
+        })?;
         let firmware_name = firmware_file
             .as_deref()
             .and_then(Path::file_name)
