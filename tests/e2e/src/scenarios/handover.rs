@@ -39,10 +39,7 @@ fn uki(context: &Context, kernel: Kernel) -> Result<Findings> {
     let files = guest_files(context, kernel, &nonce)?;
     let program = make_uki(context, context.linux_with(kernel, &command, &files)?)?;
     let program = fs::read(program)?;
-    let items = [Item {
-        kind: IgvmDataKind::KERNEL,
-        bytes: &program,
-    }];
+    let items = [Item::new(IgvmDataKind::KERNEL, &program)?];
     let image = context.dir.join("image.igvm");
     let sidecar = Recipe {
         paravisor: &artefacts.paravisor,
