@@ -377,9 +377,12 @@ pub fn pvalidate_from(next: u16, entries: &[PvalidateEntry]) -> Result<Outcome, 
 ///
 /// # Errors
 ///
-/// A finding when the call was not taken or an INCOMPLETE brought no progress.
+/// A finding when the call was not taken, or INCOMPLETE brought no progress again and again: while a flush is
+/// owed that other processors delay, the last entry is not behind `next`.
 pub fn pvalidate(entries: &[PvalidateEntry]) -> Result<Outcome, Finding> {
+    const PATIENCE: u32 = 1000;
     let mut outcome = pvalidate_from(0, entries)?;
+    let mut waited = 0;
     while outcome.result == ResultCode::INCOMPLETE {
         let before = outcome.next;
         let list = List::in_calling_area();
@@ -387,7 +390,9 @@ pub fn pvalidate(entries: &[PvalidateEntry]) -> Result<Outcome, Finding> {
             result: list.submit()?,
             next: list.head()?.1,
         };
-        if outcome.result == ResultCode::INCOMPLETE && outcome.next <= before {
+        let stays = outcome.result == ResultCode::INCOMPLETE && outcome.next <= before;
+        waited = if stays { waited + 1 } else { 0 };
+        if waited > PATIENCE {
             return Err(Finding::new(format_args!(
                 "INCOMPLETE without progress at {before}"
             )));

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use e2e::guests::Kernel;
 
-use crate::fetch::apt;
+use crate::fetch::{apt, patiently};
 use crate::layout::{Layout, create_dir, lock, write};
 use crate::progress;
 pub use options::DiskOptions;
@@ -69,8 +69,6 @@ pub fn obtain(layout: &Layout, kernel: Kernel) -> Result<PathBuf> {
         return Ok(disk);
     }
     let work = dir.join("work");
-    clear(&work)?;
-    create_dir(&work)?;
     make(&recipe, &tools, &work, &disk)?;
     clear(&work)?;
     Ok(disk)
@@ -78,7 +76,11 @@ pub fn obtain(layout: &Layout, kernel: Kernel) -> Result<PathBuf> {
 
 /// Makes the disk in `work` and moves it to its place when it is complete.
 fn make(recipe: &Recipe, tools: &Tools, work: &Path, disk: &Path) -> Result<()> {
-    let root = root::make(recipe, tools, work)?;
+    let root = patiently(|| {
+        clear(work)?;
+        create_dir(work)?;
+        root::make(recipe, tools, work)
+    })?;
     let step = progress::step("the disk image");
     let (command_line, release) = (work.join("cmdline"), work.join("uname"));
     write(&command_line, recipe.command_line())?;

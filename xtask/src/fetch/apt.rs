@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::patiently;
 use super::sources::Debian;
 use crate::command::{self, telling_line};
 use crate::layout::{create_dir, write};
@@ -84,9 +85,14 @@ impl Archive {
             dir,
             with_system,
         };
+        patiently(|| archive.read_lists(suites))?;
+        Ok(archive)
+    }
+
+    fn read_lists(&self, suites: &[String]) -> Result<()> {
         let step = progress::step(format!("package lists of {}", suites.join(", ")));
         let mut outcome = "";
-        let mut update = archive.apt("apt-get");
+        let mut update = self.apt("apt-get");
         let (mut ok, mut text) = command::watched(update.arg("update"), &step)?;
         if !fetched(ok, &text) && text.contains(" is expired ") {
             // A mirror that is frozen at some day (a snapshot, an offline copy) offers lists whose
@@ -98,10 +104,13 @@ impl Archive {
         }
         if !fetched(ok, &text) {
             let reason = telling_line(&text, "");
-            bail!("apt: the package lists of {name} could not be fetched: {reason}");
+            bail!(
+                "apt: the package lists of {} could not be fetched: {reason}",
+                self.name
+            );
         }
         step.done(outcome);
-        Ok(archive)
+        Ok(())
     }
 
     /// Every version of `package` that this archive offers, the newest first.
@@ -114,6 +123,10 @@ impl Archive {
     /// Downloads the package file into `into` and returns its path.
     pub fn download(&self, candidate: &Candidate, into: &Path) -> Result<PathBuf> {
         create_dir(into)?;
+        patiently(|| self.try_download(candidate, into))
+    }
+
+    fn try_download(&self, candidate: &Candidate, into: &Path) -> Result<PathBuf> {
         let Candidate {
             package,
             version,
@@ -157,6 +170,10 @@ impl Archive {
     /// Downloads packages and everything they depend on, as if nothing were installed; returns the
     /// package files, in no order. They stay in the archive's own cache.
     pub fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
+        patiently(|| self.try_download_with_dependencies(packages))
+    }
+
+    fn try_download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>> {
         let step = progress::step(format!(
             "download {} and what it needs",
             packages.join(", ")
@@ -190,6 +207,10 @@ impl Archive {
 
     /// Installs a package and what it depends on, on this machine. Needs root.
     pub fn install(&self, package: &str, release: &str) -> Result<()> {
+        patiently(|| self.try_install(package, release))
+    }
+
+    fn try_install(&self, package: &str, release: &str) -> Result<()> {
         let step = progress::step(format!("install {package} from {release}"));
         let mut apt = self.apt("apt-get");
         apt.args(["install", "--yes", "--no-install-recommends", "-t", release])
@@ -229,6 +250,8 @@ impl Archive {
         option("Dir::Cache", &path(""));
         option("Acquire::Languages", "none");
         option("Acquire::Retries", "3");
+        // A machine that has just started may be updating itself.
+        option("DPkg::Lock::Timeout", "600");
         if !self.with_system {
             option("Dir::State::Status", &path("no-status"));
         }

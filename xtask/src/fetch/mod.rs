@@ -6,6 +6,7 @@
 
 pub mod apt;
 pub mod guests;
+mod patience;
 pub mod sources;
 
 use std::borrow::Cow;
@@ -18,6 +19,8 @@ use e2e::guests::{Firmware, Kernel};
 
 use apt::{Archive, Candidate};
 use sources::Debian;
+
+pub use patience::patiently;
 
 use crate::layout::{self, Layout, create_dir, write};
 use crate::progress;

@@ -85,6 +85,9 @@ fn image(paravisor: &Path) -> Result<Vec<u8>> {
 fn copy_sources(from: &Path, to: &Path) -> Result<()> {
     let mut git = Command::new("git");
     git.current_dir(from).args([
+        // A checkout may belong to another user.
+        "-c",
+        "safe.directory=*",
         "ls-files",
         "-z",
         "--cached",

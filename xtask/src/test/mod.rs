@@ -99,7 +99,7 @@ pub fn run(layout: &Layout, options: &Options) -> Result<ExitCode> {
         let logs = fresh(&dir, name)?;
         let step = progress::step(name);
         let started = Instant::now();
-        let checks = perform(layout, target, &logs, &step)?;
+        let checks = perform(layout, target, &logs, &step).unwrap_or_else(impossible);
         drop(step);
         tally.add(name, &checks, started, &logs);
     }
@@ -246,18 +246,17 @@ fn carry_out(scenario: &Scenario, artefacts: &Artefacts, dir: &Path, tally: &Tal
         dir: logs.clone(),
     };
     let started = Instant::now();
-    let checks = (scenario.run)(&context).map_or_else(
-        |error| {
-            let failure = Some(format!("{error:#}"));
-            vec![Check {
-                name: "can be carried out".to_owned(),
-                failure,
-            }]
-        },
-        |findings| findings.checks,
-    );
+    let checks = (scenario.run)(&context).map_or_else(impossible, |findings| findings.checks);
     tally.add(&scenario.name, &checks, started, &logs);
     Ok(())
+}
+
+/// The one check of what could not be carried out.
+fn impossible(error: anyhow::Error) -> Vec<Check> {
+    vec![Check {
+        name: "can be carried out".to_owned(),
+        failure: Some(format!("{error:#}")),
+    }]
 }
 
 /// An empty directory for the logs of `name`.

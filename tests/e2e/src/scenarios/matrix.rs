@@ -114,7 +114,7 @@ fn boot(context: &Context, row: Row) -> Result<Findings> {
     let command = "uname -r; echo \"cpus $(nproc)\"; \
                    echo \"online $(cat /sys/devices/system/cpu/online)\"; dmesg";
     config.linux = Some(context.linux_of(row.kernel, command)?);
-    let finished = config.run(BOOT_LIMIT * row.vcpus.div_ceil(4), |_| {})?;
+    let finished = config.run(BOOT_LIMIT * row.vcpus, |_| {})?;
 
     let mut findings = Findings::default();
     findings.ended(&finished, Outcome::PowerOff)?;

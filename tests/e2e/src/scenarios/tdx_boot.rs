@@ -184,7 +184,7 @@ fn run(context: &Context, config: Config, row: Row) -> Result<Finished> {
         ..config
     };
     // Every processor of the guest has the same core of the computer.
-    config.run(BOOT_LIMIT * row.vcpus.div_ceil(2), |_| {})
+    config.run(BOOT_LIMIT * row.vcpus, |_| {})
 }
 
 fn guest_says(findings: &mut Findings, finished: &Finished, row: Row) {

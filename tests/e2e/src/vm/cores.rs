@@ -105,7 +105,12 @@ mod tests {
         let runs: Vec<_> = (0..allowed)
             .map(|_| {
                 let mut command = Command::new("nproc");
-                let (child, core) = spawn_on_one(command.stdout(Stdio::piped())).unwrap();
+                // It would believe these.
+                command
+                    .env_remove("OMP_NUM_THREADS")
+                    .env_remove("OMP_THREAD_LIMIT")
+                    .stdout(Stdio::piped());
+                let (child, core) = spawn_on_one(&mut command).unwrap();
                 let said = child.wait_with_output().unwrap().stdout;
                 assert_eq!(String::from_utf8(said).unwrap(), "1\n");
                 core

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 /// The answers have come when nothing was added for so long.
 const QUIET: Duration = Duration::from_millis(500);
-/// How often QEMU is given that time, if it goes on talking.
-const LOOKS: u32 = 10;
+/// How often QEMU is given that time, if it goes on talking or has yet to begin.
+const LOOKS: u32 = 40;
 /// How often each processor is looked at: one that is stuck and one that goes in circles differ by that.
 const ROUNDS: u32 = 3;
 
@@ -31,7 +31,7 @@ pub(super) fn ask(questions: &mut ChildStdin, log: &Path, vcpus: u32) {
         for _ in 0..LOOKS {
             sleep(QUIET);
             let now = size();
-            if now == before {
+            if now == before && now > 0 {
                 break;
             }
             before = now;
