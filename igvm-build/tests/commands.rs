@@ -492,7 +492,7 @@ fn images_for_other_loaders_keep_to_their_tables() {
         assert_eq!(text.contains("id-block-digest"), target != "qemu", "{text}");
         let shown = ends(&place, &["show", "out.igvm"], 0);
         let (boundary, vmsa) = match target {
-            "hyper-v" => ("0x400000000000", "0x303ff000"),
+            "hyper-v" => ("0x400000000000", "0x301ff000"),
             _ => ("0x0", "0xfffffffff000"),
         };
         assert!(
