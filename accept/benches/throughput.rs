@@ -9,14 +9,15 @@
 //! Noise: a thread's time is its time on a processor ([`figures::thread_time`]), so who waits for
 //! one because the machine is busy is not counted; the time of all threads is that of the one that
 //! took longest. Each thread stays on a processor of its own. Rounds are short (64 MiB, some
-//! milliseconds for each candidate), and the candidates are interleaved, in another order each
-//! round. A figure is the median over the rounds; beside it is the ratio of the best times of
+//! milliseconds for each candidate), and the candidates are interleaved: all orders of them are gone
+//! through, in a shuffled sequence ([`orders`]). A figure is the median over the rounds; beside it is the ratio of the best times of
 //! either side.
 //!
 //! "Not slower" is judged by a control: the second baseline is measured twice in each round, and its
 //! times are compared with each other as the engine's are with a baseline's. How far these ratios
 //! scatter tells how far a median of so many rounds may lie from the truth ([`error_of_median`]); the
-//! engine's may be below 1.00 by [`ERRORS`] times that.
+//! engine's may be below 1.00 by [`ERRORS`] times that. The control is held to the same limit, either way
+//! round: a bench in which identical code is faster than itself says nothing of others.
 //!
 //! Where a candidate's variables lie is part of the noise, too. A load waits for a store before it to an
 //! address with the same low 12 bits, and behind the fill of a page stores to many of them are under way.
@@ -27,6 +28,7 @@
 //! did not run at the same time.
 
 mod figures;
+mod orders;
 
 use std::hint::{black_box, spin_loop};
 use std::sync::Barrier;
@@ -39,6 +41,7 @@ use accept::{
     Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
 use figures::{Limit, figure, median, option, quantile, thread_time};
+use orders::Orders;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use spin::Mutex;
 
@@ -337,18 +340,18 @@ fn time_engine(memory: &Memory, work: &[Vec<Block>], place: usize) -> Duration {
 /// What is compared, in the order of [`round`]'s times.
 const CANDIDATES: usize = 5;
 
-/// The times of the fill, the engine, the two baselines, and the second of them again, measured in an
-/// order that starts with another one each round.
+/// The times of the fill, the engine, the two baselines, and the second of them again, measured in this
+/// order.
 fn round(
     memory: &Memory,
     work: &[Vec<Block>],
     raw: &[Vec<Block>],
     number: usize,
+    order: [usize; CANDIDATES],
 ) -> [f64; CANDIDATES] {
     let units = memory.units();
     let mut times = [0.0; CANDIDATES];
-    for turn in 0..CANDIDATES {
-        let which = (number + turn) % CANDIDATES;
+    for which in order {
         // Both factors have no divisor in common with the number of places.
         let place = (number * CANDIDATES + which) * 37 % PLACES;
         // What the threads share is on this stack.
@@ -377,7 +380,7 @@ fn error_of_median(values: &[f64]) -> f64 {
     1.2533 * deviation / (values.len() as f64).sqrt()
 }
 
-/// By how many standard errors a median may be on the wrong side: with two, one of the twenty comparisons
+/// By how many standard errors a median may be on the wrong side: with two, one of the forty comparisons
 /// would be by chance.
 const ERRORS: f64 = 3.0;
 
@@ -407,7 +410,11 @@ fn main() {
                 Pattern::Colliding => &work[..1],
                 _ => &work[..],
             };
-            let times: Vec<_> = (0..rounds).map(|n| round(&memory, &work, raw, n)).collect();
+            let times: Vec<_> = Orders::new()
+                .take(rounds)
+                .enumerate()
+                .map(|(number, order)| round(&memory, &work, raw, number, order))
+                .collect();
             let ratios = |other: usize, of: usize| -> Vec<f64> {
                 times.iter().map(|times| times[other] / times[of]).collect()
             };
@@ -424,7 +431,10 @@ fn main() {
             let control = ratios(4, 3);
             let limit_of_noise = 1.0 - ERRORS * error_of_median(&control);
             let limit_of_noise = (limit_of_noise * 1e4).round() / 1e4;
-            figure(&label("control"), median(&control), "ratio", Limit::None);
+            for (control, what) in [(control, "control"), (ratios(3, 4), "control, reversed")] {
+                let limit = Limit::AtLeast(limit_of_noise);
+                figure(&label(what), median(&control), "ratio", limit);
+            }
             for (other, what) in [(0, "share of fill"), (2, "one lock"), (3, "64 locks")] {
                 let limit = match other {
                     0 => limit,

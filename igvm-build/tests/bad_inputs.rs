@@ -37,7 +37,7 @@ fn assert_helpful(error: &Error) {
 fn programs_that_break_the_rules_are_refused() {
     type Row = (&'static str, fn() -> Vec<Load>, fn(&Error) -> bool);
     let end = REGION_GPA + REGION_SIZE;
-    assert_eq!(end, 0x3040_0000);
+    assert_eq!(end, 0x3020_0000);
     let rows: [Row; 7] = [
         (
             "below the region",
@@ -67,7 +67,7 @@ fn programs_that_break_the_rules_are_refused() {
             || {
                 vec![
                     text(REGION_GPA),
-                    Load::new(REGION_GPA + 0x1000, DATA, vec![], 0x3F_F000),
+                    Load::new(REGION_GPA + 0x1000, DATA, vec![], REGION_SIZE - 0x1000),
                 ]
             },
             |e| matches!(e, Error::RegionTooSmall { .. }),

@@ -15,8 +15,9 @@ pub use crate::ovmf::SectionKind;
 /// Where the paravisor's region begins (Turnstile, docs/protocol-notes.md). The ELF is linked
 /// at this address and mapped one to one.
 pub const REGION_GPA: u64 = 0x3000_0000;
-/// Size of the paravisor's region in bytes.
-pub const REGION_SIZE: u64 = 4 << 20;
+/// Size of the paravisor's region in bytes: program, tables, parameter areas, and pages shared with the host,
+/// one for each processor. With a carve-out of as much it is in the budget of 4 MiB (docs/performance.md).
+pub const REGION_SIZE: u64 = 2 << 20;
 /// Bytes of the parameter area that receives the host's memory map.
 pub const MEMORY_MAP_SIZE: u64 = 16 << 10;
 /// Offset of the number of virtual processors (u32) in the general parameter area.

@@ -115,6 +115,8 @@ open_enum! {
         ACCEPT_4K = 14,
         /// TDG.MEM.PAGE.ACCEPT of 2 MiB by L1, any result.
         ACCEPT_2M = 15,
+        /// Requests to start a level below VMPL0 that came while VMPL0 ran on that processor.
+        AWAITED_STARTS = 20,
         /// Keys (VMPCK0 to 3) that are still where the launch put them: in its secrets page.
         KEYS_IN_LAUNCH_PAGE = 19,
         /// Exits of a trust domain to its host that the module made in the midst of an instruction

@@ -259,9 +259,11 @@ fn accept_ahead(
     Ok(())
 }
 
-/// Has the host make memory private that will be accepted ahead of the guest: all regions in which
-/// nothing is accepted yet. Once, before there is a guest: later, the guest may have made a page of
-/// a region shared in the meantime. A guest that asks the host for the same again changes nothing.
+/// Has the host make memory private that may be accepted ahead of the guest: all regions in which
+/// nothing is accepted yet, whatever the budget. Which of them that will be spent on is not known: the walk
+/// passes over what the guest has asked for first and what another processor holds, and read-ahead goes
+/// where the guest does. Once, before there is a guest: later, the guest may have made a page of a region
+/// shared in the meantime. A guest that asks the host for the same again changes nothing.
 fn make_private(system: &System, host: &impl Hypervisor) -> Result<(), TurnstileReason> {
     let mut batch = [Gpa::new(0); psc::MAX_ENTRIES];
     let mut filled = 0;

@@ -141,9 +141,10 @@ impl<'a> Launch<'a> {
 
 #[cfg(test)]
 mod tests {
-    use protocols::launch::{AcceptOrder, AcceptPolicy, BudgetUnit};
+    use protocols::launch::{AcceptOrder, AcceptPolicy, Budget, BudgetUnit};
 
     use super::*;
+    use crate::ahead::Ahead;
 
     fn good() -> LaunchParams {
         let mut params = LaunchParams::new();
@@ -235,6 +236,28 @@ mod tests {
             params.accept_policy = policy;
             assert!(Launch::check(&params).is_ok(), "{policy:?}");
         }
+    }
+
+    /// From the image's words to what may be prepared: a share of the memory that has a state.
+    #[test]
+    fn a_share_of_memory_becomes_bytes() {
+        let mut params = good();
+        params.set_acceptance(Acceptance {
+            policy: AcceptPolicy::AHEAD,
+            order: AcceptOrder::HIGH_FIRST,
+            budget: Budget {
+                unit: BudgetUnit::PER_CENT,
+                amount: 25,
+            },
+            read_ahead: 3,
+            touch: Touch::FAULT,
+        });
+        let launch = Launch::check(&params).unwrap();
+        let ahead = Ahead::new(launch.acceptance(), (1 << 30) + (6 << 20));
+        // 257.5 MiB, in whole regions.
+        assert_eq!(ahead.budget(), 256 << 20);
+        assert_eq!(ahead.order(), accept::Order::HighFirst);
+        assert_eq!(ahead.acceptance().read_ahead, 3);
     }
 
     #[test]

@@ -179,6 +179,11 @@ impl Counters {
         }
     }
 
+    /// Starts on any vCPU that came while VMPL0 or L1 ran there.
+    pub fn awaited_starts(&self) -> u64 {
+        self.starts.iter().map(|starts| starts.awaited).sum()
+    }
+
     /// A lower level of the vCPU that is served runs, or is not to be started any more.
     pub fn start_is_over(&mut self) {
         let now = self.validated_on(self.served);

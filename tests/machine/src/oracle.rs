@@ -121,6 +121,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 *call == Tdcall::Module(Leaf::MEM_PAGE_ATTR_WR)
             }),
             Counter::TD_EXIT => self.counters.td_exits(Vmpl::VMPL0),
+            Counter::AWAITED_STARTS => self.counters.awaited_starts(),
             Counter::KEYS_IN_LAUNCH_PAGE => self.keys_in_launch_page(),
             Counter::IMPLICIT_CONVERSION => Vmpl::ALL
                 .iter()
@@ -258,6 +259,14 @@ mod tests {
         let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
         assert_eq!(count(Counter::TDCALL), 2);
         assert_eq!(count(Counter::ATTR_WR), 1);
+        assert_eq!(count(Counter::AWAITED_STARTS), 0);
+        platform.count_awaited_start();
+        // The same start: nobody has run yet.
+        platform.count_awaited_start();
+        platform.count_start();
+        platform.count_awaited_start();
+        let mut count = |counter: Counter| ask(&mut platform, Call::COUNTER, counter.0, 0).rax;
+        assert_eq!(count(Counter::AWAITED_STARTS), 2);
     }
 
     #[test]

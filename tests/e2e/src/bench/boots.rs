@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use protocols::launch::{AcceptPolicy, Acceptance, Fault};
+use protocols::launch::{AcceptPolicy, Acceptance, Fault, READ_AHEAD_LIMIT};
 use protocols::report::{Event, Outcome, Report, StageName};
 
 use crate::image::Recipe;
@@ -28,7 +28,8 @@ pub enum Policy {
     Lazy,
     /// All of it before the guest starts, which is not counted.
     Eager,
-    /// On other processors meanwhile; here there is none, so only what is read ahead.
+    /// Behind each request, as much as an image may say. Nobody walks: that takes a processor which the guest
+    /// has not started, and instructions are counted with one processor only.
     Ahead,
     /// Not at all: it costs nothing ([`Fault::PRE_ACCEPTED`]).
     Control,
@@ -55,8 +56,13 @@ impl Policy {
             Policy::Eager => AcceptPolicy::EAGER,
             Policy::Ahead => AcceptPolicy::AHEAD,
         };
+        let read_ahead = match self {
+            Policy::Ahead => READ_AHEAD_LIMIT,
+            _ => 0,
+        };
         Acceptance {
             policy,
+            read_ahead,
             ..Acceptance::LAZY
         }
     }

@@ -10,6 +10,7 @@ use igvm_build::image::{POLICY, SNP_MASK};
 use igvm_build::measure::quietly;
 use igvm_build::measure::snp::launch_digest;
 use igvm_build::target::Target;
+use protocols::addr::PAGE_SIZE;
 use protocols::launch::{Acceptance, Fault};
 use protocols::measure::Digest;
 use protocols::report::Outcome;
@@ -21,6 +22,10 @@ use crate::vm::Settings;
 
 /// Largest image without firmware, in bytes (design budget).
 const LARGEST_IMAGE: u64 = 512 << 10;
+
+/// Bytes of the region that are shared with the host, at most: a page for each of 256 processors
+/// (`svsm::memory::layout::MAX_VCPUS`), those for guest messages, and some for tables.
+const LARGEST_SHARED: u64 = (256 + 64) * PAGE_SIZE;
 
 pub fn scenarios() -> Vec<Scenario> {
     let mut scenarios = vec![
@@ -67,6 +72,12 @@ pub fn scenarios() -> Vec<Scenario> {
                 format!("at most {LARGEST_IMAGE} bytes without firmware"),
                 size <= LARGEST_IMAGE,
                 || format!("{size} bytes"),
+            );
+            let left = sidecar.region_size.saturating_sub(sidecar.launched_size);
+            findings.check(
+                "the region has room for the pages that the most processors share with the host",
+                left >= LARGEST_SHARED,
+                || format!("{left} bytes left, {LARGEST_SHARED} needed"),
             );
             Ok(findings)
         }),

@@ -5,7 +5,7 @@
 //! timed.
 
 use anyhow::Result;
-use protocols::launch::{AcceptPolicy, Acceptance, Fault};
+use protocols::launch::{AcceptOrder, AcceptPolicy, Acceptance, Budget, BudgetUnit, Fault};
 use protocols::report::{Outcome, Report, VcpuCounters};
 use protocols::svsm::{CoreCall, Protocol};
 
@@ -28,6 +28,26 @@ pub const EAGER: Acceptance = Acceptance {
 pub const AHEAD: Acceptance = Acceptance {
     policy: AcceptPolicy::AHEAD,
     ..Acceptance::LAZY
+};
+
+/// Up to a number of bytes, memory above 4 GiB first. The guest's cases know the values (`budget.rs`).
+const SOME_HIGH_FIRST: Acceptance = Acceptance {
+    order: AcceptOrder::HIGH_FIRST,
+    budget: Budget {
+        unit: BudgetUnit::BYTES,
+        amount: 512 << 20,
+    },
+    read_ahead: 2,
+    ..AHEAD
+};
+/// Up to a share of memory. As above.
+const A_SHARE: Acceptance = Acceptance {
+    budget: Budget {
+        unit: BudgetUnit::PER_CENT,
+        amount: 6,
+    },
+    read_ahead: 2,
+    ..AHEAD
 };
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -70,15 +90,51 @@ pub fn scenarios() -> Vec<Scenario> {
             _ => scenario.only_in_full(),
         }
     });
-    guests.into_iter().chain(boots).collect()
+    let budgets = [
+        Scenario::new("policy/budget", |context| {
+            within_budget(context, SOME_HIGH_FIRST, 2, ("2304M", "2G"), 2)
+        })
+        .weighing(2),
+        Scenario::new("policy/read-ahead", |context| {
+            within_budget(context, A_SHARE, 1, ("4G", "2G"), 4)
+        }),
+    ];
+    guests.into_iter().chain(budgets).chain(boots).collect()
+}
+
+/// The test guest with an image that has a budget and a read-ahead. On one processor nobody walks.
+fn within_budget(
+    context: &Context,
+    acceptance: Acceptance,
+    vcpus: u32,
+    (memory, below_4_gib): (&str, &str),
+    least_cases: usize,
+) -> Result<Findings> {
+    let settings = Settings {
+        backing: Backing::Large,
+        ..Settings::default()
+    };
+    let paravisor = &context.artefacts.paravisor;
+    let (config, sidecar) =
+        context.svsm_cases_with(paravisor, Fault::NONE, settings, acceptance)?;
+    let config = Config {
+        vcpus,
+        memory: memory.into(),
+        low_memory: Some(below_4_gib.into()),
+        ..config
+    };
+    let finished = config.run(GUEST_LIMIT, |_| {})?;
+    let mut findings = Findings::default();
+    cases::judge(&mut findings, &finished, least_cases)?;
+    findings.good_run(&finished, &sidecar)?;
+    Ok(findings)
 }
 
 /// The test guest on two processors.
 ///
 /// Eager: all memory is ready when it starts. Ahead: there is more of it, in smaller pages, than is
-/// ready when it wants its second processor. That there is work left then is for the guest to see
-/// (`policy_processor_starts`). The start need not wait: the processor may give itself back between
-/// the guest's call and its request to the host.
+/// ready when it wants its second processor. That there is work left then, and that a start was
+/// awaited, is for the guest to see (`policy_processor_starts`).
 pub fn calls(context: &Context, acceptance: Acceptance, settings: Settings) -> Result<Findings> {
     let (backing, memory) = match acceptance.policy {
         AcceptPolicy::AHEAD => (Backing::Small, "4G"),
@@ -99,7 +155,13 @@ pub fn calls(context: &Context, acceptance: Acceptance, settings: Settings) -> R
     let mut findings = Findings::default();
     cases::judge(&mut findings, &finished, LEAST_CASES)?;
     findings.good_run(&finished, &sidecar)?;
-    starts_wait_a_step(&mut findings, finished.report()?);
+    let report = finished.report()?;
+    starts_wait_a_step(&mut findings, report);
+    match acceptance.policy {
+        // The guest wants its second processor long before all is done, and keeps it.
+        AcceptPolicy::AHEAD => a_start_waited(&mut findings, report),
+        _ => others_at_work(&mut findings, report),
+    }
     Ok(findings)
 }
 
@@ -155,6 +217,7 @@ fn boot(
     let report = finished.report()?;
     starts_wait_a_step(&mut findings, report);
     ready_before_asked(&mut findings, report);
+    others_at_work(&mut findings, report);
     if backing == Backing::Small {
         super::boot::no_mismatch_reaches_the_guest(&mut findings, report);
     }
@@ -172,6 +235,26 @@ pub fn starts_wait_a_step(findings: &mut Findings, report: &Report) {
         "no start of a processor waited for more than one step",
         longest.is_some_and(|pages| pages <= PAGES_PER_STEP),
         || format!("{longest:?} pages were validated meanwhile"),
+    );
+}
+
+/// The rule above was put to the test.
+pub fn a_start_waited(findings: &mut Findings, report: &Report) {
+    let awaited: u64 = report.vcpus.iter().map(|vcpu| vcpu.awaited_starts).sum();
+    findings.check("a start of a processor was awaited", awaited > 0, || {
+        awaited.to_string()
+    });
+}
+
+/// The boot processor has not accepted memory alone.
+fn others_at_work(findings: &mut Findings, report: &Report) {
+    let others: u64 = report.vcpus.iter().skip(1).map(validated).sum();
+    // Two that share the work have a half each.
+    let least = report.memory.guest_pages / 8;
+    findings.check(
+        "other processors than the first have validated memory",
+        others >= least,
+        || format!("{others} pages, expected {least} at least"),
     );
 }
 

@@ -170,10 +170,7 @@ fn under_policy(
     let report = finished.report()?;
     policy::starts_wait_a_step(&mut findings, report);
     if acceptance.touch == Touch::FAULT {
-        let awaited: u64 = report.vcpus.iter().map(|vcpu| vcpu.awaited_starts).sum();
-        findings.check("the second processor was awaited", awaited > 0, || {
-            awaited.to_string()
-        });
+        policy::a_start_waited(&mut findings, report);
         second_at_work(&mut findings, acceptance, report);
     }
     Ok(findings)

@@ -15,9 +15,11 @@
 //! Where it is one that lies about guest messages (`hostile=messages-…`), only the cases about attestation.
 //!
 //! Under a policy that accepts memory ahead of the guest another set of tables is gone through:
-//! `policies` and those that hold under every policy.
+//! `policies` and those that hold under every policy; where the image has a read-ahead, only the cases of
+//! `budget`.
 //!
-//! The machine must be run with `oracle=on`, `referee=` and two processors or more; any
+//! The machine must be run with `oracle=on`, `referee=` and two processors or more (`budget` says when
+//! one); any
 //! `backing` and `vc` will do. The cases of `smp` use up to four.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
@@ -37,6 +39,8 @@ mod attestation;
 mod bad_entries;
 #[cfg(target_os = "none")]
 mod bad_lists;
+#[cfg(target_os = "none")]
+mod budget;
 #[cfg(target_os = "none")]
 mod double_validation;
 #[cfg(target_os = "none")]
@@ -92,6 +96,8 @@ extern "C" fn main() -> ! {
             attestation::lies::LIES,
             attestation::lies::LAST_LIE,
         ]
+    } else if let Some(cases) = budget::cases() {
+        &[cases]
     } else {
         match policies::policy() {
             // Where memory is accepted ahead, many a case of the others counts what is not

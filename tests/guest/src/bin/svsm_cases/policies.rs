@@ -1,7 +1,7 @@
 //! Memory that was accepted before anybody asked: under the policies eager and ahead.
 //!
-//! The first case starts the second processor while that is at work for the paravisor (ahead);
-//! the last one ends it.
+//! The first case starts the second processor while that is at work for the paravisor (ahead), again
+//! and again; the last one ends it.
 
 use guest::ghcb::change_page_state;
 use guest::harness::{Case, Finding, Verdict, case, expect, expect_not};
@@ -17,7 +17,7 @@ use protocols::svsm::turnstile::{TurnstileCall, TurnstileCounter};
 
 use crate::running_vcpu;
 use crate::setup::{self, done, expect_guests, expect_pvalidate, rescind, validate};
-use crate::team::breathe;
+use crate::team::{Team, breathe};
 use crate::turnstile::{ask_well, census, counter};
 
 /// The table.
@@ -54,6 +54,8 @@ const SEARCH_END: u64 = 512 << 20;
 const HEAD_START: u64 = 64 << 20;
 /// Turns of the wait for it; each takes the time of some calls.
 const PATIENCE: u32 = 1 << 20;
+/// How often the second processor is started, at most, until it was in a step.
+const STARTS: u32 = 64;
 
 /// The policy that the image was built with.
 pub fn policy() -> Result<AcceptPolicy, Finding> {
@@ -79,8 +81,8 @@ fn ahead_region() -> Result<Gpa, Finding> {
     Err(Finding::new(format_args!("no region is ready")))
 }
 
-/// Under ahead the second processor is in the middle of its work when it is wanted: it starts
-/// after one step at most.
+/// The second processor has accepted memory, under eager before this program began. Under ahead it
+/// is in the middle of its work when it is wanted: it starts after one step.
 fn processor_starts() -> Verdict {
     let is_ahead = policy()? == AcceptPolicy::AHEAD;
     if is_ahead {
@@ -90,23 +92,51 @@ fn processor_starts() -> Verdict {
             }
             breathe();
         }
-        expect_not("steps", counter(TurnstileCounter::STEPS)?, 0)?;
+        Team::with(taken_from_a_step)?;
         let [unaccepted, _] = everywhere()?;
         expect("there is work left", unaccepted > HEAD_START, true)?;
     }
+    // The paravisor counts those of processors that have nothing to run, not the boot processor's.
+    expect_not("steps", counter(TurnstileCounter::STEPS)?, 0)?;
     running_vcpu::starts()?;
+    // Under eager nothing was left to do, so nobody waited.
+    let waited = u64::from(is_ahead);
     let longest = counter(TurnstileCounter::LONGEST_WAIT)?;
-    expect(
-        "longest wait of one step at most",
-        (longest, longest <= 1),
-        (longest, true),
-    )?;
+    expect("longest wait in steps", longest, waited)?;
     // It serves the guest now and does nothing else.
     let executed = (counter(TurnstileCounter::STEPS)?, oracle::pvalidates());
     reader::wait_for_reads()?;
     reader::wait_for_reads()?;
     let now = (counter(TurnstileCounter::STEPS)?, oracle::pvalidates());
     expect("steps and PVALIDATEs", now, executed)
+}
+
+/// Starts the second processor, and sends it back to its work, until it was in a step when it was
+/// wanted, for the paravisor and for the machine. Both count each time how long it was waited for.
+///
+/// Once need not do: the processor may be between two steps, or find its VMSA before the host is
+/// told of it, and give itself back. With small pages a step takes longer than all that by far.
+fn taken_from_a_step(team: &mut Team) -> Verdict {
+    const SECOND: usize = 1;
+    for _ in 0..STARTS {
+        let waited = counter(TurnstileCounter::LONGEST_WAIT)?;
+        let awaited = oracle::counter(Counter::AWAITED_STARTS);
+        let steps = counter(TurnstileCounter::STEPS)?;
+        team.send_home(SECOND);
+        if waited > 0 && awaited > 0 {
+            return Ok(());
+        }
+        for _ in 0..PATIENCE {
+            if counter(TurnstileCounter::STEPS)? > steps {
+                break;
+            }
+            breathe();
+        }
+        team.revive(SECOND, |_| Ok(()))?;
+    }
+    Err(Finding::new(format_args!(
+        "{STARTS} starts, and none of them was awaited"
+    )))
 }
 
 fn memory_is_ahead() -> Verdict {

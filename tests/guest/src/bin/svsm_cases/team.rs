@@ -23,13 +23,13 @@ use spin::{Mutex, Once};
 use x86_64::instructions::tables::{sgdt, sidt};
 use x86_64::registers::control::{Cr0, Cr3, Cr4, Efer as ProcessorEfer};
 
-use crate::setup::{self, done, validate};
+use crate::setup::{self, done, rescind, validate};
 use crate::vcpus::{create, delete, good_vmsa, put_vmsa};
 
 /// Workers at most; a machine may have fewer processors.
 const MAX_WORKERS: usize = 3;
-/// Pages of a worker's own region: the VMSAs and the calling area, and the stack up to its end.
-const VMSA_PAGES: [u64; 2] = [1, 2];
+/// Pages of a worker's own region: the VMSA and the calling area, and the stack up to its end.
+const VMSA_PAGE: u64 = 1;
 const AREA_PAGE: u64 = 3;
 const STACK_END_PAGE: u64 = 16;
 /// Turns of a wait before the processor leaves to the host once.
@@ -103,6 +103,17 @@ fn park(member: Member) -> Verdict {
     }
 }
 
+/// Deletes the VMSA that it runs from: the last that the guest hears of it.
+fn go_home(member: Member) -> Verdict {
+    let home = *HOMES[member.number - 1].lock();
+    let own = page_of(home, VMSA_PAGE);
+    let code = member
+        .caller
+        .call(CoreCall::DELETE_VCPU, svsm::Registers::rcx(own.get()))?;
+    expect("came back, with", code, ResultCode::SUCCESS)?;
+    Err(Finding::new(format_args!("came back from nowhere")))
+}
+
 /// Where worker `number` (from 1) starts.
 extern "C" fn worker(number: usize) -> ! {
     let home = *HOMES[number - 1].lock();
@@ -162,7 +173,9 @@ fn ask_host(request: ApRequest, number: usize, vmsa: Gpa) -> Verdict {
     let page = match PAGE.get() {
         Some(page) => *page,
         None => {
-            let page = memory::fresh_page();
+            // Given back before it is shared: it may have been made ready, behind the guest's back.
+            let page = setup::accepted_page()?;
+            done(&[rescind(page, PageSize::Size4K)])?;
             change_page_state(page, PageOperation::SHARED)?;
             *PAGE.call_once(|| page)
         }
@@ -184,17 +197,12 @@ fn ask_host(request: ApRequest, number: usize, vmsa: Gpa) -> Verdict {
 /// The first processor and its workers.
 pub struct Team {
     workers: usize,
-    /// Which of its VMSAs each worker runs from.
-    current: [usize; MAX_WORKERS],
 }
 
 impl Team {
     /// Runs `play` with a team of all processors, and dismisses it.
     pub fn with(play: impl FnOnce(&mut Team) -> Verdict) -> Verdict {
-        let mut team = Team {
-            workers: 0,
-            current: [0; MAX_WORKERS],
-        };
+        let mut team = Team { workers: 0 };
         let mut verdict = Ok(());
         for number in 1..=MAX_WORKERS {
             match team.hire(number) {
@@ -229,10 +237,7 @@ impl Team {
 
     /// The VMSA that a worker runs from.
     pub fn vmsa(&self, number: usize) -> Gpa {
-        page_of(
-            *HOMES[number - 1].lock(),
-            VMSA_PAGES[self.current[number - 1]],
-        )
+        page_of(*HOMES[number - 1].lock(), VMSA_PAGE)
     }
 
     /// Starts a worker; false if there is no such processor.
@@ -261,6 +266,15 @@ impl Team {
         }
         ask_host(ApRequest::CREATE, number, vmsa)?;
         Ok(true)
+    }
+
+    /// Has a worker delete the VMSA that it runs from. Its processor is the paravisor's from then
+    /// on, and the worker may be started again ([`Team::revive`]).
+    pub fn send_home(&self, number: usize) {
+        let job = &DESKS[number - 1].job;
+        *job.lock() = Some(go_home);
+        wait_until(|| job.lock().is_none());
+        self.lose(number);
     }
 
     /// A worker's VMSA was deleted: nobody waits for it until it is started again.
