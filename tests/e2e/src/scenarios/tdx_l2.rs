@@ -41,12 +41,13 @@ const RE_ADDED: [(&str, u32, &str); 3] = [
 ];
 
 /// Both processors at once, and a host that keeps an entry busy.
-const AT_ONCE: [&str; 6] = [
+const AT_ONCE: [&str; 7] = [
     "one_page_for_both",
     "one_region_in_two_sizes",
     "accept_against_share",
     "share_against_share",
     "neighbours_accept_and_share",
+    "flush_meets_a_refused_entry",
     "a_busy_entry_is_told",
 ];
 
