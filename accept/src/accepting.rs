@@ -16,8 +16,8 @@ use crate::sweep::{Grain, Stopped, sweep, sweep_on, sweep_runs};
 enum For {
     /// Granted to the guest and recorded Accepted.
     Guest,
-    /// Not granted; recorded as this state.
-    Paravisor(PageState),
+    /// Not granted; recorded Ahead.
+    Later,
 }
 
 impl<B: Backend> Engine<'_, B> {
@@ -70,57 +70,23 @@ impl<B: Backend> Engine<'_, B> {
     }
 
     /// Makes the Unaccepted pages of `block` ready before the guest asks for them: validated and
-    /// zero, state [`PageState::Ahead`]. Pages in another state are left alone.
+    /// zero, state [`PageState::Ahead`]. Pages in another state are left alone, and so is all of a
+    /// region of which the guest ever gave a page back: guest and host may be sharing memory there.
     ///
     /// # Errors
     /// Those of [`Engine::accept`], except [`Error::Owned`] and [`Error::NoChange`].
     pub fn prepare(&self, block: Block) -> Result<Done, Error> {
-        self.keep(block, PageState::Ahead, |_| Ok(()))
-    }
-
-    /// As [`Engine::prepare`], but leaves a region alone of which the guest ever gave a page back:
-    /// guest and host may be sharing memory there.
-    ///
-    /// # Errors
-    /// Those of [`Engine::prepare`].
-    pub fn prepare_new(&self, block: Block) -> Result<Done, Error> {
         let held = self.hold(block)?;
         if held.maybe_given_back() {
-            drop(held);
             return Ok(Done::NOTHING);
         }
-        let fresh = unaccepted_of(&held, block);
-        let result = self.bring_in(&held, &fresh, None, For::Paravisor(PageState::Ahead));
-        self.end(held);
-        result
-    }
-
-    /// Makes `block` the paravisor's own: validated and zero, state [`PageState::Owned`], no
-    /// permission for the guest.
-    ///
-    /// # Errors
-    /// Those of [`Engine::accept`]; [`Error::NoChange`] if any page is valid already.
-    pub fn acquire(&self, block: Block) -> Result<Done, Error> {
-        self.keep(block, PageState::Owned, |unaccepted| {
-            if unaccepted == PageSet::of(block) {
-                Ok(())
-            } else {
-                Err(Error::NoChange)
-            }
-        })
-    }
-
-    /// Validates and scrubs the Unaccepted pages of `block`, if `check` agrees to the set.
-    fn keep(
-        &self,
-        block: Block,
-        state: PageState,
-        check: impl FnOnce(PageSet) -> Result<(), Error>,
-    ) -> Result<Done, Error> {
-        let held = self.hold(block)?;
-        let fresh = unaccepted_of(&held, block);
-        let result =
-            check(fresh).and_then(|()| self.bring_in(&held, &fresh, None, For::Paravisor(state)));
+        let asked = PageSet::of(block);
+        let states = held.states(&asked);
+        let fresh = asked
+            .without(&states.ahead)
+            .without(&states.accepted)
+            .without(&states.owned);
+        let result = self.bring_in(&held, &fresh, None, For::Later);
         self.end(held);
         result
     }
@@ -161,13 +127,11 @@ impl<B: Backend> Engine<'_, B> {
         }
         let accepted = states.accepted;
         if on_no_change == OnNoChange::Fail && !accepted.is_empty() {
-            held.tally().no_change_slow.add(1);
             return Err(Error::NoChange);
         }
         let ready = states.ahead;
         let fresh = asked.without(&accepted).without(&ready);
         if fresh.is_empty() && ready.is_empty() {
-            held.tally().no_change_slow.add(1);
             return Ok(Done::NOTHING);
         }
         let ready = (!ready.is_empty()).then_some(&ready);
@@ -235,15 +199,13 @@ impl<B: Backend> Engine<'_, B> {
         }
 
         match (destination, ready) {
-            (For::Paravisor(state), _) => {
-                held.record(fresh, state);
+            (For::Later, _) => {
+                held.record(fresh, PageState::Ahead);
                 let done = Done {
                     scrubbed_pages: fresh.len(),
                     changed_pages: fresh.len(),
                 };
-                if state == PageState::Ahead {
-                    tally.prepared_bytes.add(done.scrubbed_bytes());
-                }
+                tally.prepared_bytes.add(done.scrubbed_bytes());
                 Ok(done)
             }
             (For::Guest, None) => self.hand_over(held, fresh, fresh, grain),
@@ -364,14 +326,4 @@ impl<B: Backend> Engine<'_, B> {
         held.record(&stopped.at().without(&gone), PageState::Owned);
         held.owe_flush();
     }
-}
-
-/// The pages of the block that the map calls Unaccepted.
-fn unaccepted_of(held: &Held<'_>, block: Block) -> PageSet {
-    let block = PageSet::of(block);
-    let states = held.states(&block);
-    block
-        .without(&states.ahead)
-        .without(&states.accepted)
-        .without(&states.owned)
 }

@@ -112,7 +112,7 @@ impl<B: Backend> Engine<'_, B> {
 
     /// Does a step whose bytes are reserved, and puts back what it did not need.
     fn spend(&self, walk: &Walk, region: Option<Block>) -> Result<Step, Error> {
-        let done = match region.map(|block| self.prepare_new(block)) {
+        let done = match region.map(|block| self.prepare(block)) {
             None => Ok(Step::Over),
             Some(Err(Error::Busy)) => Ok(Step::Done(Done::NOTHING)),
             Some(Ok(done)) => Ok(Step::Done(done)),

@@ -92,10 +92,6 @@ counters! {
     rescinded_bytes,
     /// Large operations that the platform could only do in small pages.
     splits,
-    /// "No change" answers given without a lock.
-    no_change_fast,
-    /// "No change" answers given under the lock.
-    no_change_slow,
     /// Contradictions between map and hardware: the host lied.
     host_lies,
     /// Requests that failed in an instruction.

@@ -64,7 +64,8 @@ impl Done {
 pub struct Rescinded {
     /// Pages that left.
     pub changed_pages: u16,
-    /// The flush that is owed before the guest is answered, if a page left.
+    /// The flush that is owed before the guest is answered, if a page left, or one that left in a
+    /// flow that failed may be cached still.
     pub flush: Option<FlushOwed>,
 }
 
@@ -85,9 +86,10 @@ pub enum Error {
     NotAccepted,
     /// The guest's fault: a page of the block already is what it should become.
     NoChange,
-    /// The host's fault: the hardware contradicts the map. Every page is recorded as what the
-    /// hardware says (but for one that was only to be lent: see [`Engine::take`]), nothing that
-    /// the map did not know was granted, and the VM should stop.
+    /// The host's fault: the hardware contradicts the map. Nothing that the map did not know was
+    /// granted, and the VM should stop. Every page is recorded as what the hardware says, but for
+    /// one that is gone although nobody gave it back, and was to be claimed or lent ([`Engine::take`]):
+    /// that stays what it was. Were it Unaccepted, a second page could be validated there (I2).
     HostLied,
     /// Nobody's fault: another vCPU held the lock, or kept a flush from being certain, for too
     /// long. Ask again.
@@ -228,8 +230,8 @@ impl<'m, B: Backend> Engine<'m, B> {
         let owes_flush = held.owes_flush.get();
         drop(held);
         if owes_flush {
-            // Nobody relies on pages that a failed flow has put out: they are invalid, and the
-            // caller hears of the failure whether this is certain or not.
+            // The caller hears of the failure whether this is certain or not, and relies on
+            // nothing. Who gives pages back later does: see `Held::maybe_stale`.
             let _ = self.backend.flush();
         }
     }
@@ -267,7 +269,6 @@ impl Glance<'_> {
         if !(one_page_decides && self.is_accepted()) {
             return None;
         }
-        self.lock.tally().no_change_fast.add_unlocked(1);
         Some(match on_no_change {
             OnNoChange::Fail => Err(Error::NoChange),
             OnNoChange::Ignore => Ok(Done::NOTHING),
@@ -323,6 +324,14 @@ impl<'m> Held<'m> {
     /// to be a flush when the lock is released.
     pub(crate) fn owe_flush(&self) {
         self.owes_flush.set(true);
+        self.guard.distrust();
+    }
+
+    /// Whether a flow that failed has ever put out pages of the region: its flush may be under way
+    /// still, or was not certain. To who gives these pages back nothing changes, but he shares them
+    /// with the host when he is answered.
+    pub(crate) fn maybe_stale(&self) -> bool {
+        self.guard.is_distrusted()
     }
 
     pub(crate) fn record(&self, pages: &impl Pages, state: PageState) {

@@ -46,7 +46,9 @@
 //! * **I9** After an error the block is as it was before, or, where that is impossible, every page
 //!   is recorded as what it really is.
 //! * **I12** Waiting for a lock is bounded ([`Error::Busy`]), and no lock is held across a flush.
-//!   A flush that takes too long has not happened: its debt is still owed.
+//!   A flush that takes too long has not happened: its debt is still owed ([`FlushOwed`]). That of
+//!   a flow that failed is owed by whoever gives pages back under the same lock later, for even to
+//!   pages that are out already he may be told "done".
 //!
 //! # Example
 //!

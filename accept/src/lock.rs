@@ -5,8 +5,8 @@
 //!   and deadlock is impossible.
 //! * Waiting is bounded. The holder may be a vCPU that the host has stopped running; the waiter
 //!   then answers "busy" and the guest decides what to do.
-//! * The counters of a lock are changed by whoever holds it; those of the lock-free answers are
-//!   the exception and say so.
+//! * The counters of a lock are changed by whoever holds it; that of the waits given up is the
+//!   exception and says so.
 //!
 //! The caller has interrupts off while it is in the engine, so the holder is never interrupted by
 //! a waiter on the same vCPU.
@@ -23,6 +23,8 @@ use crate::sync::{AtomicBool, Ordering, spin_loop};
 #[repr(C, align(128))]
 pub struct RegionLock {
     held: AtomicBool,
+    /// See [`Guard::distrust`].
+    distrusted: AtomicBool,
     tally: Tally,
 }
 
@@ -34,14 +36,9 @@ impl RegionLock {
     pub const fn new() -> Self {
         Self {
             held: AtomicBool::new(false),
+            distrusted: AtomicBool::new(false),
             tally: Tally::new(),
         }
-    }
-
-    /// The counters that belong to its regions.
-    #[inline]
-    pub(crate) fn tally(&self) -> &Tally {
-        &self.tally
     }
 
     /// Takes the lock if nobody holds it.
@@ -165,6 +162,17 @@ impl<'m> Guard<'m> {
     pub(crate) fn tally(&self) -> &'m Tally {
         &self.lock.tally
     }
+
+    /// Remembers, for ever, that a flow failed after it had taken pages from the guest, so that
+    /// nobody may conclude from the map alone that they are out of everybody's reach.
+    pub(crate) fn distrust(&self) {
+        self.lock.distrusted.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that has happened under this lock.
+    pub(crate) fn is_distrusted(&self) -> bool {
+        self.lock.distrusted.load(Ordering::Relaxed)
+    }
 }
 
 impl Drop for Guard<'_> {
@@ -220,7 +228,7 @@ mod tests {
         );
         drop(guard);
         assert!(locks.lock(frame(0x20_0000)).is_some());
-        assert_eq!(locks.of(frame(0x20_0000)).tally().busy.get(), 1);
+        assert_eq!(locks.of(frame(0x20_0000)).tally.busy.get(), 1);
     }
 
     #[test]

@@ -273,11 +273,22 @@ impl PageSet {
 
     /// The pages with indices `from..to` (at most 512).
     pub(crate) fn span(from: usize, to: usize) -> Self {
-        let mut set = Self::EMPTY;
-        for index in from..to.min(PAGES_PER_REGION) {
-            set.insert(index);
+        let to = to.min(PAGES_PER_REGION);
+        if from >= to {
+            return Self::EMPTY;
         }
-        set
+        let (first, last) = (from / PAGES_PER_WORD, (to - 1) / PAGES_PER_WORD);
+        let mut words = [0; WORDS];
+        words[first..=last].fill(EVEN);
+        words[first] &= u64::MAX << (2 * (from % PAGES_PER_WORD));
+        words[last] &= u64::MAX >> (2 * (PAGES_PER_WORD - 1 - (to - 1) % PAGES_PER_WORD));
+        Self {
+            words,
+            touched: Touched {
+                from: first as u8,
+                to: last as u8 + 1,
+            },
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -451,6 +462,24 @@ mod tests {
                 .collect::<Vec<_>>(),
             [30, 33]
         );
+    }
+
+    #[test]
+    fn a_span_is_its_pages_one_by_one() {
+        for from in 0..=PAGES_PER_REGION {
+            let mut expected = PageSet::EMPTY;
+            for to in from..=PAGES_PER_REGION {
+                let span = PageSet::span(from, to);
+                assert_eq!(span, expected, "{from}..{to}");
+                assert_eq!(span.touched.indices(), expected.touched.indices());
+                if to < PAGES_PER_REGION {
+                    expected.insert(to);
+                }
+            }
+        }
+        assert_eq!(PageSet::span(3, 2), PageSet::EMPTY);
+        assert_eq!(PageSet::span(512, 600), PageSet::EMPTY);
+        assert_eq!(PageSet::span(500, 600), PageSet::span(500, 512));
     }
 
     #[test]

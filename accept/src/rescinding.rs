@@ -44,9 +44,10 @@ impl<B: Backend> Engine<'_, B> {
         const { assert!(!B::HOST_REMOVES, "withdraw, have the host remove, settle") };
         let held = self.hold(block)?;
         let result = self.rescind_held(&held, block, on_no_change);
+        let maybe_stale = held.maybe_stale();
         self.end(held);
         let Done { changed_pages, .. } = result?;
-        let flush = (changed_pages != 0).then_some(FlushOwed(()));
+        let flush = (changed_pages != 0 || maybe_stale).then_some(FlushOwed(()));
         Ok(Rescinded {
             changed_pages,
             flush,
@@ -61,7 +62,6 @@ impl<B: Backend> Engine<'_, B> {
     ) -> Result<Done, Error> {
         let leaving = self.leaving(held, block, on_no_change)?;
         if leaving.all().is_empty() {
-            held.tally().no_change_slow.add(1);
             return Ok(Done::NOTHING);
         }
         let done = self.put_out(held, &leaving)?;
@@ -84,7 +84,6 @@ impl<B: Backend> Engine<'_, B> {
         // Also when nothing changes: the guest says what it is about to do with the pages.
         held.remember_given_back();
         if on_no_change == OnNoChange::Fail && states.accepted != asked {
-            held.tally().no_change_slow.add(1);
             return Err(Error::NoChange);
         }
         Ok(Leaving {

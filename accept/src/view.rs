@@ -80,11 +80,12 @@ impl<B: Backend> Engine<'_, B> {
         Ok(changed_pages)
     }
 
-    /// From the lowest to the highest unaccepted unit; none when everything is accepted.
+    /// From the lowest to the highest unaccepted unit of `regions` (numbers of 2 MiB regions from
+    /// address 0); none when everything there is accepted.
     #[must_use]
-    pub fn unaccepted_extent(&self) -> Option<Extent> {
+    pub fn unaccepted_extent(&self, regions: core::ops::Range<u64>) -> Option<Extent> {
         let mut units = self
-            .pieces()
+            .pieces_of(regions)
             .filter(Piece::is_unaccepted_unit)
             .map(|piece| piece.first.region_number());
         let lowest = units.next()?;
@@ -100,10 +101,10 @@ impl<B: Backend> Engine<'_, B> {
     pub fn unaccepted_bits(&self, extent: Extent, bits: &mut [u8]) {
         bits.fill(0);
         let base = extent.base / PageSize::Size2M.bytes();
-        for piece in self.pieces().filter(Piece::is_unaccepted_unit) {
-            let unit = piece.first.region_number().checked_sub(base);
-            let unit = unit.filter(|unit| *unit < extent.units);
-            if let Some(unit) = unit.and_then(|unit| usize::try_from(unit).ok())
+        let units = base..base.saturating_add(extent.units);
+        for piece in self.pieces_of(units).filter(Piece::is_unaccepted_unit) {
+            let unit = piece.first.region_number() - base;
+            if let Ok(unit) = usize::try_from(unit)
                 && let Some(byte) = bits.get_mut(unit / 8)
             {
                 *byte |= 1 << (unit % 8);

@@ -80,9 +80,7 @@ impl<B: Backend> Engine<'_, B> {
             return Some(Withdrawn { block, leaving });
         };
         held.record(&PageSet::of(block), PageState::Unaccepted);
-        if leaving.all().is_empty() {
-            held.tally().no_change_slow.add(1);
-        } else {
+        if !leaving.all().is_empty() {
             count_rescinded(held.tally(), block, &leaving);
         }
         None

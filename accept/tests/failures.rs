@@ -335,9 +335,16 @@ fn i5_pages_that_vanish_in_the_middle_of_a_flow_are_lies() {
                 engine.prepare(page(0)).expect("prepared");
             },
             |engine| engine.accept(page(0), OnNoChange::Fail),
-            |_, model, error| {
+            |engine, model, error| {
                 assert_eq!(error, Error::HostLied);
                 assert!(!model.entry(0).granted);
+                // Nobody has given it back, so no other may be validated in its place (I2).
+                assert_eq!(engine.state(frame(0)), Some(PageState::Ahead));
+                model.take_log();
+                let again = engine.accept(page(0), OnNoChange::Fail);
+                assert_eq!(again, Err(Error::HostLied));
+                let validate = Call::On(Operation::Validate, 0, page(0).size());
+                assert!(!model.take_log().contains(&validate));
             },
         );
         assert_eq!(accept, 1, "the grant of a claim");
@@ -410,6 +417,35 @@ fn i3_a_flush_that_is_not_certain_is_still_owed() {
         let owed = owed.expect_err("still owed");
         assert!(model.entry(3).stale);
         engine.flush(owed).expect("flushed");
+        model.assert_agrees(engine);
+    });
+}
+
+/// What a failed flow has put out is out by the map, but it could not be certain that nobody reaches
+/// it any more. A guest that asks again is told that nothing has changed, and shares the page.
+#[test]
+fn i3_i12_a_flush_that_a_failed_flow_owed_is_owed_by_who_gives_the_page_back() {
+    let model = Model::new(1, false);
+    with_engine(&model, 1, 1000, |engine| {
+        all_accepted(engine, &model);
+        let before = engine.rescind(page(511), OnNoChange::Fail).expect("done");
+        engine.flush(before.flush.expect("owed")).expect("flushed");
+        let nothing = engine.rescind(page(511), OnNoChange::Ignore).expect("done");
+        assert_eq!(nothing.flush, None, "nothing has failed so far");
+        engine.accept(page(511), OnNoChange::Fail).expect("as new");
+
+        // One large try and 512 revokes, then the eleventh invalidation fails.
+        model.fail_in(1 + 512 + 10, Injected::Status, false);
+        model.fail_flush();
+        let failed = engine.rescind(large(0), OnNoChange::Fail);
+        assert!(matches!(failed, Err(Error::Backend { .. })), "{failed:?}");
+        assert_eq!(engine.state(frame(3)), Some(PageState::Unaccepted));
+        assert!(model.entry(3).stale, "somebody may still write to it");
+
+        let again = engine.rescind(page(3), OnNoChange::Ignore).expect("out");
+        assert_eq!(again.changed_pages, 0);
+        engine.flush(again.flush.expect("owed")).expect("flushed");
+        assert!(!model.entry(3).stale);
         model.assert_agrees(engine);
     });
 }

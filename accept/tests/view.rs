@@ -4,7 +4,8 @@
 mod model;
 
 use accept::{
-    Census, Engine, Extent, Map, OnNoChange, PageState, Range, Region, RegionLock, RegionLocks,
+    Census, Engine, Extent, GivenBack, Map, OnNoChange, PageState, Range, Region, RegionLock,
+    RegionLocks, Role,
 };
 use model::{Model, frame, large, page};
 use proptest::prelude::*;
@@ -16,7 +17,11 @@ const UNIT: u64 = 2 << 20;
 fn with_range(model: &Model, first: u64, pages: u64, test: impl FnOnce(&Engine<'_, &Model>)) {
     let needed = Range::regions_needed(frame(first), pages).expect("a range");
     let states: Vec<Region> = (0..needed).map(|_| Region::new()).collect();
-    let ranges = [Range::try_new(frame(first), pages, &states).expect("a good range")];
+    let flags: Vec<GivenBack> = (0..GivenBack::needed(states.len()))
+        .map(|_| GivenBack::new())
+        .collect();
+    let range = Range::try_new(frame(first), pages, &states).expect("a good range");
+    let ranges = [range.with_given_back(&flags).expect("good flags")];
     let locks = [const { RegionLock::new() }; RegionLocks::MINIMUM];
     test(&Engine::new(
         model,
@@ -48,10 +53,14 @@ fn edges_are_accepted_up_front_and_the_rest_is_told() {
     let model = Model::new(REGIONS as usize, true);
     // From page 10 of unit 0 to page 99 of unit 5; unit 2 has an accepted page, unit 3 an owned one.
     with_range(&model, 10, 5 * 512 + 90, |engine| {
-        engine
-            .accept(page(2 * 512 + 5), OnNoChange::Fail)
-            .expect("accepted");
-        engine.acquire(page(3 * 512 + 6)).expect("acquired");
+        for number in [2 * 512 + 5, 3 * 512 + 6] {
+            engine
+                .accept(page(number), OnNoChange::Fail)
+                .expect("accepted");
+        }
+        let _area = engine
+            .take(frame(3 * 512 + 6), Role::CallingArea)
+            .expect("lent");
         engine.prepare(large(4)).expect("prepared");
         let changed_pages = engine.round_out().expect("rounded");
         assert_eq!(changed_pages, 502 + 511 + 511 + 100);
@@ -60,13 +69,11 @@ fn edges_are_accepted_up_front_and_the_rest_is_told() {
             [false, true, false, false, true, false],
             "what is ready ahead is unaccepted to the guest"
         );
-        assert_eq!(
-            engine.unaccepted_extent(),
-            Some(Extent {
-                base: UNIT,
-                units: 4
-            })
-        );
+        let from = |base, units| Some(Extent { base, units });
+        assert_eq!(engine.unaccepted_extent(0..u64::MAX), from(UNIT, 4));
+        assert_eq!(engine.unaccepted_extent(0..4), from(UNIT, 1));
+        assert_eq!(engine.unaccepted_extent(2..5), from(4 * UNIT, 1));
+        assert_eq!(engine.unaccepted_extent(2..4), None);
         assert_eq!(engine.state(frame(3 * 512 + 6)), Some(PageState::Owned));
         assert_eq!(engine.round_out(), Ok(0));
         assert_eq!(
@@ -84,7 +91,7 @@ fn edges_are_accepted_up_front_and_the_rest_is_told() {
                 .accept(large(unit), OnNoChange::Fail)
                 .expect("nothing of it was accepted");
         }
-        assert_eq!(engine.unaccepted_extent(), None);
+        assert_eq!(engine.unaccepted_extent(0..u64::MAX), None);
     });
     model.assert_lawful();
 }
@@ -93,7 +100,7 @@ fn edges_are_accepted_up_front_and_the_rest_is_told() {
 fn a_short_bitmap_is_filled_as_far_as_it_goes() {
     let model = Model::new(16, true);
     with_range(&model, 0, 16 * 512, |engine| {
-        let extent = engine.unaccepted_extent().expect("all of it");
+        let extent = engine.unaccepted_extent(0..u64::MAX).expect("all of it");
         assert_eq!(extent, Extent { base: 0, units: 16 });
         let mut one = [0];
         engine.unaccepted_bits(extent, &mut one);

@@ -170,6 +170,26 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// What should be keys of secure boot is something else.
+    #[error(
+        "no list of EFI signatures (at offset {offset:#x}: {reason}); make one of a certificate with `cert-to-efi-sig-list`, of a program's hash with `hash-to-efi-sig-list`"
+    )]
+    NotSignatures {
+        /// Where, in bytes.
+        offset: usize,
+        /// What is wrong there.
+        reason: String,
+    },
+    /// What should be started by the firmware cannot be.
+    #[error(
+        "no EFI program for x86-64 (at offset {offset:#x}: {reason}); make a unified kernel image with `ukify build`"
+    )]
+    NotEfiProgram {
+        /// Where, in bytes.
+        offset: usize,
+        /// What is wrong there.
+        reason: String,
+    },
     /// There is no launch policy to be signed.
     #[error("IGVM file without a launch policy for SEV-SNP; an ID block signs it with the digest")]
     NoPolicy,
@@ -210,6 +230,18 @@ pub enum FileError {
         expected: &'static str,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// The file has more bytes than what it should be can have.
+    #[error("{}: more than {limit} bytes{unless}; expected {expected}", .file.display())]
+    TooLong {
+        /// The file.
+        file: PathBuf,
+        /// Most bytes.
+        limit: u64,
+        /// What would be another limit, or nothing.
+        unless: &'static str,
+        /// What it should have been and how to get it.
+        expected: &'static str,
     },
     /// The file could not be written.
     #[error("{}: cannot be written ({source}); check the directory given with --out", .file.display())]

@@ -22,8 +22,8 @@ use crate::file::{Content, File};
 use crate::flat::FLAT_END;
 use crate::layout::REGION_END;
 
-/// Largest firmware: the ROM window of a PC below 4 GiB.
-const MAX_SIZE: u64 = 16 << 20;
+/// Largest firmware, in bytes: the ROM window of a PC below 4 GiB.
+pub const MAX_SIZE: u64 = 16 << 20;
 
 /// A parsed firmware image.
 #[derive(Debug, Clone)]

@@ -11,30 +11,51 @@ use protocols::addr::PAGE_SIZE;
 use protocols::hob::{Header, HobType, IgvmData, IgvmDataKind};
 use zerocopy::IntoBytes;
 
+use crate::efi;
 use crate::error::Error;
 use crate::firmware::Firmware;
 use crate::layout::REGION_END;
 
 /// Where the list lies.
 pub const DATA_GPA: u64 = REGION_END;
-/// Most data: what a guest of 1 GiB has left of it above the paravisor, with room for itself.
-const MAX_BYTES: usize = 128 << 20;
+/// Most data, in bytes: what a guest of 1 GiB has left of it above the paravisor, with room for itself.
+pub const MAX_BYTES: usize = 128 << 20;
 
-/// One piece of data.
+/// One piece of data, of which the firmware can make something: signatures, or a program.
 #[derive(Debug, Clone, Copy)]
 pub struct Item<'a> {
-    /// What it is.
-    pub kind: IgvmDataKind,
-    /// Its bytes.
-    pub bytes: &'a [u8],
+    kind: IgvmDataKind,
+    bytes: &'a [u8],
+}
+
+impl<'a> Item<'a> {
+    /// Takes bytes for what they should be.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSignatures`] or [`Error::NotEfiProgram`], when they are something else; [`Error::BadData`]
+    /// for more than one platform key.
+    pub fn new(kind: IgvmDataKind, bytes: &'a [u8]) -> Result<Self, Error> {
+        match kind {
+            IgvmDataKind::SHIM | IgvmDataKind::KERNEL => efi::program(bytes)?,
+            _ => {
+                let count = efi::signatures(bytes)?;
+                if kind == IgvmDataKind::PK && count != 1 {
+                    let reason = format!("{count} platform keys; a firmware takes one");
+                    return Err(Error::BadData { reason });
+                }
+            }
+        }
+        Ok(Self { kind, bytes })
+    }
 }
 
 /// The pages of list and data, in order; none if there is no data.
 ///
 /// # Errors
 ///
-/// [`Error::NoDataArea`] when there is data and no firmware that takes it; [`Error::BadData`] when a piece is
-/// empty, comes twice, or there is too much.
+/// [`Error::NoDataArea`] when there is data and no firmware that takes it; [`Error::BadData`] when a piece
+/// comes twice, or there is too much.
 pub fn pages(items: &[Item<'_>], firmware: Option<&Firmware<'_>>) -> Result<Vec<Vec<u8>>, Error> {
     if items.is_empty() {
         return Ok(Vec::new());
@@ -51,9 +72,6 @@ pub fn pages(items: &[Item<'_>], firmware: Option<&Firmware<'_>>) -> Result<Vec<
     let mut list = Vec::new();
     let mut data = Vec::new();
     for (index, item) in items.iter().enumerate() {
-        if item.bytes.is_empty() {
-            return bad(format!("{} is empty", name(item)));
-        }
         if items[..index].iter().any(|other| other.kind == item.kind) {
             return bad(format!("{} comes twice", name(item)));
         }

@@ -282,6 +282,17 @@ pub fn verify(header: &IGVM_VHS_SNP_ID_BLOCK, policy: u64) -> Result<(), Refusal
     )
 }
 
+/// The header as QEMU takes it: whether there is an author key says the first byte of the key, which is that
+/// of its curve (`target/i386/sev.c`).
+#[must_use]
+pub fn as_qemu_reads(header: &IGVM_VHS_SNP_ID_BLOCK) -> IGVM_VHS_SNP_ID_BLOCK {
+    let [first, ..] = header.author_public_key.curve.to_le_bytes();
+    IGVM_VHS_SNP_ID_BLOCK {
+        author_key_enabled: u8::from(first != 0),
+        ..*header
+    }
+}
+
 /// The block that the signature of a header covers.
 fn block(header: &IGVM_VHS_SNP_ID_BLOCK, policy: u64) -> Block {
     Block {

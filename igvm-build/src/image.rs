@@ -241,7 +241,8 @@ pub fn build_with_data(
         vmsa: Box::new(zerocopy::transmute!(vmsa)),
     });
 
-    let bytes = serialize(directives, options.target, all)?;
+    let highest_vtl = options.target.highest_vtl(firmware.is_some());
+    let bytes = serialize(directives, options.target, highest_vtl, all)?;
     // What was written is read again, as anybody who measures the image does.
     let file = File::read(&bytes)?;
     let digest = measure::snp::launch_digest(&file, options.target.loader(), &mut quietly)?;
@@ -338,28 +339,30 @@ fn page(gpa: u64, data_type: IgvmPageDataType, data: &[u8], mask: u32) -> Direct
 }
 
 /// Puts the headers around the directives and writes the file.
-fn serialize(directives: Vec<Directive>, target: Target, all: u32) -> Result<Vec<u8>, Error> {
-    let platform = |compatibility_mask, platform_type, platform_version, shared_gpa_boundary| {
-        IgvmPlatformHeader::SupportedPlatform(IGVM_VHS_SUPPORTED_PLATFORM {
-            compatibility_mask,
-            highest_vtl: 0,
-            platform_type,
-            platform_version,
-            shared_gpa_boundary,
-        })
-    };
-    let mut platforms = vec![platform(
-        SNP_MASK,
-        IgvmPlatformType::SEV_SNP,
-        IGVM_SEV_SNP_PLATFORM_VERSION,
-        target.shared_boundary(),
+fn serialize(
+    directives: Vec<Directive>,
+    target: Target,
+    highest_vtl: u8,
+    all: u32,
+) -> Result<Vec<u8>, Error> {
+    let mut platforms = vec![IgvmPlatformHeader::SupportedPlatform(
+        IGVM_VHS_SUPPORTED_PLATFORM {
+            compatibility_mask: SNP_MASK,
+            highest_vtl,
+            platform_type: IgvmPlatformType::SEV_SNP,
+            platform_version: IGVM_SEV_SNP_PLATFORM_VERSION,
+            shared_gpa_boundary: target.shared_boundary(),
+        },
     )];
     if all & NATIVE_MASK != 0 {
-        platforms.push(platform(
-            NATIVE_MASK,
-            IgvmPlatformType::NATIVE,
-            IGVM_NATIVE_PLATFORM_VERSION,
-            0,
+        platforms.push(IgvmPlatformHeader::SupportedPlatform(
+            IGVM_VHS_SUPPORTED_PLATFORM {
+                compatibility_mask: NATIVE_MASK,
+                highest_vtl: 0,
+                platform_type: IgvmPlatformType::NATIVE,
+                platform_version: IGVM_NATIVE_PLATFORM_VERSION,
+                shared_gpa_boundary: 0,
+            },
         ));
     }
     let mut policies = vec![IgvmInitializationHeader::GuestPolicy {

@@ -14,7 +14,7 @@
 //! | [`vmsa`], [`native`] | the first processor's state, on each platform that has one |
 //! | [`tdx`] | what is launched on TDX, where it has none |
 //! | [`params`] | the page of launch parameters |
-//! | [`handover`] | what the firmware is handed: keys of secure boot, a kernel |
+//! | [`handover`], [`efi`] | what the firmware is handed: keys of secure boot, a kernel |
 //! | [`target`] | whose loader the image is for |
 //! | [`image`], [`td`] | the file: all directives, in the order a loader needs |
 //! | | **what a file says** |
@@ -36,6 +36,7 @@ pub mod accept;
 pub mod check;
 pub mod cpu;
 pub mod diff;
+pub mod efi;
 pub mod elf;
 pub mod error;
 pub mod file;

@@ -28,12 +28,16 @@ fn main() -> ExitCode {
     match command::Arguments::parse().run() {
         Ok(Answer::Yes) => ExitCode::SUCCESS,
         Ok(Answer::No) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("igvm-build: {error}");
-            match error.downcast_ref::<FileError>() {
-                Some(FileError::Read { .. } | FileError::Write { .. }) => ExitCode::from(NO_FILE),
-                _ => ExitCode::from(BAD_INPUT),
+        Err(error) => match error.downcast::<clap::Error>() {
+            // As clap's own: status 2.
+            Ok(error) => error.exit(),
+            Err(error) => {
+                eprintln!("igvm-build: {error}");
+                match error.downcast_ref::<FileError>() {
+                    Some(FileError::Read { .. } | FileError::Write { .. }) => NO_FILE.into(),
+                    _ => BAD_INPUT.into(),
+                }
             }
-        }
+        },
     }
 }

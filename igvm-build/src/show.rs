@@ -314,7 +314,7 @@ impl Item {
                 start: range.gpa,
                 end: range.gpa.saturating_add(range.size_bytes.into()),
             },
-            Content::Other => What::Other {
+            Content::Manifest(_) | Content::Other => What::Other {
                 name: names::header(header.kind),
                 bytes: header.body.len(),
             },

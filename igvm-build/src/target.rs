@@ -2,6 +2,7 @@
 //!
 //! | | QEMU | Hyper-V | Vanadium |
 //! |---|---|---|---|
+//! | highest VTL of an image with a firmware | 0 (ignored) | 2 | 2 |
 //! | VMSA at | 0xffff_ffff_f000 | the region's last page | 0xffff_ffff_f000 |
 //! | shared memory from | nowhere (C-bit) | 2^46 (vTOM) | nowhere (C-bit) |
 //! | PAT of the first processor | after reset | after reset | 0x70106 |
@@ -9,8 +10,8 @@
 //! | native platform | if wanted | no | no |
 //!
 //! The rules for Hyper-V and Vanadium are those that COCONUT-SVSM's builder keeps to; neither loader is to be
-//! had here. What starts in QEMU is tested, of the others only that the files are as the table says
-//! ([docs/images.md](../../docs/images.md)).
+//! had here. What starts in QEMU is tested, of the others only that the files are as the table says.
+//! [docs/images.md](../../docs/images.md) has what else these loaders expect, and why it is not kept.
 
 use clap::ValueEnum;
 use protocols::addr::PAGE_SIZE;
@@ -53,6 +54,15 @@ impl Target {
         }
     }
 
+    /// The highest virtual trust level that an image says it has: 2 is the paravisor of a guest.
+    #[must_use]
+    pub const fn highest_vtl(self, with_guest: bool) -> u8 {
+        match self {
+            Self::HyperV | Self::Vanadium if with_guest => 2,
+            _ => 0,
+        }
+    }
+
     /// First shared address; 0 where a C-bit tells.
     #[must_use]
     pub const fn shared_boundary(self) -> u64 {
@@ -75,14 +85,20 @@ impl Target {
         }
     }
 
-    /// How the image is measured.
+    /// How the image is measured, with one processor.
     #[must_use]
     pub const fn loader(self) -> Loader {
+        self.loader_for(Processors {
+            count: 1,
+            signature: None,
+        })
+    }
+
+    /// How the image is measured. Only KVM asks how many processors there are.
+    #[must_use]
+    pub const fn loader_for(self, processors: Processors) -> Loader {
         match self {
-            Self::Qemu => Loader::Qemu(Processors {
-                count: 1,
-                signature: None,
-            }),
+            Self::Qemu => Loader::Qemu(processors),
             Self::HyperV => Loader::AsWritten {
                 native_zeroes: false,
             },

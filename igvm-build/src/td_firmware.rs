@@ -13,11 +13,9 @@ use protocols::launch::{LaunchParams, REGION_GPA, Section, SectionKind as AnyKin
 use protocols::tdvf::{self, SectionKind};
 
 use crate::error::Error;
+use crate::firmware::MAX_SIZE;
 use crate::flat::FLAT_END;
 use crate::layout::REGION_END;
-
-/// Largest firmware: the ROM window of a PC below 4 GiB.
-const MAX_SIZE: u64 = 16 << 20;
 
 /// A parsed image.
 #[derive(Debug, Clone)]

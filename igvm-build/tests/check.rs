@@ -13,14 +13,22 @@ use igvm_build::measure::snp::{Loader, Processors, launch_digest};
 use igvm_defs::{IGVM_VHS_SNP_ID_BLOCK, IgvmVariableHeaderType as Type};
 use p384::ecdsa::Signature;
 use p384::ecdsa::signature::Signer;
-use raw::{DATA, LAUNCH, REGION, Raw, VMSA, area, context, kind, page, platform, policy, usage};
+use raw::{
+    DATA, LAUNCH, REGION, Raw, VMSA, area, context, kind, manifest, page, platform, policy, usage,
+};
 use zerocopy::IntoBytes;
 
 const POLICY: u64 = 0x3_0000;
-const LOADER: Loader = Loader::Qemu(Processors {
+const LOADER: Loader = Loader::Qemu(ONE);
+const ONE: Processors = Processors {
     count: 1,
     signature: None,
-});
+};
+/// The rules of the format alone.
+const ANY: Target = Target {
+    qemu: false,
+    processors: ONE,
+};
 
 fn keys() -> Keys {
     let key = |seed| SigningKey::from_slice(&[seed; 48]).unwrap();
@@ -106,6 +114,8 @@ fn breaking(rule: Rule) -> Vec<u8> {
         Rule::PlatformTwice => good().before(kind::POLICY, platform(2, 2)).bytes(),
         Rule::PlatformType => good().before(kind::POLICY, platform(2, 9)).bytes(),
         Rule::PlatformVersion => good().with(kind::PLATFORM, 6, &[2]).bytes(),
+        Rule::HighestVtl => good().with(kind::PLATFORM, 4, &[1]).bytes(),
+        Rule::Boundary => Raw::native().with(kind::PLATFORM, 8, &[1]).natively(0, 0),
         Rule::StrayMask => good().with(kind::PAGE, 8, &[3]).bytes(),
         Rule::PolicyTwice => good().before(kind::AREA, policy(1, POLICY)).bytes(),
         Rule::PageAlignment => good().with(kind::PAGE, 0, &[1]).bytes(),
@@ -134,6 +144,8 @@ fn breaking(rule: Rule) -> Vec<u8> {
             .before(kind::POLICY, platform(2, 0))
             .and(context(2, 0, 0))
             .bytes(),
+        // Bit 8 of the code segment's.
+        Rule::NativeAttributes => Raw::native().natively(0xAB, 1),
         Rule::ContextForTdx => tdx_beside().and(context(2, LAUNCH, 0)).bytes(),
         Rule::SnpPolicy => good().with(kind::POLICY, 0, &[0, 0, 1]).bytes(),
         Rule::SecretsOutsideSnp => tdx_beside()
@@ -153,6 +165,7 @@ fn breaking(rule: Rule) -> Vec<u8> {
             put_into(&file, &signed.header).unwrap()
         }
         Rule::IdBlockSignature => with_block(|header| header.id_key_signature.s_comp[0] ^= 1),
+        Rule::AuthorKeyFlag => with_block(|header| header.author_key_enabled = 2),
         Rule::QemuPlatform => Raw::tdx().bytes(),
         Rule::QemuType => good()
             .before(kind::INSERT, usage(kind::SRAT, 1, 0x100))
@@ -174,9 +187,54 @@ fn breaking(rule: Rule) -> Vec<u8> {
             raw.before(kind::AREA, initial).bytes()
         }
         Rule::QemuOffset => good().with(kind::MEMORY_MAP, 4, &[8]).bytes(),
+        Rule::QemuGsBase => Raw::native().natively(0xC0, 1),
+        Rule::QemuAuthorKey => with_block(|header| header.author_key_enabled = 0),
         Rule::QemuIdVersion => with_block(version_2),
         Rule::QemuBoundary => good().with(kind::PLATFORM, 13, &[0x40]).bytes(),
     }
+}
+
+/// Further ways to break a rule, and whether QEMU's rules are asked for.
+fn also_breaking() -> Vec<(Rule, bool, Vec<u8>)> {
+    let good = Raw::snp;
+    let corim = |change: &dyn Fn(&mut Vec<u8>)| {
+        let mut header = manifest(kind::MANIFEST, 1, DATA, 0x2000);
+        change(&mut header.1);
+        good().before(kind::AREA, header).bytes()
+    };
+    let end = DATA + 0x2000;
+    vec![
+        // The number of processors is four bytes, an entry of the map 24.
+        (
+            Rule::AreaOverrun,
+            true,
+            good().with(kind::VP_COUNT, 4, &[0xFD, 0x0F]).bytes(),
+        ),
+        (
+            Rule::AreaOverrun,
+            false,
+            good().with(kind::MEMORY_MAP, 4, &[0xE9, 0x3F]).bytes(),
+        ),
+        (Rule::Reserved, true, Raw::native().natively(0x9A, 1)),
+        (Rule::Reserved, true, Raw::native().natively(0x9D, 1)),
+        // Bit 11 of the data segments'.
+        (
+            Rule::NativeAttributes,
+            true,
+            Raw::native().natively(0xB7, 8),
+        ),
+        (Rule::DataRange, false, corim(&|body| body[8] = 1)),
+        (
+            Rule::DataRange,
+            false,
+            corim(&|body| body[4..8].copy_from_slice(&end.to_le_bytes())),
+        ),
+        (Rule::DataRange, false, corim(&|body| body[4] = 8)),
+        (Rule::Reserved, false, corim(&|body| body[15] = 1)),
+        (Rule::StrayMask, false, corim(&|body| body[0] = 3)),
+        (Rule::BodyLength, false, corim(&|body| body.truncate(12))),
+        (Rule::QemuType, true, corim(&|_| {})),
+    ]
 }
 
 fn rules(problems: &[Problem]) -> Vec<Rule> {
@@ -205,13 +263,28 @@ fn each_rule_is_broken_by_a_file_that_breaks_no_other() {
 }
 
 #[test]
+fn other_ways_to_break_a_rule_break_no_other_either() {
+    for (rule, qemu, bytes) in also_breaking() {
+        let problems = check(&bytes, Target { qemu, ..ANY });
+        assert_eq!(rules(&problems), [rule], "{problems:#?}");
+    }
+}
+
+#[test]
 fn good_files_break_no_rule() {
     assert_eq!(check(&Raw::snp().bytes(), Target::default()), []);
-    let any = Target {
-        qemu: false,
-        ..Target::default()
-    };
-    assert_eq!(check(&Raw::tdx().bytes(), any), []);
+    assert_eq!(check(&Raw::tdx().bytes(), ANY), []);
+    assert_eq!(check(&Raw::native().natively(0, 1), Target::default()), []);
+    let ends_where_the_area_does = Raw::snp().with(kind::VP_COUNT, 4, &[0xFC, 0x0F]);
+    assert_eq!(
+        check(&ends_where_the_area_does.bytes(), Target::default()),
+        []
+    );
+    let manifests = [0x104, 0x105].map(|kind| manifest(kind, 1, DATA, 0x2000));
+    let with_manifests = manifests
+        .into_iter()
+        .fold(Raw::snp(), |file, header| file.before(kind::AREA, header));
+    assert_eq!(check(&with_manifests.bytes(), ANY), []);
     assert_eq!(check(&with_block(|_| {}), Target::default()), []);
     let signed = sign_image(&Raw::snp().bytes(), LOADER, &Identity::default(), &keys());
     assert_eq!(check(&signed.unwrap().0, Target::default()), []);
@@ -222,11 +295,7 @@ fn good_files_break_no_rule() {
 fn an_optional_header_is_good_for_all_but_qemu() {
     let bytes = Raw::snp().and((0x8000_0315, vec![0; 8])).bytes();
     assert_eq!(rules(&check(&bytes, Target::default())), [Rule::QemuType]);
-    let any = Target {
-        qemu: false,
-        ..Target::default()
-    };
-    assert_eq!(check(&bytes, any), []);
+    assert_eq!(check(&bytes, ANY), []);
 }
 
 /// On VSM a context is a list of registers, and each VTL of a processor has one.
@@ -245,11 +314,69 @@ fn contexts_for_vsm_are_no_pages() {
 #[test]
 fn more_processors_have_more_contexts() {
     let bytes = Raw::snp().and(context(1, LAUNCH, 1)).bytes();
-    let two = Target {
-        processors: 2,
-        ..Target::default()
+    assert_eq!(check(&bytes, with_processors(2, None)), []);
+}
+
+fn with_processors(count: u16, signature: Option<u32>) -> Target {
+    Target {
+        qemu: true,
+        processors: Processors { count, signature },
+    }
+}
+
+/// KVM measures every processor, so a block is for one number of them and, beyond the file's states, for one
+/// model.
+#[test]
+fn an_id_block_is_for_one_number_of_processors() {
+    const MILAN: Option<u32> = Some(0xA0_0F11);
+    let broken = |bytes: &[u8], target| {
+        let problems = check(bytes, target);
+        let text = problems.first().map(ToString::to_string);
+        (rules(&problems), text.unwrap_or_default())
     };
-    assert_eq!(check(&bytes, two), []);
+    let for_one = with_block(|_| {});
+    assert_eq!(check(&for_one, with_processors(1, None)), []);
+    let (rules, text) = broken(&for_one, with_processors(4, None));
+    assert_eq!(rules, [Rule::IdBlockDigest]);
+    assert!(
+        text.contains("processor 1") && text.contains("--vcpu-type"),
+        "{text}"
+    );
+    let (rules, text) = broken(&for_one, with_processors(4, MILAN));
+    assert_eq!(rules, [Rule::IdBlockDigest]);
+    assert!(text.contains("the file has"), "{text}");
+
+    let four = with_processors(4, MILAN);
+    let loader = Loader::Qemu(four.processors);
+    let signed = sign_image(&Raw::snp().bytes(), loader, &Identity::default(), &keys());
+    let for_four = signed.unwrap().0;
+    assert_eq!(check(&for_four, four), []);
+    for other in [
+        with_processors(1, None),
+        with_processors(3, MILAN),
+        with_processors(4, None),
+        with_processors(4, Some(0x80_0F12)),
+    ] {
+        assert_eq!(broken(&for_four, other).0, [Rule::IdBlockDigest]);
+    }
+    // Without a block there is nothing to be wrong.
+    assert_eq!(check(&Raw::snp().bytes(), with_processors(4, None)), []);
+}
+
+/// QEMU has the author's signature checked where the flag says that there is no author.
+#[test]
+fn an_author_that_qemu_turns_on_has_to_have_signed() {
+    let bytes = with_block(|header| {
+        header.author_key_enabled = 0;
+        header.author_key_signature.s_comp[0] ^= 1;
+    });
+    let problems = check(&bytes, Target::default());
+    assert_eq!(
+        rules(&problems),
+        [Rule::IdBlockSignature, Rule::QemuAuthorKey]
+    );
+    assert!(!loads(&problems));
+    assert_eq!(check(&bytes, ANY), []);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use p384::SecretKey;
 use p384::pkcs8::{EncodePrivateKey, LineEnding};
 use raw::Raw;
 use serde_json::Value;
-use support::{AREAS, ovmf, paravisor};
+use support::{AREAS, certificate_list, ovmf, paravisor};
 
 /// An empty directory.
 fn directory(name: &str) -> PathBuf {
@@ -105,8 +105,116 @@ fn what_the_recipe_says_can_be_said_otherwise() {
     fs::write(place.join("bad.toml"), "paravizor = \"a\"\n").unwrap();
     ends(&place, &["build", "--recipe", "bad.toml"], 3);
     ends(&place, &["build", "--recipe", "no.toml"], 4);
-    ends(&place, &["build", "--paravisor", "svsm.elf"], 3);
-    ends(&place, &["build", "--target", "xen"], 2);
+    // What the command line and the recipe lack, or the command line alone has wrong.
+    for wrong in [
+        &["--paravisor", "svsm.elf"][..],
+        &["--out", "out.igvm"],
+        &["--target", "xen"],
+        &["--recipe", "recipe.toml", "--c-bit", "52"],
+        &["--recipe", "recipe.toml", "--accept-order", "high"],
+        &["--recipe", "recipe.toml", "--on-touch", "accept"],
+    ] {
+        let output = run(&place, &[&["build"], wrong].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {error}");
+        assert!(error.starts_with("error: "), "{wrong:?}: {error}");
+    }
+    fs::write(place.join("bad.toml"), "c-bit = 52\n").unwrap();
+    let bad = [
+        "build",
+        "--recipe",
+        "bad.toml",
+        "--paravisor",
+        "svsm.elf",
+        "--out",
+        "o",
+    ];
+    ends(&place, &bad, 3);
+    ends(
+        &place,
+        &["flat", "svsm.elf", "--size", "5", "--out", "rom"],
+        2,
+    );
+}
+
+/// Text in place of a list of keys or of a program would be launched, and the firmware would say nothing.
+#[test]
+fn keys_and_programs_are_looked_at() {
+    let place = directory("keys");
+    inputs(&place);
+    fs::write(place.join("pk.pem"), "-----BEGIN CERTIFICATE-----\n").unwrap();
+    fs::write(place.join("notefi.txt"), "no program").unwrap();
+    for (option, file, expected) in [
+        ("--pk", "pk.pem", "cert-to-efi-sig-list"),
+        ("--dbx", "svsm.elf", "cert-to-efi-sig-list"),
+        ("--uki", "notefi.txt", "ukify"),
+        ("--uki", "svsm.elf", "ukify"),
+    ] {
+        let output = run(&place, &["build", "--recipe", "recipe.toml", option, file]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{error}");
+        for expected in [file, "at offset 0x0", expected] {
+            assert!(error.contains(expected), "{expected}: {error}");
+        }
+        assert!(!place.join("out.igvm").exists());
+    }
+    // What is good goes on, to a firmware that takes nothing of the kind.
+    fs::write(place.join("pk.esl"), certificate_list()).unwrap();
+    let output = run(
+        &place,
+        &["build", "--recipe", "recipe.toml", "--pk", "pk.esl"],
+    );
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(
+        error.contains("ovmf.fd: the firmware has no area"),
+        "{error}"
+    );
+}
+
+/// Files that are longer than what they should be, or have no end, are not read into memory.
+#[test]
+fn inputs_have_a_limit_and_the_message_names_it() {
+    let place = directory("limits");
+    inputs(&place);
+    let sparse = |name: &str, begins: &[u8], bytes| {
+        fs::write(place.join(name), begins).unwrap();
+        let file = fs::File::options().write(true).open(place.join(name));
+        file.unwrap().set_len(bytes).unwrap();
+    };
+    sparse("long.igvm", b"IGVM", 1 << 32);
+    sparse("long", b"", (16 << 20) + 1);
+    sparse("long.elf", b"\x7fELF", (256 << 20) + 1);
+    sparse("long.esl", b"", (128 << 20) + 1);
+    sparse("long.toml", b"", (1 << 20) + 1);
+    sparse("long.pem", b"", (64 << 10) + 1);
+    let build = &["build", "--recipe", "recipe.toml"][..];
+    let sign = &["sign", "good.igvm", "--out", "signed.igvm", "--id-key"][..];
+    fs::write(place.join("good.igvm"), Raw::snp().bytes()).unwrap();
+    for (command, file, limit) in [
+        (&["show"][..], "long.igvm", u64::from(u32::MAX)),
+        (&["check"], "long.igvm", u64::from(u32::MAX)),
+        (&["show"], "long", 16 << 20),
+        (&["show"], "/dev/zero", 16 << 20),
+        (&["check"], "/dev/zero", 16 << 20),
+        (&["measure"], "/dev/zero", 16 << 20),
+        (&["diff", "good.igvm"], "/dev/zero", 16 << 20),
+        (&[build, &["--firmware"]].concat(), "long", 16 << 20),
+        (&[build, &["--td-firmware"]].concat(), "long", 16 << 20),
+        (&[build, &["--paravisor"]].concat(), "long.elf", 256 << 20),
+        (&[build, &["--db"]].concat(), "long.esl", 128 << 20),
+        (&[build, &["--uki"]].concat(), "long.esl", 128 << 20),
+        (&["build", "--recipe"], "long.toml", 1 << 20),
+        (sign, "long.pem", 64 << 10),
+        (sign, "/dev/zero", 64 << 10),
+    ] {
+        let output = run(&place, &[command, &[file]].concat());
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{command:?} {file}: {error}");
+        let expected = format!("{file}: more than {limit} bytes");
+        assert!(error.contains(&expected), "{command:?}: {error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
 }
 
 #[test]
@@ -158,6 +266,10 @@ fn measure_show_and_the_description_agree() {
     assert_ne!(value(&four, "launch digest"), digest);
     ends(&place, &["measure", "--platform", "tdx", "out.igvm"], 3);
     ends(&place, &["measure", "--vcpus", "0", "out.igvm"], 2);
+    // Natively nothing is measured, in whatever form one asks.
+    fs::write(place.join("native.igvm"), Raw::native().natively(0, 0)).unwrap();
+    ends(&place, &["measure", "native.igvm"], 3);
+    assert_eq!(ends(&place, &["measure", "--json", "native.igvm"], 3), "");
     ends(&place, &["measure", "svsm.elf"], 3);
 }
 
@@ -293,14 +405,38 @@ fn a_signed_image_is_the_same_guest() {
     );
     ends(&place, &["check", "twice.igvm"], 0);
 
+    // For a launch by KVM with four processors, of which the file has a state for one.
+    let four = ["--vcpus", "4", "--vcpu-type", "EPYC-Milan"];
+    let sign = |options: &[&str], status| {
+        let sign = ["sign", "out.igvm", "--id-key", "id.pem"];
+        ends(&place, &[&sign, options].concat(), status)
+    };
+    sign(&[&four[..], &["--out", "four.igvm"]].concat(), 0);
+    let check = |file, options: &[&str], status| {
+        ends(&place, &[&["check", file], options].concat(), status)
+    };
+    assert_eq!(check("four.igvm", &four, 0), "no rule is broken\n");
+    for (file, options) in [
+        ("signed.igvm", &four[..]),
+        ("signed.igvm", &four[..2]),
+        ("four.igvm", &four[..2]),
+        ("four.igvm", &[]),
+    ] {
+        let text = check(file, options, 1);
+        assert!(text.contains("id-block-digest"), "{options:?}: {text}");
+    }
+
     fs::write(place.join("no.pem"), "nothing").unwrap();
-    ends(&place, &["sign", "out.igvm", "--id-key", "no.pem"], 3);
-    ends(&place, &["sign", "out.igvm", "--id-key", "none.pem"], 4);
-    ends(
-        &place,
-        &["sign", "out.igvm", "--id-key", "id.pem", "--image-id", "xy"],
-        2,
-    );
+    let out = &["--out", "o.igvm"][..];
+    sign(&[out, &["--vcpus", "4"]].concat(), 3);
+    sign(&[out, &["--image-id", "xy"]].concat(), 2);
+    // Nowhere to write is no way to sign, and one place is enough.
+    sign(&[], 2);
+    sign(&["--id-auth", "auth"], 0);
+    for (key, status) in [("no.pem", 3), ("none.pem", 4)] {
+        let arguments = ["sign", "out.igvm", "--id-key", key, "--id-block", "block"];
+        ends(&place, &arguments, status);
+    }
 }
 
 #[test]
@@ -365,6 +501,8 @@ fn images_for_other_loaders_keep_to_their_tables() {
         );
         assert!(shown.contains(&format!("VMSA at {vmsa},")), "{shown}");
         assert_eq!(shown.contains("native"), target == "qemu", "{shown}");
+        let vtl = if target == "qemu" { 0 } else { 2 };
+        assert!(shown.contains(&format!("highest VTL {vtl}")), "{shown}");
     }
     digests.sort();
     digests.dedup();

@@ -22,6 +22,7 @@
 //! | [`guest`] | what the guest finds and the state it runs from |
 //! | `vcpus`, `system`, `backend` | the registry, the shared parts, the engine's hands |
 //! | `protocol` | the SVSM calls |
+//! | [`unaccepted`] | the map as EFI's table of unaccepted memory |
 //! | `descriptor` | the page states as shown to the referee |
 //!
 //! Rules of the crate: what can be decided without hardware is decided in modules that are also
@@ -48,6 +49,7 @@ pub mod panic;
 pub mod platform;
 pub mod protocol;
 pub mod tdx;
+pub mod unaccepted;
 pub mod vcpus;
 
 #[cfg(target_os = "none")]

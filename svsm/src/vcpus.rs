@@ -91,8 +91,10 @@ impl Shown {
     }
 }
 
-/// One processor.
+/// One processor. In cache lines of its own: most of it is written by the processor itself, at each
+/// call.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Vcpu {
     apic_id: u32,
     /// The slot whose call it works on. Only the processor itself looks at it.
@@ -101,6 +103,8 @@ pub struct Vcpu {
     made: AtomicU32,
     /// What it owes before it may say that a rescind is done. Only the processor itself looks.
     debt: Mutex<Option<Debt>>,
+    /// Requests of its calls that found nothing to change. Only the processor itself writes it.
+    unchanged: AtomicU64,
     /// Its steps ahead of the guest, and whether that waits for one.
     waits: Waits,
 }
@@ -114,6 +118,7 @@ impl Vcpu {
             serving: AtomicUsize::new(NONE),
             made: AtomicU32::new(0),
             debt: Mutex::new(None),
+            unchanged: AtomicU64::new(0),
             waits: Waits::new(),
         }
     }

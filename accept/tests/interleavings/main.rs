@@ -10,8 +10,8 @@
 //! (`svsm/tests/interleavings`).
 //!
 //! Each model runs until loom has tried every order in which the threads' atomic operations and
-//! instructions can happen, without a bound on preemptions, and every value that a load may return
-//! under the memory model. What is not explored: more than two threads, waiting for longer than
+//! instructions can happen, and every value that a load may return under the memory model. Preemptions
+//! are not bounded, but in the model of two lists (`locks`, four). What is not explored: more than two threads, waiting for longer than
 //! [`hardware::LOOKS`], and the counters, which decide nothing.
 #![cfg(loom)]
 

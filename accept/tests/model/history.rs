@@ -4,12 +4,16 @@
 //! Shared: the engine's own tests run these histories on the model of SEV-SNP beside this file,
 //! those of the paravisor's TDX backend on a model of the secure EPT.
 
-use accept::{Backend, Block, Engine, Error, OnNoChange, PageState, Role, Taken};
+use accept::{
+    Backend, Block, Engine, Error, OnNoChange, Order, PageSize, PageState, Role, Taken, Walk,
+};
 use proptest::prelude::*;
 
 use super::{Injected, Model, frame, large, page, with_engine};
 
 pub const REGIONS: u64 = 2;
+/// Pages that may be made ready: one too few for both regions, unless the guest was first somewhere.
+const BUDGET: u64 = 2 * 512 - 1;
 
 /// A platform that the histories run on. The engine's backend is a reference to it.
 pub trait Hardware: Sized {
@@ -82,11 +86,15 @@ impl Hardware for Model {
 #[derive(Clone, Debug)]
 pub enum Step {
     Accept(Block, OnNoChange),
+    /// The same of all these, up to the first that is refused.
+    List(Vec<Block>, OnNoChange),
     Rescind(Block, OnNoChange),
-    Prepare(Block),
+    /// The next region of the walk is made ready.
+    Walk,
+    /// The region around the block is, because it lies near a request.
+    Near(Block),
     /// The guest touches the page, and the platform's policy is to accept then.
     Touch(u64),
-    Acquire(Block),
     /// Take the page, and give it back a few steps later.
     Lend(u64, Role),
     GiveBack,
@@ -117,22 +125,42 @@ pub fn any_step() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => (any_block(), any_choice()).prop_map(|(b, c)| Step::Accept(b, c)),
         6 => (any_block(), any_choice()).prop_map(|(b, c)| Step::Rescind(b, c)),
-        2 => any_block().prop_map(Step::Prepare),
+        2 => (prop::collection::vec(any_block(), 1..5), any_choice())
+            .prop_map(|(b, c)| Step::List(b, c)),
+        2 => Just(Step::Walk),
+        2 => any_block().prop_map(Step::Near),
         2 => any_page().prop_map(Step::Touch),
-        1 => any_page().prop_map(|p| Step::Acquire(page(p))),
         2 => (any_page(), role).prop_map(|(p, r)| Step::Lend(p, r)),
         2 => Just(Step::GiveBack),
         1 => (0..REGIONS as usize).prop_map(Step::Smash),
     ]
 }
 
-/// The rules, on nothing but an array of states, and of which regions the guest gave back a page.
-struct Reference(Vec<PageState>, [bool; REGIONS as usize]);
+/// The rules, on nothing but an array of states, of which regions the guest gave back a page, and how
+/// far the walk has come.
+struct Reference {
+    states: Vec<PageState>,
+    given_back: [bool; REGIONS as usize],
+    /// Regions that the walk has visited.
+    walked: u64,
+    /// Pages that may still be made ready.
+    budget: u64,
+}
 
 impl Reference {
+    fn new() -> Self {
+        Self {
+            states: vec![PageState::Unaccepted; REGIONS as usize * 512],
+            given_back: [false; REGIONS as usize],
+            walked: 0,
+            budget: BUDGET,
+        }
+    }
+
     fn of(&mut self, block: Block) -> Option<&mut [PageState]> {
         let first = block.first().number() as usize;
-        self.0.get_mut(first..first + block.size().pages() as usize)
+        self.states
+            .get_mut(first..first + block.size().pages() as usize)
     }
 
     fn accept(&mut self, block: Block, choice: OnNoChange) -> Result<(), Error> {
@@ -159,12 +187,12 @@ impl Reference {
                 pages.fill(PageState::Unaccepted);
                 Ok(())
             };
-        self.1[block.first().number() as usize / 512] = true;
+        self.given_back[block.first().number() as usize / 512] = true;
         result
     }
 
     fn touch(&mut self, number: u64) -> Result<(), Error> {
-        let given_back = self.1.get(number as usize / 512);
+        let given_back = self.given_back.get(number as usize / 512);
         let block = match given_back.ok_or(Error::OutOfRange)? {
             true => page(number),
             false => large(number / 512),
@@ -172,28 +200,42 @@ impl Reference {
         self.accept(block, OnNoChange::Ignore)
     }
 
-    fn prepare(&mut self, block: Block) -> Result<(), Error> {
-        let pages = self.of(block).ok_or(Error::OutOfRange)?;
-        pages
-            .iter_mut()
-            .filter(|s| **s == PageState::Unaccepted)
-            .for_each(|s| {
-                *s = PageState::Ahead;
-            });
-        Ok(())
+    fn list(&mut self, blocks: &[Block], choice: OnNoChange) -> Result<(), Error> {
+        blocks.iter().try_for_each(|b| self.accept(*b, choice))
     }
 
-    fn acquire(&mut self, block: Block) -> Result<(), Error> {
-        let pages = self.of(block).ok_or(Error::OutOfRange)?;
-        if pages.iter().any(|s| *s != PageState::Unaccepted) {
-            return Err(Error::NoChange);
+    fn walk(&mut self) -> Result<(), Error> {
+        if self.budget < 512 || self.walked == REGIONS {
+            return Ok(());
         }
-        pages.fill(PageState::Owned);
+        self.walked += 1;
+        self.prepare(self.walked - 1)
+    }
+
+    fn near(&mut self, block: Block) -> Result<(), Error> {
+        if self.budget < 512 {
+            return Ok(());
+        }
+        self.prepare(block.first().number() / 512)
+    }
+
+    fn prepare(&mut self, region: u64) -> Result<(), Error> {
+        let given_back = self.given_back.get(region as usize);
+        if *given_back.ok_or(Error::OutOfRange)? {
+            return Ok(());
+        }
+        let pages = self.of(large(region)).ok_or(Error::OutOfRange)?;
+        let new = pages.iter_mut().filter(|s| **s == PageState::Unaccepted);
+        let made = new.map(|s| *s = PageState::Ahead).count();
+        self.budget -= made as u64;
         Ok(())
     }
 
     fn take(&mut self, number: u64) -> Result<(), Error> {
-        let state = self.0.get_mut(number as usize).ok_or(Error::OutOfRange)?;
+        let state = self
+            .states
+            .get_mut(number as usize)
+            .ok_or(Error::OutOfRange)?;
         match *state {
             PageState::Owned => Err(Error::Owned),
             PageState::Accepted => {
@@ -205,12 +247,27 @@ impl Reference {
     }
 }
 
+/// What outlives a step on the engine.
+struct Kept {
+    lent: Vec<Taken>,
+    walk: Walk,
+}
+
+impl Kept {
+    fn new() -> Self {
+        Self {
+            lent: Vec::new(),
+            walk: Walk::new(Order::LowFirst, BUDGET * PageSize::Size4K.bytes()),
+        }
+    }
+}
+
 /// One step on the engine; debts are paid at once.
 fn apply<H: Hardware>(
     engine: &Engine<'_, &H>,
     hardware: &H,
     step: &Step,
-    lent: &mut Vec<Taken>,
+    Kept { lent, walk }: &mut Kept,
 ) -> Result<(), Error>
 where
     for<'a> &'a H: Backend,
@@ -218,9 +275,15 @@ where
     match step {
         Step::Accept(block, choice) => engine.accept(*block, *choice).map(|_| ())?,
         Step::Rescind(block, choice) => hardware.rescind(engine, *block, *choice)?,
-        Step::Prepare(block) => engine.prepare(*block).map(|_| ())?,
+        Step::List(blocks, choice) => {
+            let mut list = engine.accepting();
+            blocks
+                .iter()
+                .try_for_each(|b| list.accept(*b, *choice).map(drop))?;
+        }
+        Step::Walk => engine.prepare_next(walk).map(drop)?,
+        Step::Near(block) => engine.prepare_near(walk, *block).map(drop)?,
         Step::Touch(number) => engine.accept_around(frame(*number)).map(|_| ())?,
-        Step::Acquire(block) => engine.acquire(*block).map(|_| ())?,
         Step::Lend(number, role) => lent.push(engine.take(frame(*number), *role)?),
         Step::GiveBack => {
             if let Some(taken) = lent.pop()
@@ -241,33 +304,33 @@ where
     for<'a> &'a H: Backend,
 {
     with_engine(hardware, REGIONS as usize, 1000, |engine| {
-        let unaccepted = vec![PageState::Unaccepted; REGIONS as usize * 512];
-        let mut reference = Reference(unaccepted, [false; REGIONS as usize]);
-        let mut lent = Vec::new();
+        let mut reference = Reference::new();
+        let mut kept = Kept::new();
         for step in steps {
-            let returning = lent.last().map(|t: &Taken| t.frame().number() as usize);
+            let returning = kept.lent.last().map(|t| t.frame().number() as usize);
             let expected = match step {
                 Step::Accept(block, choice) => reference.accept(*block, *choice),
                 Step::Rescind(block, choice) => reference.rescind(*block, *choice),
-                Step::Prepare(block) => reference.prepare(*block),
+                Step::List(blocks, choice) => reference.list(blocks, *choice),
+                Step::Walk => reference.walk(),
+                Step::Near(block) => reference.near(*block),
                 Step::Touch(number) => reference.touch(*number),
-                Step::Acquire(block) => reference.acquire(*block),
                 Step::Lend(number, _) => reference.take(*number),
                 Step::GiveBack => {
                     if let Some(number) = returning {
-                        reference.0[number] = PageState::Accepted;
+                        reference.states[number] = PageState::Accepted;
                     }
                     Ok(())
                 }
                 Step::Smash(_) => Ok(()),
             };
             assert_eq!(
-                apply(engine, hardware, step, &mut lent),
+                apply(engine, hardware, step, &mut kept),
                 expected,
                 "{step:?}"
             );
         }
-        for (number, state) in (0..).zip(&reference.0) {
+        for (number, state) in (0..).zip(&reference.states) {
             assert_eq!(engine.state(frame(number)), Some(*state), "page {number}");
         }
         hardware.assert_agrees(engine);
@@ -283,12 +346,12 @@ where
     for<'a> &'a H: Backend,
 {
     with_engine(hardware, REGIONS as usize, 1000, |engine| {
-        let mut lent = Vec::new();
+        let mut kept = Kept::new();
         for (step, failure) in steps {
             if let Some((call, on_and_on)) = failure {
                 hardware.fail_in(*call, *on_and_on);
             }
-            let result = apply(engine, hardware, step, &mut lent);
+            let result = apply(engine, hardware, step, &mut kept);
             assert_ne!(result, Err(Error::HostLied), "a failure is not a lie");
             hardware.stop_failing();
             hardware.assert_agrees(engine);
@@ -305,7 +368,7 @@ where
     for<'a> &'a H: Backend,
 {
     with_engine(hardware, REGIONS as usize, 1000, |engine| {
-        let mut lent = Vec::new();
+        let mut kept = Kept::new();
         for (number, step) in steps.iter().enumerate() {
             if number == lie_at && victim < REGIONS * 512 {
                 match engine.state(frame(victim)).expect("in range") {
@@ -313,7 +376,7 @@ where
                     _ => hardware.remove(victim as usize),
                 }
             }
-            if apply(engine, hardware, step, &mut lent) == Err(Error::HostLied) {
+            if apply(engine, hardware, step, &mut kept) == Err(Error::HostLied) {
                 assert!(number >= lie_at, "no lie was told yet");
                 break;
             }

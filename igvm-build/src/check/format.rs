@@ -101,6 +101,16 @@ fn check_platforms(file: &File<'_>, found: &mut Found) {
         if !names::is_platform(kind) {
             found.at(header, Rule::PlatformType, names::platform(kind));
         }
+        if !matches!(platform.highest_vtl, 0 | 2) {
+            let text = format!("highest VTL {}", platform.highest_vtl);
+            found.at(header, Rule::HighestVtl, text);
+        }
+        if [IgvmPlatformType::NATIVE, IgvmPlatformType::VSM_ISOLATION].contains(&kind)
+            && platform.shared_gpa_boundary != 0
+        {
+            let text = format!("boundary {:#x}", platform.shared_gpa_boundary);
+            found.at(header, Rule::Boundary, text);
+        }
         if platform.platform_version != 1 {
             let text = format!("version {}", platform.platform_version);
             found.at(header, Rule::PlatformVersion, text);
@@ -145,6 +155,7 @@ fn reserved(content: &Content) -> Option<u64> {
             u64::from(header.reserved) | u64::from(header.flags.reserved())
         }
         Content::TableRelocation(header) => header.reserved.into(),
+        Content::Manifest(header) => header.reserved.into(),
         Content::IdBlock(block) => {
             let bytes = block.reserved.iter().map(|&byte| u64::from(byte));
             bytes.fold(

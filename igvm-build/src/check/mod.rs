@@ -13,6 +13,7 @@
 use igvm_defs::IgvmPlatformType;
 
 use crate::file::{File, Header, Problem, Rule, Weight};
+use crate::measure::snp::Processors;
 
 mod format;
 mod platform;
@@ -24,15 +25,16 @@ mod snp;
 pub struct Target {
     /// Whether the rules of QEMU and KVM are asked for, besides those of the format.
     pub qemu: bool,
-    /// How many virtual processors there are.
-    pub processors: u16,
+    /// The virtual processors that there are. Without a signature nothing can be said of the digest in an
+    /// ID block if the file has states for fewer, and that is a breach.
+    pub processors: Processors,
 }
 
 impl Default for Target {
     fn default() -> Self {
         Self {
             qemu: true,
-            processors: 1,
+            processors: Processors::default(),
         }
     }
 }
@@ -49,11 +51,11 @@ pub fn check(bytes: &[u8], target: Target) -> Vec<Problem> {
     for (_, header) in file.platforms() {
         platform::check(&file, header, &mut found);
         if header.platform_type == IgvmPlatformType::SEV_SNP {
-            snp::check(&file, header.compatibility_mask, target.qemu, &mut found);
+            snp::check(&file, header.compatibility_mask, target, &mut found);
         }
     }
     if target.qemu {
-        qemu::check(&file, target.processors, &mut found);
+        qemu::check(&file, target.processors.count, &mut found);
     }
     let mut problems = found.0;
     problems.sort_by_key(|problem| (problem.offset, problem.rule));

@@ -1,6 +1,7 @@
 //! Rules of what one platform is launched with.
 
 use std::collections::BTreeSet;
+use std::mem::offset_of;
 use std::ops::Range;
 
 use igvm_defs::{
@@ -8,6 +9,7 @@ use igvm_defs::{
     IgvmPlatformType, VbsVpContextHeader,
 };
 use protocols::addr::PAGE_SIZE;
+use zerocopy::FromBytes;
 
 use super::Found;
 use crate::file::{Content, File, Header, Rule, names};
@@ -27,6 +29,10 @@ pub(super) fn check(file: &File<'_>, platform: &IGVM_VHS_SUPPORTED_PLATFORM, fou
                     let text = format!("a second policy for {}", name(platform));
                     found.at(header, Rule::PolicyTwice, text);
                 }
+            }
+            Content::Manifest(manifest) if manifest.file_offset != 0 => {
+                let bytes = manifest.size_bytes.into();
+                found.take(file.data(header, manifest.file_offset, bytes));
             }
             Content::Area(area) => {
                 found.take(areas.declare(header, area));
@@ -119,12 +125,32 @@ fn check_context_data(
         let text = format!("mask {:#x}", context.compatibility_mask);
         found.at(header, Rule::ContextMask, text);
     } else if [IgvmPlatformType::NATIVE, names::SEV].contains(&kind)
-        && let Some(at) = data
-            .and_then(|page| page.get(size_of::<IgvmNativeVpContextX64>()..))
-            .and_then(|rest| rest.iter().position(|&byte| byte != 0))
+        && let Some(page) = data
     {
+        check_native(header, page, found);
+    }
+}
+
+/// The page of a native context: registers, and nothing behind them.
+fn check_native(header: &Header<'_>, page: &[u8], found: &mut Found) {
+    /// Bits 11:8 of segment attributes.
+    const UNUSED: u16 = 0xF00;
+    let Ok((registers, rest)) = IgvmNativeVpContextX64::read_from_prefix(page) else {
+        return;
+    };
+    if let Some(at) = rest.iter().position(|&byte| byte != 0) {
         let at = at + size_of::<IgvmNativeVpContextX64>();
         found.at(header, Rule::NativeContext, format!("byte {at:#x} is set"));
+    }
+    if registers.reserved != [0; 2] {
+        let at = offset_of!(IgvmNativeVpContextX64, reserved);
+        let text = format!("{:x?} at {at:#x} of a native context", registers.reserved);
+        found.at(header, Rule::Reserved, text);
+    }
+    let (code, data) = (registers.code_attributes, registers.data_attributes);
+    if (code | data) & UNUSED != 0 {
+        let text = format!("attributes {code:#x} of code, {data:#x} of data");
+        found.at(header, Rule::NativeAttributes, text);
     }
 }
 

@@ -2,13 +2,16 @@
 
 use std::ops::Range;
 
-use igvm_defs::{IgvmPlatformType, IgvmVariableHeaderType as Type};
+use igvm_defs::{
+    IGVM_VHS_VP_CONTEXT, IgvmNativeVpContextX64, IgvmPlatformType, IgvmVariableHeaderType as Type,
+};
 use protocols::addr::PAGE_SIZE;
 use protocols::vmsa::{LAUNCH_GPA, SevFeatures};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::Found;
 use crate::file::{Content, File, Header, Rule, names};
+use crate::id_block;
 use crate::show::vmsa;
 
 /// Platforms in the order of QEMU's preference.
@@ -70,7 +73,9 @@ pub(super) fn check(file: &File<'_>, processors: u16, found: &mut Found) {
 fn check_ignored(header: &Header<'_>, found: &mut Found) {
     match &header.content {
         Content::Platform(platform)
-            if PREFERENCE.contains(&platform.platform_type)
+            // Natively there is none for anybody.
+            if platform.platform_type != IgvmPlatformType::NATIVE
+                && PREFERENCE.contains(&platform.platform_type)
                 && platform.shared_gpa_boundary != 0 =>
         {
             let text = format!("boundary {:#x}", platform.shared_gpa_boundary);
@@ -91,9 +96,17 @@ fn check_ignored(header: &Header<'_>, found: &mut Found) {
             let text = format!("{name} at offset {:#x}", parameter.byte_offset);
             found.at(header, Rule::QemuOffset, text);
         }
-        Content::IdBlock(block) if block.version != 1 => {
-            let text = format!("version {}", block.version);
-            found.at(header, Rule::QemuIdVersion, text);
+        Content::IdBlock(block) => {
+            if block.version != 1 {
+                let text = format!("version {}", block.version);
+                found.at(header, Rule::QemuIdVersion, text);
+            }
+            let read = id_block::as_qemu_reads(block).author_key_enabled != 0;
+            if read != (block.author_key_enabled != 0) {
+                let (flag, curve) = (block.author_key_enabled, block.author_public_key.curve);
+                let text = format!("flag {flag}, and a key that begins with {curve:#010x}");
+                found.at(header, Rule::QemuAuthorKey, text);
+            }
         }
         _ => {}
     }
@@ -121,10 +134,32 @@ fn check_contexts(
         if kind == IgvmPlatformType::SEV_SNP {
             check_vmsa(file, header, context.gpa.get(), found);
         }
+        if native {
+            check_gs_base(file, header, context, found);
+        }
     }
     if !first {
         let text = format!("no context of processor 0 for {}", names::platform(kind));
         found.offset(file.fixed.headers.0, Rule::QemuNoContext, text);
+    }
+}
+
+fn check_gs_base(
+    file: &File<'_>,
+    header: &Header<'_>,
+    context: &IGVM_VHS_VP_CONTEXT,
+    found: &mut Found,
+) {
+    // Data that is not there was reported with the platform's rules.
+    let data = file.data(header, context.file_offset, PAGE_SIZE);
+    let registers = data
+        .ok()
+        .and_then(|page| IgvmNativeVpContextX64::read_from_prefix(page).ok());
+    if let Some((registers, _)) = registers
+        && registers.gs_base != 0
+    {
+        let text = format!("gs_base {:#x}", registers.gs_base);
+        found.at(header, Rule::QemuGsBase, text);
     }
 }
 

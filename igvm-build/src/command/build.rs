@@ -1,12 +1,14 @@
 //! `igvm-build build`.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
-use igvm_build::accept::{Accept, Extras};
+use clap::error::ErrorKind;
+use igvm_build::accept::{Accept, BadAccept, Extras};
 use igvm_build::elf::Program;
-use igvm_build::error::FileError;
+use igvm_build::error::{Error, FileError};
 use igvm_build::firmware::{self, Firmware};
 use igvm_build::handover::Item;
 use igvm_build::image::{self, Options};
@@ -15,12 +17,10 @@ use igvm_build::sidecar::Sidecar;
 use igvm_build::target::Target;
 use igvm_build::td_firmware::TdFirmware;
 use protocols::hob::IgvmDataKind;
-use protocols::launch::Fault;
+use protocols::launch::{Fault, Touch};
 
-use super::{print, read, with_suffix, write};
-
-/// First bytes of an IGVM file.
-const IGVM_MAGIC: &[u8] = b"IGVM";
+use super::input::IGVM_MAGIC;
+use super::{Input, print, usage, with_suffix, write};
 
 #[derive(Args)]
 pub struct Build {
@@ -48,7 +48,7 @@ pub struct Build {
     #[arg(long, value_name = "BOOL")]
     native: Option<bool>,
     /// Position of the C-bit: 51 on EPYC, 47 on the emulated machine [default: 51]
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(32..=51))]
     c_bit: Option<u32>,
     /// When the paravisor accepts memory: lazy, eager, ahead, the last two with or without a budget
     /// such as ahead:512M or ahead:50% [default: lazy]
@@ -83,26 +83,34 @@ struct Data {
 
 impl Data {
     /// Reads what is named here or in the recipe.
-    fn read(self, recipe: &Recipe) -> Result<Vec<(IgvmDataKind, Vec<u8>)>> {
-        let signatures = "an EFI list of signatures";
+    fn read(self, recipe: &Recipe) -> Result<Vec<Piece>> {
+        let signatures = Input::SIGNATURES;
         [
             (IgvmDataKind::PK, self.pk, &recipe.pk, signatures),
             (IgvmDataKind::KEK, self.kek, &recipe.kek, signatures),
             (IgvmDataKind::DB, self.db, &recipe.db, signatures),
             (IgvmDataKind::DBX, self.dbx, &recipe.dbx, signatures),
-            (
-                IgvmDataKind::KERNEL,
-                self.uki,
-                &recipe.uki,
-                "an EFI program",
-            ),
+            (IgvmDataKind::KERNEL, self.uki, &recipe.uki, Input::PROGRAM),
         ]
         .into_iter()
-        .filter_map(|(kind, option, recipe, expected)| {
+        .filter_map(|(kind, option, recipe, input)| {
             let file = option.or_else(|| recipe.clone())?;
-            Some(read(&file, expected).map(|bytes| (kind, bytes)))
+            Some(input.read(&file).map(|bytes| Piece { kind, file, bytes }))
         })
         .collect()
+    }
+}
+
+/// A piece of data, as it was read.
+struct Piece {
+    kind: IgvmDataKind,
+    file: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl Piece {
+    fn item(&self) -> Result<Item<'_>, FileError> {
+        Item::new(self.kind, &self.bytes).map_err(FileError::content(&self.file))
     }
 }
 
@@ -113,10 +121,14 @@ impl Build {
             None => Recipe::default(),
         };
         let Some(paravisor) = self.paravisor.or(recipe.paravisor.clone()) else {
-            bail!("no paravisor; give --paravisor, or a recipe that has one");
+            return Err(missing(
+                "no paravisor; give --paravisor, or a recipe that has one",
+            ));
         };
         let Some(out) = self.out.or(recipe.out.clone()) else {
-            bail!("no file to write; give --out, or a recipe that has one");
+            return Err(missing(
+                "no file to write; give --out, or a recipe that has one",
+            ));
         };
         let firmware_file = self.firmware.or(recipe.firmware.clone());
         let td_file = self.td_firmware.or(recipe.td_firmware.clone());
@@ -125,17 +137,21 @@ impl Build {
             (None, Some(text)) => text.parse()?,
             (None, None) => Accept::default(),
         };
+        let wrong = |error: BadAccept| usage("build", ErrorKind::ValueValidation, error);
+        let acceptance = accept.with(self.accept_extras).map_err(wrong)?;
+        if acceptance.touch != Touch::FAULT && td_file.is_none() {
+            return Err(missing(Error::TouchWithoutTd));
+        }
         let default = Options::default();
         let options = Options {
             c_bit: self.c_bit.or(recipe.c_bit).unwrap_or(default.c_bit),
-            acceptance: accept.with(self.accept_extras)?,
+            acceptance,
             fault: Fault(self.fault),
             native: self.native.or(recipe.native).unwrap_or(default.native),
             target: self.target.or(recipe.target).unwrap_or(default.target),
         };
 
-        let expected = "the paravisor's ELF file, build it with `cargo xtask build`";
-        let elf = read(&paravisor, expected)?;
+        let elf = Input::ELF.read(&paravisor)?;
         let program = Program::parse(&elf).map_err(FileError::content(&paravisor))?;
         let firmware_bytes = firmware_file.as_deref().map(read_firmware).transpose()?;
         let firmware = match (&firmware_file, &firmware_bytes) {
@@ -144,10 +160,9 @@ impl Build {
             }
             _ => None,
         };
-        let expected = "OVMF.inteltdx.fd of Debian's ovmf-inteltdx 2026.08 or newer";
         let td_bytes = td_file
             .as_deref()
-            .map(|file| read(file, expected))
+            .map(|file| Input::TD_FIRMWARE.read(file))
             .transpose()?;
         let td_firmware = match (&td_file, &td_bytes) {
             (Some(file), Some(bytes)) => {
@@ -157,10 +172,7 @@ impl Build {
         };
 
         let data = self.data.read(&recipe)?;
-        let items: Vec<Item<'_>> = data
-            .iter()
-            .map(|(kind, bytes)| Item { kind: *kind, bytes })
-            .collect();
+        let items: Vec<Item<'_>> = data.iter().map(Piece::item).collect::<Result<_, _>>()?;
         let image = image::build_with_data(
             &program,
             firmware.as_ref(),
@@ -168,7 +180,13 @@ impl Build {
             &items,
             &options,
         )
-        .map_err(FileError::content(&paravisor))?;
+        .map_err(|error| {
+            let blamed = match (&error, &firmware_file) {
+                (Error::NoDataArea, Some(firmware)) => firmware,
+                _ => &paravisor,
+            };
+            FileError::content(blamed)(error)
+        })?;
         let firmware_name = firmware_file
             .as_deref()
             .and_then(Path::file_name)
@@ -186,9 +204,14 @@ impl Build {
     }
 }
 
+/// A command line that lacks something.
+fn missing(message: impl Display) -> anyhow::Error {
+    usage("build", ErrorKind::MissingRequiredArgument, message)
+}
+
 /// Reads a recipe. What is wrong with one has several lines: where, what, and what would be right.
 fn read_recipe(file: &Path) -> Result<Recipe> {
-    let bytes = read(file, "a recipe in TOML")?;
+    let bytes = Input::RECIPE.read(file)?;
     let directory = file.parent().unwrap_or(Path::new(""));
     let parsed = std::str::from_utf8(&bytes)
         .map_err(anyhow::Error::from)
@@ -198,7 +221,7 @@ fn read_recipe(file: &Path) -> Result<Recipe> {
 
 /// Reads a firmware from an image or an IGVM file.
 fn read_firmware(file: &Path) -> Result<Vec<u8>> {
-    let bytes = read(file, "OVMF.fd of Debian's ovmf-generic 2026.08 or newer")?;
+    let bytes = Input::FIRMWARE.read(file)?;
     if !bytes.starts_with(IGVM_MAGIC) {
         return Ok(bytes);
     }

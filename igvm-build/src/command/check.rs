@@ -7,7 +7,8 @@ use clap::{Args, ValueEnum};
 use igvm_build::check::{self, Target};
 use igvm_build::file::{Rule, Weight};
 
-use super::{Answer, IGVM, print, print_json, read};
+use super::processors::Processors;
+use super::{Answer, Input, print, print_json};
 
 /// Whose rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -26,9 +27,8 @@ pub struct Check {
     /// Whose rules
     #[arg(long, value_enum, default_value_t = Loader::Qemu)]
     loader: Loader,
-    /// Virtual processors there are
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-    vcpus: u16,
+    #[command(flatten)]
+    processors: Processors,
     /// As JSON
     #[arg(long)]
     json: bool,
@@ -50,10 +50,10 @@ impl Check {
             }
             return Ok(Answer::Yes);
         };
-        let bytes = read(file, IGVM)?;
+        let bytes = Input::IGVM.read(file)?;
         let target = Target {
             qemu: self.loader == Loader::Qemu,
-            processors: self.vcpus,
+            processors: self.processors.measured(),
         };
         let problems = check::check(&bytes, target);
         if self.json {

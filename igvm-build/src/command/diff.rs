@@ -8,7 +8,7 @@ use igvm_build::diff::diff;
 use igvm_build::error::{Error, FileError};
 use igvm_build::file::File;
 
-use super::{Answer, IGVM, print, print_json, read};
+use super::{Answer, Input, print, print_json};
 
 #[derive(Args)]
 pub struct Diff {
@@ -23,7 +23,8 @@ pub struct Diff {
 
 impl Diff {
     pub fn run(&self) -> Result<Answer> {
-        let (left, right) = (read(&self.left, IGVM)?, read(&self.right, IGVM)?);
+        let left = Input::IGVM.read(&self.left)?;
+        let right = Input::IGVM.read(&self.right)?;
         let differences = diff(&parse(&self.left, &left)?, &parse(&self.right, &right)?);
         if self.json {
             print_json(&differences)?;

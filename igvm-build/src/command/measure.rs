@@ -4,10 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use igvm_build::cpu;
 use igvm_build::error::{Error, FileError};
 use igvm_build::file::File;
-use igvm_build::measure::snp::{Loader, Processors};
 use igvm_build::measure::{Step, plain, snp, tdx};
 use igvm_build::sidecar::hex;
 use igvm_build::target::Target;
@@ -15,7 +13,9 @@ use igvm_defs::IgvmPlatformType;
 use protocols::measure::Digest;
 use serde::Serialize;
 
-use super::{print, print_json, read};
+use super::input::IGVM_MAGIC;
+use super::processors::Processors;
+use super::{Input, print, print_json};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -36,15 +36,8 @@ pub struct Measure {
     /// Whose loader launches it
     #[arg(long, value_enum, default_value_t)]
     loader: Target,
-    /// Virtual processors that KVM measures when the launch is finished
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-    vcpus: u16,
-    /// Model of the CPU as QEMU calls it, such as EPYC-Milan, for processors without a state in the file
-    #[arg(long, value_parser = cpu::signature_of, conflicts_with = "vcpu_signature", value_name = "MODEL")]
-    vcpu_type: Option<u32>,
-    /// Or what CPUID function 1 says in EAX
-    #[arg(long, value_parser = parse_number, value_name = "NUMBER")]
-    vcpu_signature: Option<u32>,
+    #[command(flatten)]
+    processors: Processors,
     /// Print each page's step
     #[arg(long)]
     explain: bool,
@@ -64,18 +57,18 @@ struct Measured {
 
 impl Measure {
     pub fn run(&self) -> Result<()> {
-        let bytes = read(&self.file, "an IGVM file or an OVMF image")?;
+        let bytes = Input::IGVM_OR_FIRMWARE.read(&self.file)?;
         let measured = self
             .measure(&bytes)
             .map_err(FileError::content(&self.file))?;
-        if self.json {
-            return print_json(&measured);
-        }
         if measured.is_empty() {
             bail!(
                 "{}: neither for SEV-SNP nor for TDX; `igvm-build show` says what it is for",
                 self.file.display()
             );
+        }
+        if self.json {
+            return print_json(&measured);
         }
         for measurement in &measured {
             print(&format!("{} {}\n", measurement.name, measurement.value))?;
@@ -84,20 +77,14 @@ impl Measure {
     }
 
     fn measure(&self, bytes: &[u8]) -> Result<Vec<Measured>, Error> {
-        let processors = Processors {
-            count: self.vcpus,
-            signature: self.vcpu_type.or(self.vcpu_signature),
-        };
-        if !bytes.starts_with(b"IGVM") {
+        let processors = self.processors.measured();
+        if !bytes.starts_with(IGVM_MAGIC) {
             return Ok(vec![self.told("launch digest", |explain| {
                 plain::launch_digest(bytes, processors, explain)
             })?]);
         }
         let file = File::read(bytes)?;
-        let loader = match self.loader {
-            Target::Qemu => Loader::Qemu(processors),
-            other => other.loader(),
-        };
+        let loader = self.loader.loader_for(processors);
         let wanted = |platform, kind| match self.platform {
             Some(chosen) => chosen == platform,
             None => file.mask_of(kind).is_some(),
@@ -148,12 +135,4 @@ fn line(step: &Step) -> String {
         digest(&step.contents),
         digest(&step.after)
     )
-}
-
-fn parse_number(text: &str) -> Result<u32, String> {
-    let parsed = match text.strip_prefix("0x") {
-        Some(digits) => u32::from_str_radix(digits, 16),
-        None => text.parse(),
-    };
-    parsed.map_err(|error| format!("expected a number such as 0x800f12 ({error})"))
 }

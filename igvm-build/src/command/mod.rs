@@ -5,10 +5,11 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use igvm_build::elf::Program;
-use igvm_build::error::FileError;
+use igvm_build::error::{Error, FileError};
 use igvm_build::flat::elf_to_flat;
 use igvm_build::sidecar::hex;
 use igvm_build::td;
@@ -18,9 +19,13 @@ use serde::Serialize;
 mod build;
 mod check;
 mod diff;
+mod input;
 mod measure;
+mod processors;
 mod show;
 mod sign;
+
+use input::Input;
 
 /// What a command found out, where it is asked a question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,7 +132,7 @@ impl Arguments {
 
 impl Td {
     fn run(&self) -> Result<()> {
-        let bytes = read(&self.elf, "an ELF file, build it with `cargo xtask build`")?;
+        let bytes = Input::ELF.read(&self.elf)?;
         let program = Program::parse(&bytes).map_err(FileError::content(&self.elf))?;
         let image = td::build(&program).map_err(FileError::content(&self.elf))?;
         write(&self.out, &image.bytes)?;
@@ -137,9 +142,9 @@ impl Td {
 
 impl TdFirmwareOnly {
     fn run(&self) -> Result<()> {
-        let mut bytes = read(&self.firmware, TDVF)?;
+        let mut bytes = Input::TD_FIRMWARE.read(&self.firmware)?;
         if let Some(file) = &self.variables {
-            let store = read(file, "an OVMF image or variable store")?;
+            let store = Input::VARIABLES.read(file)?;
             bytes = with_variables(&bytes, &store).map_err(FileError::content(&self.firmware))?;
         }
         let parsed = TdFirmware::parse(&bytes).map_err(FileError::content(&self.firmware))?;
@@ -152,32 +157,32 @@ impl TdFirmwareOnly {
 
 impl Flat {
     fn run(&self) -> Result<()> {
-        let bytes = read(&self.elf, "an ELF file, build it with `cargo xtask build`")?;
-        let image = elf_to_flat(&bytes, self.size).map_err(FileError::content(&self.elf))?;
+        let bytes = Input::ELF.read(&self.elf)?;
+        let image = elf_to_flat(&bytes, self.size).map_err(|error| match error {
+            Error::FlatSize { .. } => usage("flat", ErrorKind::InvalidValue, error),
+            other => FileError::content(&self.elf)(other).into(),
+        })?;
         write(&self.out, &image)
     }
 }
 
-/// What an IGVM file is expected to be, for messages.
-const IGVM: &str = "an IGVM file, build one with `igvm-build build`";
-
-/// What a firmware for trust domains is expected to be, for messages.
-const TDVF: &str = "OVMF.inteltdx.ms.fd of Debian's ovmf-inteltdx 2026.08 or newer";
+/// What is wrong with the command line of a subcommand, where clap cannot know it.
+fn usage(subcommand: &str, kind: ErrorKind, message: impl std::fmt::Display) -> anyhow::Error {
+    let mut command = Arguments::command();
+    // So that the subcommand knows its whole name.
+    command.build();
+    let error = match command.find_subcommand_mut(subcommand) {
+        Some(subcommand) => subcommand.error(kind, message),
+        None => command.error(kind, message),
+    };
+    error.into()
+}
 
 /// `file` with `suffix` behind its whole name.
 fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(file);
     name.push(suffix);
     name.into()
-}
-
-fn read(file: &Path, expected: &'static str) -> Result<Vec<u8>> {
-    let read = std::fs::read(file).map_err(|source| FileError::Read {
-        file: file.to_owned(),
-        expected,
-        source,
-    });
-    Ok(read?)
 }
 
 fn write(file: &Path, bytes: &[u8]) -> Result<()> {

@@ -8,7 +8,7 @@ use igvm_build::error::{Error, FileError};
 use igvm_build::file::File;
 use igvm_build::show::Description;
 
-use super::{IGVM, print, print_json, read};
+use super::{Input, print, print_json};
 
 #[derive(Args)]
 pub struct Show {
@@ -21,7 +21,7 @@ pub struct Show {
 
 impl Show {
     pub fn run(&self) -> Result<()> {
-        let bytes = read(&self.file, IGVM)?;
+        let bytes = Input::IGVM.read(&self.file)?;
         let file = File::read(&bytes)
             .map_err(|problem| FileError::content(&self.file)(Error::from(problem)))?;
         let description = Description::of(&file);

@@ -4,16 +4,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
 use base64ct::{Base64, Encoding as _};
-use clap::Args;
+use clap::{ArgGroup, Args};
 use igvm_build::error::FileError;
 use igvm_build::id_block::{Identity, Keys, SigningKey, read_key, sign_image};
 use igvm_build::sidecar::hex;
 use igvm_build::target::Target;
 use zeroize::Zeroizing;
 
-use super::{IGVM, print, read, write};
+use super::processors::Processors;
+use super::{Input, print, write};
 
 #[derive(Args)]
+// What is written nowhere need not be signed.
+#[command(group = ArgGroup::new("written").args(["out", "id_block", "id_auth"]).required(true).multiple(true))]
 pub struct Sign {
     /// The IGVM file
     file: PathBuf,
@@ -35,6 +38,8 @@ pub struct Sign {
     /// Whose loader launches it
     #[arg(long, value_enum, default_value_t)]
     loader: Target,
+    #[command(flatten)]
+    processors: Processors,
     /// Where to write the signed image; it may have had an ID block before
     #[arg(long)]
     out: Option<PathBuf>,
@@ -51,7 +56,7 @@ type Id = [u8; 16];
 
 impl Sign {
     pub fn run(&self) -> Result<()> {
-        let bytes = read(&self.file, IGVM)?;
+        let bytes = Input::IGVM.read(&self.file)?;
         let keys = Keys {
             id: read_key_file(&self.id_key)?,
             author: self.author_key.as_deref().map(read_key_file).transpose()?,
@@ -61,8 +66,9 @@ impl Sign {
             image_id: self.image_id,
             guest_svn: self.guest_svn,
         };
-        let (image, signed) = sign_image(&bytes, self.loader.loader(), &identity, &keys)
-            .map_err(FileError::content(&self.file))?;
+        let loader = self.loader.loader_for(self.processors.measured());
+        let (image, signed) =
+            sign_image(&bytes, loader, &identity, &keys).map_err(FileError::content(&self.file))?;
         if let Some(out) = &self.out {
             write(out, &image)?;
         }
@@ -83,7 +89,7 @@ impl Sign {
 }
 
 fn read_key_file(file: &Path) -> Result<SigningKey> {
-    let bytes = Zeroizing::new(read(file, "a private key in PEM")?);
+    let bytes = Zeroizing::new(Input::KEY.read(file)?);
     let text = std::str::from_utf8(&bytes).map_err(|_| {
         anyhow!(
             "{}: not a private key in PEM; expected text",

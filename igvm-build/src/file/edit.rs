@@ -7,8 +7,8 @@ use std::mem::offset_of;
 use std::ops::Range;
 
 use igvm_defs::{
-    IGVM_FIXED_HEADER, IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER_AREA, IGVM_VHS_VARIABLE_HEADER,
-    IGVM_VHS_VP_CONTEXT, IgvmVariableHeaderType as Type,
+    IGVM_FIXED_HEADER, IGVM_VHS_CORIM_DATA, IGVM_VHS_PAGE_DATA, IGVM_VHS_PARAMETER_AREA,
+    IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT, IgvmVariableHeaderType as Type,
 };
 use zerocopy::IntoBytes;
 
@@ -88,8 +88,9 @@ fn data_offset(header: &Header<'_>) -> Result<Option<usize>, Problem> {
         Type::IGVM_VHT_PAGE_DATA => Ok(Some(offset_of!(IGVM_VHS_PAGE_DATA, file_offset))),
         Type::IGVM_VHT_PARAMETER_AREA => Ok(Some(offset_of!(IGVM_VHS_PARAMETER_AREA, file_offset))),
         Type::IGVM_VHT_VP_CONTEXT => Ok(Some(offset_of!(IGVM_VHS_VP_CONTEXT, file_offset))),
-        // CoRIM document and signature: mask, offset, size.
-        Type(0x104 | 0x105) if header.body.len() >= 8 => Ok(Some(4)),
+        Type::IGVM_VHT_CORIM_DOCUMENT | Type::IGVM_VHT_CORIM_SIGNATURE => {
+            Ok(Some(offset_of!(IGVM_VHS_CORIM_DATA, file_offset)))
+        }
         kind if names::is_defined(kind) => Ok(None),
         kind => {
             let found = format!(

@@ -17,11 +17,12 @@ use std::ops::Range;
 
 use igvm_defs::{
     IGVM_FIXED_HEADER, IGVM_FIXED_HEADER_V2, IGVM_FORMAT_VERSION_1, IGVM_FORMAT_VERSION_2,
-    IGVM_MAGIC_VALUE, IGVM_VHS_ERROR_RANGE, IGVM_VHS_GUEST_POLICY, IGVM_VHS_PAGE_DATA,
-    IGVM_VHS_PAGE_TABLE_RELOCATION, IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_AREA,
-    IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_RELOCATABLE_REGION, IGVM_VHS_REQUIRED_MEMORY,
-    IGVM_VHS_SNP_ID_BLOCK, IGVM_VHS_SUPPORTED_PLATFORM, IGVM_VHS_VARIABLE_HEADER,
-    IGVM_VHS_VP_CONTEXT, IgvmPlatformType, IgvmVariableHeaderType as Type,
+    IGVM_MAGIC_VALUE, IGVM_VHS_CORIM_DATA, IGVM_VHS_ERROR_RANGE, IGVM_VHS_GUEST_POLICY,
+    IGVM_VHS_PAGE_DATA, IGVM_VHS_PAGE_TABLE_RELOCATION, IGVM_VHS_PARAMETER,
+    IGVM_VHS_PARAMETER_AREA, IGVM_VHS_PARAMETER_INSERT, IGVM_VHS_RELOCATABLE_REGION,
+    IGVM_VHS_REQUIRED_MEMORY, IGVM_VHS_SNP_ID_BLOCK, IGVM_VHS_SUPPORTED_PLATFORM,
+    IGVM_VHS_VARIABLE_HEADER, IGVM_VHS_VP_CONTEXT, IgvmPlatformType,
+    IgvmVariableHeaderType as Type,
 };
 use protocols::addr::PAGE_SIZE;
 use zerocopy::{FromBytes, IntoBytes};
@@ -74,6 +75,8 @@ pub enum Content {
     Relocation(IGVM_VHS_RELOCATABLE_REGION),
     /// Page tables to be changed when a region is moved.
     TableRelocation(IGVM_VHS_PAGE_TABLE_RELOCATION),
+    /// A manifest of the platform (CoRIM), or its signature.
+    Manifest(IGVM_VHS_CORIM_DATA),
     /// Memory for parameters.
     Area(IGVM_VHS_PARAMETER_AREA),
     /// A page.
@@ -105,6 +108,9 @@ impl Content {
             Type::IGVM_VHT_GUEST_POLICY => read(body, Self::Policy),
             Type::IGVM_VHT_RELOCATABLE_REGION => read(body, Self::Relocation),
             Type::IGVM_VHT_PAGE_TABLE_RELOCATION_REGION => read(body, Self::TableRelocation),
+            Type::IGVM_VHT_CORIM_DOCUMENT | Type::IGVM_VHT_CORIM_SIGNATURE => {
+                read(body, Self::Manifest)
+            }
             Type::IGVM_VHT_PARAMETER_AREA => read(body, Self::Area),
             Type::IGVM_VHT_PAGE_DATA => read(body, Self::Page),
             Type::IGVM_VHT_PARAMETER_INSERT => read(body, Self::Insert),
@@ -124,6 +130,7 @@ impl Content {
             Self::Policy(header) => Some(header.compatibility_mask),
             Self::Relocation(header) => Some(header.compatibility_mask),
             Self::TableRelocation(header) => Some(header.compatibility_mask),
+            Self::Manifest(header) => Some(header.compatibility_mask),
             Self::Page(header) => Some(header.compatibility_mask),
             Self::Insert(header) => Some(header.compatibility_mask),
             Self::Context(header) => Some(header.compatibility_mask),

@@ -24,8 +24,8 @@ const HEADERS: [(Type, &str, bool); 26] = [
         "page table relocation",
         false,
     ),
-    (Type(0x104), "CoRIM document", false),
-    (Type(0x105), "CoRIM signature", false),
+    (Type::IGVM_VHT_CORIM_DOCUMENT, "CoRIM document", false),
+    (Type::IGVM_VHT_CORIM_SIGNATURE, "CoRIM signature", false),
     (Type(0x106), "CCA policy", false),
     (Type(0x107), "version string", false),
     (Type::IGVM_VHT_PARAMETER_AREA, "parameter area", true),
@@ -56,24 +56,39 @@ const HEADERS: [(Type, &str, bool); 26] = [
     ),
 ];
 
-/// Types whose body says where in a parameter area the host writes something.
-const PARAMETERS: [Type; 10] = [
-    Type::IGVM_VHT_VP_COUNT_PARAMETER,
-    Type::IGVM_VHT_SRAT,
-    Type::IGVM_VHT_MADT,
-    Type::IGVM_VHT_MMIO_RANGES,
-    Type::IGVM_VHT_MEMORY_MAP,
-    Type::IGVM_VHT_COMMAND_LINE,
-    Type::IGVM_VHT_SLIT,
-    Type::IGVM_VHT_PPTT,
-    Type::IGVM_VHT_DEVICE_TREE,
-    Type::IGVM_VHT_ENVIRONMENT_INFO_PARAMETER,
+/// Bytes of the header that every table of ACPI begins with.
+const ACPI_HEADER: u64 = 36;
+/// Bytes of the header that every device tree begins with.
+const DEVICE_TREE_HEADER: u64 = 40;
+
+/// Types whose body says where in a parameter area the host writes something, and how many bytes it writes
+/// at least.
+const PARAMETERS: [(Type, u64); 10] = [
+    (Type::IGVM_VHT_VP_COUNT_PARAMETER, 4),
+    (Type::IGVM_VHT_SRAT, ACPI_HEADER),
+    (Type::IGVM_VHT_MADT, ACPI_HEADER),
+    // Two ranges.
+    (Type::IGVM_VHT_MMIO_RANGES, 32),
+    // One entry.
+    (Type::IGVM_VHT_MEMORY_MAP, 24),
+    (Type::IGVM_VHT_COMMAND_LINE, 1),
+    (Type::IGVM_VHT_SLIT, ACPI_HEADER),
+    (Type::IGVM_VHT_PPTT, ACPI_HEADER),
+    (Type::IGVM_VHT_DEVICE_TREE, DEVICE_TREE_HEADER),
+    (Type::IGVM_VHT_ENVIRONMENT_INFO_PARAMETER, 4),
 ];
 
 /// Whether headers of this type are parameters.
 #[must_use]
 pub fn is_parameter(kind: Type) -> bool {
-    PARAMETERS.contains(&kind)
+    least_bytes(kind).is_some()
+}
+
+/// How many bytes the host writes at least for a parameter of this type.
+#[must_use]
+pub fn least_bytes(kind: Type) -> Option<u64> {
+    let known = PARAMETERS.iter().find(|(own, _)| *own == kind);
+    known.map(|&(_, bytes)| bytes)
 }
 
 /// Whether the format defines this type.

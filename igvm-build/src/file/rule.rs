@@ -76,6 +76,9 @@ rules! {
     PlatformTwice = "platform-twice", Error, "a loader chooses by type, so each type comes once";
     PlatformType = "platform-type", Error, "loaders refuse platforms without a definition";
     PlatformVersion = "platform-version", Error, "all platforms are defined in version 1";
+    HighestVtl = "highest-vtl", Error, "the public parser takes 0 and 2 as the highest VTL";
+    Boundary = "boundary", Error,
+        "native and VSM have no boundary of shared memory, and the public parser wants none";
     StrayMask = "stray-mask", Error, "a mask names platforms that the file has";
     PolicyTwice = "policy-twice", Error, "a guest has one launch policy";
     PageAlignment = "page-alignment", Error, "addresses are multiples of 4 KiB";
@@ -88,11 +91,13 @@ rules! {
     AreaTwice = "area-twice", Error, "a parameter area is declared once";
     AreaUnknown = "area-unknown", Error, "a parameter area is declared before it is used";
     AreaGone = "area-gone", Error, "a parameter area is not used after it was inserted";
-    AreaOverrun = "area-overrun", Error, "a parameter begins inside its area";
+    AreaOverrun = "area-overrun", Error, "a parameter lies inside its area";
     ContextTwice = "context-twice", Error, "a processor has one context";
     ContextMask = "context-mask", Error,
         "a context is for one platform of the file, as what it holds depends on the platform";
     NativeContext = "native-context", Error, "behind the registers of a native context there is nothing";
+    NativeAttributes = "native-attributes", Error,
+        "bits 11:8 of segment attributes are zero; in a descriptor the limit has bits in this place";
     ContextForTdx = "context-for-tdx", Error,
         "a processor of a trust domain starts at the reset vector, with no state of the file's";
 
@@ -106,6 +111,8 @@ rules! {
         "the security processor refuses a launch whose digest is not the ID block's (BAD_MEASUREMENT)";
     IdBlockSignature = "id-block-signature", Error,
         "the security processor refuses an ID block whose signatures do not hold (BAD_SIGNATURE)";
+    AuthorKeyFlag = "author-key-flag", Warning,
+        "the author key is on (1) or off (0); what else means on, readers do not agree about";
 
     // QEMU and KVM.
     QemuPlatform = "qemu-platform", Error,
@@ -129,7 +136,11 @@ rules! {
     QemuAreaData = "qemu-area-data", Warning, "QEMU ignores what a parameter area should hold at first";
     QemuOffset = "qemu-offset", Warning,
         "QEMU writes memory map and MADT to the start of their area, whatever the offset says";
-    QemuIdVersion = "qemu-id-version", Warning,
+    QemuGsBase = "qemu-gs-base", Warning,
+        "QEMU ignores gs_base of a native context: GS has the base of the other data segments";
+    QemuAuthorKey = "qemu-author-key", Warning,
+        "QEMU turns the author key on if the first byte of the key is not zero, whatever the flag says";
+    QemuIdVersion = "qemu-id-version", Error,
         "QEMU writes 1 as the version of an ID block, so a signature over another one fails";
     QemuBoundary = "qemu-boundary", Warning, "QEMU ignores the boundary of shared memory: there is no vTOM";
 }

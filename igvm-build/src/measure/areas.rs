@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use igvm_defs::{IGVM_VHS_PARAMETER, IGVM_VHS_PARAMETER_AREA};
 use protocols::addr::PAGE_SIZE;
 
-use crate::file::{Header, Problem, Rule};
+use crate::file::{Header, Problem, Rule, names};
 
 /// Largest area: 64 MiB, far more than a memory map or a table of ACPI can need.
 const MAX_BYTES: u64 = 64 << 20;
@@ -54,16 +54,17 @@ impl Areas {
     ///
     /// # Errors
     ///
-    /// When there is no such area any more, or it ends before the parameter begins.
+    /// When there is no such area any more, or it ends before the parameter can.
     pub fn write(
         &mut self,
         header: &Header<'_>,
         parameter: &IGVM_VHS_PARAMETER,
     ) -> Result<(), Problem> {
         let area = self.usable(header, parameter.parameter_area_index)?;
-        if u64::from(parameter.byte_offset) >= area.bytes {
+        let least = names::least_bytes(header.kind).unwrap_or(1);
+        if u64::from(parameter.byte_offset) + least > area.bytes {
             let found = format!(
-                "offset {:#x} in area {} of {:#x} bytes",
+                "{least} bytes or more at {:#x} in area {} of {:#x} bytes",
                 parameter.byte_offset, parameter.parameter_area_index, area.bytes
             );
             return Err(Problem::new(header.offset, Rule::AreaOverrun, found));

@@ -17,7 +17,10 @@ pub fn everything(bytes: &[u8]) -> Result<(), Problem> {
             bytes,
             Target {
                 qemu,
-                processors: 2,
+                processors: Processors {
+                    count: 2,
+                    signature: Some(0x80_0F12),
+                },
             },
         );
         for problem in &problems {

@@ -185,3 +185,56 @@ fn entry(guid: Guid, value: u32) -> Vec<u8> {
     ]
     .concat()
 }
+
+/// The type of a list of certificates, as it is stored.
+pub const X509: [u8; 16] = [
+    0xA1, 0x59, 0xC0, 0xA5, 0xE4, 0x94, 0xA7, 0x4A, 0x87, 0xB5, 0xAB, 0x15, 0x5C, 0x2B, 0xF0, 0x72,
+];
+/// The type of a list of SHA-256 hashes.
+pub const SHA256: [u8; 16] = [
+    0x26, 0x16, 0xC4, 0xC1, 0x4C, 0x50, 0x92, 0x40, 0xAC, 0xA9, 0x41, 0xF9, 0x36, 0x93, 0x43, 0x28,
+];
+
+/// A list of signatures, all as long as the first; each has an owner of ones.
+pub fn signature_list(kind: [u8; 16], signatures: &[&[u8]]) -> Vec<u8> {
+    let size = 16 + signatures[0].len();
+    let mut list = kind.to_vec();
+    put!(
+        list,
+        (28 + size * signatures.len()) as u32,
+        0u32,
+        size as u32
+    );
+    for signature in signatures {
+        list.extend([1; 16]);
+        list.extend(*signature);
+    }
+    list
+}
+
+/// Something that begins as a certificate in DER.
+pub const CERTIFICATE: [u8; 12] = *b"\x30\x82\x00\x08\x30\x06etc...";
+
+/// The list that `cert-to-efi-sig-list` makes of a certificate.
+pub fn certificate_list() -> Vec<u8> {
+    signature_list(X509, &[&CERTIFICATE])
+}
+
+/// An EFI program of so many bytes: the headers of one, and then nothing but `filling`.
+pub fn efi_program(bytes: usize, filling: u8) -> Vec<u8> {
+    const NT: usize = 0x80;
+    let mut program = vec![filling; bytes];
+    program[..NT + 24 + 240].fill(0);
+    program[..2].copy_from_slice(b"MZ");
+    program[0x3C] = NT as u8;
+    program[NT..NT + 4].copy_from_slice(b"PE\0\0");
+    // For x86-64, with an optional header of 240 bytes.
+    program[NT + 4..NT + 6].copy_from_slice(&0x8664u16.to_le_bytes());
+    program[NT + 20] = 240;
+    program[NT + 24..NT + 26].copy_from_slice(&0x20Bu16.to_le_bytes());
+    // An EFI application.
+    program[NT + 24 + 68] = 10;
+    // 16 directories.
+    program[NT + 24 + 108] = 16;
+    program
+}

@@ -20,6 +20,7 @@ pub const LAUNCH: u64 = 0xFFFF_FFFF_F000;
 pub mod kind {
     pub const PLATFORM: u32 = 0x1;
     pub const POLICY: u32 = 0x101;
+    pub const MANIFEST: u32 = 0x104;
     pub const AREA: u32 = 0x301;
     pub const PAGE: u32 = 0x302;
     pub const INSERT: u32 = 0x303;
@@ -75,6 +76,29 @@ impl Raw {
                 page(4, 0xFFFF_F000, 0, 0),
             ],
         }
+    }
+
+    /// A file for the native platform that breaks no rule if its VMSA is overwritten ([`Raw::natively`]).
+    pub fn native() -> Self {
+        Self {
+            version: 1,
+            headers: vec![
+                platform(1, 0),
+                area(0, 0x1000),
+                usage(kind::VP_COUNT, 0, 0),
+                insert(REGION, 0),
+                page(1, REGION + 0x1000, DATA, 0),
+                context(1, 0, 0),
+            ],
+        }
+    }
+
+    /// The bytes, with a native context in the VMSA's place in which one byte is set.
+    pub fn natively(&self, at: usize, byte: u8) -> Vec<u8> {
+        self.spoiled(|bytes| {
+            bytes[VMSA..].fill(0);
+            bytes[VMSA + at] = byte;
+        })
     }
 
     /// The bytes of the file.
@@ -177,6 +201,14 @@ pub fn platform(mask: u32, kind: u8) -> (u32, Vec<u8>) {
 pub fn policy(mask: u32, policy: u64) -> (u32, Vec<u8>) {
     let fields: [&[u8]; 3] = [&policy.to_le_bytes(), &mask.to_le_bytes(), &[0; 4]];
     (kind::POLICY, fields.concat())
+}
+
+/// A CoRIM document, or its signature.
+pub fn manifest(kind: u32, mask: u32, offset: u32, bytes: u32) -> (u32, Vec<u8>) {
+    (
+        kind,
+        [mask, offset, bytes, 0].map(u32::to_le_bytes).concat(),
+    )
 }
 
 pub fn area(index: u32, bytes: u64) -> (u32, Vec<u8>) {

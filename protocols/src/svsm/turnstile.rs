@@ -1,12 +1,14 @@
 //! Turnstile's own protocol, [`super::Protocol::TURNSTILE`] (docs/protocol.md).
 //!
-//! All calls pass everything in registers: RCX, RDX, R8 and R9.
+//! All calls but one pass everything in registers: RCX, RDX, R8 and R9.
 
 use super::CallId;
 use super::Protocol;
 
-/// The one version there is.
-pub const VERSION: u32 = 1;
+/// The newest version: it has [`TurnstileCall::UNACCEPTED_TABLE`] besides what was there before.
+pub const VERSION: u32 = 2;
+/// The oldest version whose calls are all there still.
+pub const LOWEST_VERSION: u32 = 1;
 
 /// The largest range that a call may look at: it bounds the call's work.
 pub const LARGEST_LOOK: u64 = 64 << 30;
@@ -26,6 +28,10 @@ open_enum! {
         /// What the image says about accepting memory. Out: policy (RCX), budget in bytes (RDX),
         /// order (R8), read-ahead (R9); the numbers are those of [`crate::launch`].
         CONFIGURATION = 4,
+        /// EFI's table of what is unaccepted in a range ([`crate::efi::UnacceptedTable`]). RCX = GPA,
+        /// RDX = bytes, R8 = GPA of the guest's buffer, R9 = its bytes; out: RCX = bytes of the table.
+        /// From version 2 on.
+        UNACCEPTED_TABLE = 5,
     }
 }
 

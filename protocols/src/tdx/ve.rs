@@ -17,8 +17,12 @@ open_enum! {
         INTERRUPT_WINDOW = 7,
         /// An NMI can be taken.
         NMI_WINDOW = 8,
+        /// A switch to another task.
+        TASK_SWITCH = 9,
         /// CPUID.
         CPUID = 10,
+        /// GETSEC.
+        GETSEC = 11,
         /// HLT.
         HLT = 12,
         /// INVD.
@@ -27,8 +31,14 @@ open_enum! {
         RDPMC = 15,
         /// RDTSC.
         RDTSC = 16,
+        /// RSM.
+        RSM = 17,
         /// VMCALL.
         VMCALL = 18,
+        /// VMCLEAR, the first of the VMX instructions without VMCALL and those that came later.
+        VMCLEAR = 19,
+        /// VMXON, the last of these.
+        VMXON = 27,
         /// A control register.
         CR_ACCESS = 28,
         /// A debug register.
@@ -51,12 +61,24 @@ open_enum! {
         VIRTUALIZED_EOI = 45,
         /// An access that the extended page tables do not allow.
         EPT_VIOLATION = 48,
+        /// INVEPT.
+        INVEPT = 50,
         /// RDTSCP.
         RDTSCP = 51,
+        /// INVVPID.
+        INVVPID = 53,
         /// WBINVD.
         WBINVD = 54,
         /// XSETBV.
         XSETBV = 55,
+        /// ENCLS.
+        ENCLS = 60,
+        /// PCONFIG.
+        PCONFIG = 65,
+        /// ENCLV.
+        ENCLV = 70,
+        /// SEAMCALL.
+        SEAMCALL = 76,
         /// TDCALL.
         TDCALL = 77,
     }

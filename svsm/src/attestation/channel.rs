@@ -176,8 +176,10 @@ impl Channel {
             reserved: [0; 24],
         };
         let size = size_of::<ReportRequest>() as u16;
-        let header = MessageHeader::new(MessageType::REPORT_REQUEST, size, VMPL0, next);
-        let header = seal(&self.key, header, payload.as_mut_bytes()).ok_or(Refusal::Failed)?;
+        let mut header = MessageHeader::new(MessageType::REPORT_REQUEST, size, VMPL0, next);
+        if !seal(&self.key, &mut header, payload.as_mut_bytes()) {
+            return Err(Refusal::Failed);
+        }
         self.unanswered = Some(Unanswered {
             sealed: SealedRequest { header, payload },
             data: *data,

@@ -12,6 +12,7 @@
 
 use core::fmt;
 
+use accept::{Block, Frame};
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PAGES_PER_LARGE_PAGE};
 use protocols::launch::{REGION_GPA, REGION_SIZE};
 
@@ -153,6 +154,29 @@ impl PageRange {
     pub fn frames(self) -> impl DoubleEndedIterator<Item = Gpa> {
         (self.start..self.end).map(Gpa::from_frame_truncating)
     }
+
+    /// The range in blocks, each as large as it can be.
+    pub fn blocks(self) -> impl Iterator<Item = Block> {
+        let mut left = self;
+        core::iter::from_fn(move || {
+            if left.is_empty() {
+                return None;
+            }
+            let block = largest_block(Frame::containing(left.start().get()), left.pages());
+            left.start += block.size().pages();
+            Some(block)
+        })
+    }
+}
+
+/// The largest block that begins at a page and has at most so many, which is not none.
+#[must_use]
+pub const fn largest_block(first: Frame, pages: u64) -> Block {
+    if first.gpa().is_multiple_of(LARGE_PAGE_SIZE) && pages >= PAGES_PER_LARGE_PAGE {
+        Block::region_around(first)
+    } else {
+        Block::page(first)
+    }
 }
 
 impl fmt::Debug for PageRange {
@@ -199,6 +223,24 @@ mod tests {
         );
         assert_eq!(memory.without(range(20, 25)), (memory, PageRange::EMPTY));
         assert_eq!(memory.without(range(15, 15)), (memory, PageRange::EMPTY));
+    }
+
+    #[test]
+    fn blocks_are_as_large_as_they_can_be() {
+        let blocks = |start, end| -> std::vec::Vec<(u64, u64)> {
+            let blocks = range(start, end).blocks();
+            blocks
+                .map(|block| (block.first().number(), block.size().pages()))
+                .collect()
+        };
+        assert_eq!(
+            blocks(510, 1026),
+            [(510, 1), (511, 1), (512, 512), (1024, 1), (1025, 1)]
+        );
+        assert_eq!(blocks(512, 1024), [(512, 512)]);
+        assert_eq!(blocks(1, 3), [(1, 1), (2, 1)]);
+        assert_eq!(blocks(513, 1024).len(), 511);
+        assert!(blocks(7, 7).is_empty());
     }
 
     #[test]

@@ -162,14 +162,13 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
 
     /// A page that must be the guest's own. Its calling areas are not: a report must not write over a pending
     /// call.
-    fn guests(&self, gpa: Gpa) -> ArgumentPage<'_, B, M> {
+    pub(super) fn guests(&self, gpa: Gpa) -> ArgumentPage<'_, B, M> {
         ArgumentPage::around(self.engine, &self.memory, None, gpa)
     }
 
     /// What the paravisor says about itself, now.
     fn own_manifest(&self) -> TurnstileManifest {
         let acceptance = self.ahead.acceptance();
-        let counters = self.engine.counters();
         let (mut memory, mut countable, mut end) = (0, LARGEST_LOOK / PAGE_SIZE, 0);
         for range in self.engine.map().ranges() {
             memory += range.pages() * PAGE_SIZE;
@@ -194,7 +193,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
             ahead_bytes: census.ahead,
             accepted_bytes: census.accepted,
             owned_bytes: census.owned,
-            repeated_requests: counters.no_change_fast + counters.no_change_slow,
+            repeated_requests: self.vcpus.unchanged(),
             host_lies: self.line.host_lies(),
         }
     }

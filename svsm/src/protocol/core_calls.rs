@@ -44,7 +44,7 @@ fn query_protocol(rcx: u64) -> u64 {
     match query.protocol {
         Protocol::CORE => query.answer(CORE_PROTOCOL_MINIMUM, CORE_PROTOCOL_VERSION),
         Protocol::ATTESTATION => query.answer(attestation::VERSION, attestation::VERSION),
-        Protocol::TURNSTILE => query.answer(turnstile::VERSION, turnstile::VERSION),
+        Protocol::TURNSTILE => query.answer(turnstile::LOWEST_VERSION, turnstile::VERSION),
         _ => ProtocolQuery::UNAVAILABLE,
     }
 }

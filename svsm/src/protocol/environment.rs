@@ -222,6 +222,14 @@ pub trait Vcpus {
 
     /// Remembers what a processor owes; it owes nothing else.
     fn put_debt(&self, vcpu: VcpuIndex, debt: Debt);
+
+    /// A request of a processor has found its pages in the state it asked for. Called by the processor
+    /// itself, and counted in memory that no other writes to: such an answer takes no lock and costs
+    /// nobody else anything (design §10).
+    fn count_unchanged(&self, vcpu: VcpuIndex);
+
+    /// How often that was so, on all processors.
+    fn unchanged(&self) -> u64;
 }
 
 /// What a VMSA that the guest has written says about itself.

@@ -176,7 +176,7 @@ impl<'a, B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier>
         match id.protocol {
             Protocol::CORE => self.core(caller, id.call, registers),
             Protocol::ATTESTATION => self.attestation(caller, id.call, registers),
-            Protocol::TURNSTILE => self.turnstile(id.call, registers),
+            Protocol::TURNSTILE => self.turnstile(caller, id.call, registers),
             // Linux asks every SVSM for a vTPM and takes this for "none".
             _ => Err(ResultCode::UNSUPPORTED_PROTOCOL.into()),
         }

@@ -103,7 +103,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
             repeated: None,
         };
         self.settle(caller, &mut progress)?;
-        let ended = self.work_off(&list, &mut progress);
+        let ended = self.work_off(caller, &list, &mut progress);
         if let Err(Stop::Machine(_)) = ended {
             return ended;
         }
@@ -146,7 +146,12 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
     }
 
     /// Does entry after entry; on return `progress.next` names the first that is not done.
-    fn work_off(&self, list: &List<'_, B, M>, progress: &mut Progress) -> Result<(), Stop> {
+    fn work_off(
+        &self,
+        caller: VcpuIndex,
+        list: &List<'_, B, M>,
+        progress: &mut Progress,
+    ) -> Result<(), Stop> {
         let mut accepting = self.engine.accepting();
         while progress.next < list.entries {
             if list.page.takes_lock() {
@@ -158,7 +163,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
                 // another processor has made of the page since is undone: the guest may have lost
                 // interest in the old list, and means it now.
                 request.ignore_no_change |= progress.repeated.take() == Some(entry);
-                self.apply(&request, &mut accepting, progress)
+                self.apply(caller, &request, &mut accepting, progress)
                     .map(|()| entry)
             });
             match done {
@@ -180,6 +185,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
     /// Does one entry.
     fn apply(
         &self,
+        caller: VcpuIndex,
         request: &PvalidateRequest,
         accepting: &mut Accepting<'_, '_, B>,
         progress: &mut Progress,
@@ -198,25 +204,25 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
             true => OnNoChange::Ignore,
             false => OnNoChange::Fail,
         };
-        let changed_pages = match request.action {
+        let (changed, on_lie) = match request.action {
             PvalidateAction::Validate => {
-                accepting
-                    .accept(block, on_no_change)
-                    .map_err(|error| self.refused(request, error, TurnstileReason::ALREADY_VALID))?
-                    .changed_pages
+                let done = accepting.accept(block, on_no_change);
+                let changed = done.map(|done| done.changed_pages);
+                (changed, TurnstileReason::ALREADY_VALID)
             }
             PvalidateAction::Rescind => {
-                let rescinded =
-                    accepting
-                        .engine()
-                        .rescind(block, on_no_change)
-                        .map_err(|error| {
-                            self.refused(request, error, TurnstileReason::NOT_VALIDATED)
-                        })?;
-                progress.owed = rescinded.flush.or(progress.owed.take());
-                rescinded.changed_pages
+                let rescinded = accepting.engine().rescind(block, on_no_change);
+                let changed = rescinded.map(|rescinded| {
+                    progress.owed = rescinded.flush.or(progress.owed.take());
+                    rescinded.changed_pages
+                });
+                (changed, TurnstileReason::NOT_VALIDATED)
             }
         };
+        if let Ok(0) | Err(Error::NoChange) = changed {
+            self.vcpus.count_unchanged(caller);
+        }
+        let changed_pages = changed.map_err(|error| self.refused(request, error, on_lie))?;
         progress.work += u64::from(changed_pages) * PageSize::Size4K.bytes();
         if request.action == PvalidateAction::Validate && request.size == PageSize::Size2M {
             let room = WORK_BUDGET - progress.work;

@@ -3,17 +3,21 @@
 //! It hands out nothing that the guest could not find out by asking for pages one by one, and it
 //! accepts through the same door as PVALIDATE: the engine.
 
-use accept::{Backend, Block, Frame, OnNoChange, PAGES_PER_REGION};
-use protocols::addr::{LARGE_PAGE_SIZE, PAGE_SIZE};
+use core::ops::Range;
+
+use accept::{Backend, Block, Frame, OnNoChange};
+use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
 use protocols::launch::Acceptance;
 use protocols::svsm::ResultCode;
 use protocols::svsm::turnstile::{LARGEST_LOOK, TurnstileCall, TurnstileCounter};
 use protocols::terminate::TurnstileReason;
 
 use super::{
-    Finished, GuestMemory, Registers, Service, Stop, Vcpus, VmsaPages, WORK_BUDGET, stop_for,
+    Finished, GuestMemory, Registers, Service, Stop, VcpuIndex, Vcpus, VmsaPages, WORK_BUDGET,
+    stop_for,
 };
 use crate::attestation::Carrier;
+use crate::unaccepted::{self, NoTable};
 
 /// First byte that no guest-physical address reaches.
 const ADDRESS_END: u64 = 1 << 52;
@@ -22,9 +26,14 @@ const ADDRESS_END: u64 = 1 << 52;
 const LOOK_COST: u64 = PAGE_SIZE;
 
 impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_, B, M, V, P, C> {
-    pub(super) fn turnstile(&self, call: u32, registers: &mut Registers) -> Result<Finished, Stop> {
+    pub(super) fn turnstile(
+        &self,
+        caller: VcpuIndex,
+        call: u32,
+        registers: &mut Registers,
+    ) -> Result<Finished, Stop> {
         match TurnstileCall(call) {
-            TurnstileCall::ACCEPT => self.accept_range(registers)?,
+            TurnstileCall::ACCEPT => self.accept_range(caller, registers)?,
             TurnstileCall::CENSUS => self.census(registers)?,
             TurnstileCall::COUNTER => registers.rcx = self.counter(registers.rcx)?,
             TurnstileCall::CONTAINS_UNACCEPTED => {
@@ -43,6 +52,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
                 registers.r8 = order.0.into();
                 registers.r9 = read_ahead.into();
             }
+            TurnstileCall::UNACCEPTED_TABLE => self.unaccepted_table(registers)?,
             _ => return Err(ResultCode::UNSUPPORTED_CALL.into()),
         }
         Ok(Finished::Returns)
@@ -50,7 +60,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
 
     /// Accepts block after block. RCX and RDX name what is left, whatever the outcome, so that the
     /// call repeated as it stands goes on. Pages that are accepted already are passed over.
-    fn accept_range(&self, registers: &mut Registers) -> Result<(), Stop> {
+    fn accept_range(&self, caller: VcpuIndex, registers: &mut Registers) -> Result<(), Stop> {
         let (gpa, bytes) = (registers.rcx, registers.rdx);
         let whole_pages = (gpa | bytes).is_multiple_of(PAGE_SIZE) && bytes != 0;
         if !whole_pages || gpa.checked_add(bytes).is_none_or(|end| end > ADDRESS_END) {
@@ -71,7 +81,12 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
                 return Err(ResultCode::INCOMPLETE.into());
             }
             match self.engine.accept(block, OnNoChange::Ignore) {
-                Ok(done) => work += (u64::from(done.changed_pages) * PAGE_SIZE).max(LOOK_COST),
+                Ok(done) => {
+                    if done.changed_pages == 0 {
+                        self.vcpus.count_unchanged(caller);
+                    }
+                    work += (u64::from(done.changed_pages) * PAGE_SIZE).max(LOOK_COST);
+                }
                 // BUSY says that nothing was done.
                 Err(accept::Error::Busy) if work > 0 => {
                     return Err(ResultCode::INCOMPLETE.into());
@@ -85,17 +100,43 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
     }
 
     fn census(&self, registers: &mut Registers) -> Result<(), Stop> {
-        let Looked { gpa, bytes } = Looked::check(registers)?;
-        if !(gpa | bytes).is_multiple_of(LARGE_PAGE_SIZE) {
-            return Err(ResultCode::INVALID_PARAMETER.into());
-        }
-        let region = |gpa: u64| gpa / (PAGES_PER_REGION as u64 * PAGE_SIZE);
-        let found = self.engine.census(region(gpa)..region(gpa + bytes));
+        let found = self.engine.census(Looked::check(registers)?.regions()?);
         registers.rcx = found.unaccepted;
         registers.rdx = found.ahead;
         registers.r8 = found.accepted;
         registers.r9 = found.owned;
         Ok(())
+    }
+
+    /// Writes the table of a range to the guest's own memory. Its pages are looked at before anything
+    /// is written, and again, under the lock of their region, when they are written to.
+    fn unaccepted_table(&self, registers: &mut Registers) -> Result<(), Stop> {
+        let looked = Looked::check(registers)?;
+        let regions = looked.regions()?;
+        let (buffer, size) = (registers.r8, registers.r9);
+        let end = buffer.checked_add(size);
+        if !buffer.is_multiple_of(PAGE_SIZE) || end.is_none_or(|end| end > ADDRESS_END) {
+            return Err(ResultCode::INVALID_PARAMETER.into());
+        }
+        let room = size.min(unaccepted::largest(looked.bytes));
+        for offset in (0..room).step_by(PAGE_SIZE as usize) {
+            self.guests(Gpa::new(buffer + offset)).check()?;
+        }
+        let written = unaccepted::write_table(self.engine, regions, room, |offset, piece| {
+            let gpa = Gpa::new(buffer + offset);
+            self.guests(gpa).write_bytes(gpa.offset_in_page(), piece)
+        });
+        match written {
+            Ok(bytes) => {
+                registers.rcx = bytes;
+                Ok(())
+            }
+            Err(NoTable::TooSmall { needed }) => {
+                registers.rcx = needed;
+                Err(ResultCode::INVALID_PARAMETER.into())
+            }
+            Err(NoTable::NotTaken(stop)) => Err(stop),
+        }
     }
 
     fn counter(&self, number: u64) -> Result<u64, Stop> {
@@ -108,7 +149,7 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
             TurnstileCounter::CLAIMED_BYTES => engine.claimed_bytes,
             TurnstileCounter::PREPARED_BYTES => engine.prepared_bytes,
             TurnstileCounter::RESCINDED_BYTES => engine.rescinded_bytes,
-            TurnstileCounter::NO_CHANGE => engine.no_change_fast + engine.no_change_slow,
+            TurnstileCounter::NO_CHANGE => self.vcpus.unchanged(),
             TurnstileCounter::SPLITS => engine.splits,
             TurnstileCounter::FAILURES => engine.failures,
             TurnstileCounter::CONTENDED => engine.contended,
@@ -134,6 +175,16 @@ impl Looked {
         let fits = (1..=LARGEST_LOOK).contains(&bytes) && end.is_some_and(|end| end <= ADDRESS_END);
         if fits {
             Ok(Self { gpa, bytes })
+        } else {
+            Err(ResultCode::INVALID_PARAMETER)
+        }
+    }
+
+    /// The numbers of its regions, if it is whole regions.
+    fn regions(&self) -> Result<Range<u64>, ResultCode> {
+        let Self { gpa, bytes } = *self;
+        if (gpa | bytes).is_multiple_of(LARGE_PAGE_SIZE) {
+            Ok(gpa / LARGE_PAGE_SIZE..(gpa + bytes) / LARGE_PAGE_SIZE)
         } else {
             Err(ResultCode::INVALID_PARAMETER)
         }

@@ -13,11 +13,11 @@ use accept::{
     RegionLocks, ValidateFault,
 };
 use log::info;
-use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
+use protocols::addr::{Gpa, PAGE_SIZE};
 use protocols::launch::{AcceptPolicy, LaunchParams, ResetPage};
 use protocols::tdvf::SectionKind;
 use protocols::tdx::metadata::FieldId;
-use protocols::tdx::shared_bit;
+use protocols::tdx::{TdAttributes, shared_bit};
 use protocols::terminate::TurnstileReason;
 
 use super::apic::Ipi;
@@ -41,7 +41,7 @@ use crate::memory::page_tables::{self, Owner};
 use crate::memory::plan::{CarveOut, Plan};
 use crate::memory::pool::Pool;
 use crate::percpu::PerCpu;
-use crate::platform::tdx::module::{self, Module};
+use crate::platform::tdx::module::{self, Info, Module};
 use crate::platform::tdx::{FlushOthers, TdxBackend};
 use crate::terminate::terminate;
 use crate::{console, exceptions, percpu, secondary};
@@ -78,7 +78,8 @@ pub extern "C" fn other_processor(percpu: &'static PerCpu) -> ! {
 /// All steps of the start-up.
 fn start(params: &'static LaunchParams) -> Result<&'static System, TurnstileReason> {
     let launch = Launch::check(params)?;
-    let vcpus = check_module()?;
+    let domain = check_module()?;
+    let vcpus = domain.vcpus as usize;
     harden_processor();
     page_tables::init(
         Gpa::new(params.page_table_root),
@@ -126,7 +127,7 @@ fn start(params: &'static LaunchParams) -> Result<&'static System, TurnstileReas
     let system = run::publish(System {
         engine,
         ahead: Ahead::new(launch.acceptance(), memory_with_state(&plan)),
-        td: GuestTd::new(false),
+        td: GuestTd::new(TdAttributes::from_bits_retain(domain.attributes)),
         touch: launch.acceptance().touch,
         runners,
         pages,
@@ -193,19 +194,18 @@ impl FlushOthers for Nobody {
     }
 }
 
-/// Asks the module what this trust domain is; how many processors it has.
-fn check_module() -> Result<usize, TurnstileReason> {
+/// Asks the module what this trust domain is.
+fn check_module() -> Result<Info, TurnstileReason> {
     let info = module::info().map_err(|_| TurnstileReason::TD_INFO)?;
     if info.gpa_width != GPA_WIDTH || info.index != 0 {
         return Err(TurnstileReason::TD_INFO);
     }
     tdx::set_shared_bit(shared_bit(GPA_WIDTH));
-    let vcpus = info.vcpus as usize;
-    if !(1..=MAX_VCPUS).contains(&vcpus) {
+    if !(1..=MAX_VCPUS).contains(&(info.vcpus as usize)) {
         return Err(TurnstileReason::TD_INFO);
     }
     match module::read_vm(FieldId::NUM_L2_VMS) {
-        Ok(1..) => Ok(vcpus),
+        Ok(1..) => Ok(info),
         _ => Err(TurnstileReason::TD_PARTITIONING),
     }
 }
@@ -213,9 +213,7 @@ fn check_module() -> Result<usize, TurnstileReason> {
 /// Accepts the part of the region that was not launched. The module zeroes what it accepts.
 fn accept_region(launch: &Launch<'_>) -> Result<Pool, TurnstileReason> {
     let pages = launch.unlaunched();
-    for page in pages.frames() {
-        accept_own(Block::page(Frame::containing(page.get())))?;
-    }
+    pages.blocks().try_for_each(accept_own)?;
     // SAFETY: the image maps the whole region one to one, writable where it is not launched; the
     // pages were accepted, and with that zeroed, just now, and nobody else gets them.
     Ok(unsafe { Pool::new(pages, 0) })
@@ -225,9 +223,7 @@ fn accept_region(launch: &Launch<'_>) -> Result<Pool, TurnstileReason> {
 fn accept_carve_out(plan: &Plan, tables: &mut Pool) -> Result<Pool, TurnstileReason> {
     let pages = plan.carve_out;
     page_tables::map_large(OWN_WINDOW, pages, Owner::Paravisor, tables)?;
-    for gpa in (pages.start().get()..pages.end().get()).step_by(LARGE_PAGE_SIZE as usize) {
-        accept_own(Block::region_around(Frame::containing(gpa)))?;
-    }
+    pages.blocks().try_for_each(accept_own)?;
     // SAFETY: mapped, accepted and with that zeroed just now; the plan gives it to nobody else.
     Ok(unsafe { Pool::new(pages, OWN_WINDOW) })
 }

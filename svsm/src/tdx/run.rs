@@ -1,5 +1,7 @@
 //! Running the guest on one processor: the L2 VM's fields, and the loop of entries and exits.
-#![expect(unsafe_code, reason = "the page that module and loop share")]
+#![expect(unsafe_code, reason = "the page that module and loop share, and CR2")]
+
+use core::arch::asm;
 
 use accept::Engine;
 use protocols::addr::{Gpa, PAGE_SIZE};
@@ -238,21 +240,24 @@ pub fn run(system: &'static System, index: usize) -> ! {
         if prepare_entry(&mut vp).is_err() {
             terminate(TurnstileReason::TD_FIELD);
         }
+        let flush = runner.enter();
         let state = service.domain.shared().cast::<EnterState>();
         // SAFETY: the structure is the first in the page, which is this processor's; the module reads
         // and writes it during the call and at no other time.
         let exit = unsafe {
             state.write(vp.state);
-            let exit = module::enter(GUEST, runner.enter(), pages.shared);
-            runner.leave();
+            let exit = module::enter(GUEST, flush, pages.shared);
             vp.state = state.read();
             exit
         };
-        // Without an entry nothing was delivered.
-        if exit.status != Status::PENDING_INTERRUPT {
+        // Without an entry nothing was delivered, and nothing flushed.
+        if exit.status == Status::PENDING_INTERRUPT {
+            runner.not_entered(flush);
+        } else {
             vp.injection = None;
             vp.stepped = false;
         }
+        runner.leave();
         if matches!(
             exit.status,
             Status::PENDING_INTERRUPT | Status::L2_EXIT_PENDING_INTERRUPT
@@ -324,8 +329,15 @@ fn prepare_entry(vp: &mut Vp) -> Result<(), Status> {
         information,
         error,
         length,
+        address,
     }) = vp.injection
     {
+        if let Some(address) = address {
+            // SAFETY: L1 reads CR2 in its handler of page faults only, and one that it gets sets it anew.
+            unsafe {
+                asm!("mov cr2, {}", in(reg) address, options(nomem, nostack, preserves_flags))
+            };
+        }
         set(Field::ENTRY_ERROR_CODE, error.into())?;
         if length != 0 {
             set(Field::ENTRY_INSTRUCTION_LENGTH, length.into())?;

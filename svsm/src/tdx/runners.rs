@@ -5,19 +5,22 @@
 //! wants a flush first says so to each processor and then looks at its word: a processor that was seen
 //! outside meets the wish before its next entry, and one that was inside has met it once its word has
 //! changed. Both sides use sequentially consistent operations; with less, each could miss the other's.
+//! An entry that the module refuses has flushed nothing: the processor wishes again what it was to meet.
 //!
 //! Who is inside is called out by an interrupt. Interrupts of L1 and of the guest share the vectors of one
 //! APIC, and one that waits there is one whether it was sent once or twice. So the call has the vector that
 //! carries no message: the one that the guest has chosen for spurious interrupts, which may come at any
 //! time and say nothing. It is the guest's unless the mark says that it is a call; the mark is set before
 //! the interrupt is sent, by one sender alone, and taken back by the processor that takes it, so each
-//! call is taken for one call (decision 026).
+//! call is taken for one call. A processor that has been outside since may be called anew, so a call that
+//! the host loses has no effect on later ones (decision 026).
 
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use accept::NotFlushed;
 use protocols::tdx::l2::Flush;
 
+use super::l2::interrupts::FIRST_VECTOR;
 use crate::platform::tdx::FlushOthers;
 
 /// How often a flush looks at one processor before it gives up (I12).
@@ -41,9 +44,17 @@ pub struct Runner {
     apic_id: AtomicU32,
     /// The spurious-interrupt vector register of its APIC; off until it is known.
     spurious: AtomicU32,
-    /// The vector that it is called out by, with [`APIC_ON`]; 0 if it is not.
-    called: AtomicU32,
+    /// The call that is on its way to it, as [`call_mark`] makes it; 0 if there is none.
+    called: AtomicU64,
 }
+
+/// A call of a processor by this vector, and the stay that it is to end.
+const fn call_mark(vector: u8, passages: u64) -> u64 {
+    passages << PASSAGES_SHIFT | APIC_ON as u64 | vector as u64
+}
+
+/// The vector, with [`APIC_ON`], is below.
+const PASSAGES_SHIFT: u32 = 9;
 
 impl Runner {
     /// Outside, owing nothing, not to be called.
@@ -54,7 +65,7 @@ impl Runner {
             flush: AtomicBool::new(false),
             apic_id: AtomicU32::new(0),
             spurious: AtomicU32::new(0),
-            called: AtomicU32::new(0),
+            called: AtomicU64::new(0),
         }
     }
 
@@ -78,6 +89,14 @@ impl Runner {
         }
     }
 
+    /// The module has not entered the guest after all, and has not carried out the flush: the processor
+    /// owes it still. Before [`Runner::leave`], from which on the wish counts as met.
+    pub fn not_entered(&self, flush: Flush) {
+        if flush == Flush::Ept {
+            self.wish();
+        }
+    }
+
     /// It has left the guest.
     pub fn leave(&self) {
         self.passages.fetch_add(1, Ordering::SeqCst);
@@ -87,9 +106,10 @@ impl Runner {
     /// it is the guest's.
     #[must_use]
     pub fn is_call(&self, vector: u8) -> bool {
-        let mark = APIC_ON | u32::from(vector);
+        let without_stay = |mark: u64| mark & ((1 << PASSAGES_SHIFT) - 1);
+        let taken = |mark| (without_stay(mark) == call_mark(vector, 0)).then_some(0);
         self.called
-            .compare_exchange(mark, 0, Ordering::SeqCst, Ordering::SeqCst)
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, taken)
             .is_ok()
     }
 
@@ -97,21 +117,26 @@ impl Runner {
         self.flush.store(true, Ordering::SeqCst);
     }
 
-    fn is_inside(&self) -> bool {
-        !self.passages.load(Ordering::SeqCst).is_multiple_of(2)
-    }
-
-    /// Calls the processor out, if it is inside, can be called, and no call is on its way.
+    /// Calls the processor out, if it is inside, can be called, and no call is on its way that this stay
+    /// is to end with.
     fn call_out(&self, sender: &impl CallOut) {
+        let passages = self.passages.load(Ordering::SeqCst);
         let register = self.spurious.load(Ordering::SeqCst);
-        if !self.is_inside() || register & APIC_ON == 0 {
+        let vector = register as u8;
+        let is_inside = !passages.is_multiple_of(2);
+        // Below are exceptions, which never arrive (decision 026).
+        let can_be_called = register & APIC_ON != 0 && vector >= FIRST_VECTOR;
+        if !is_inside || !can_be_called {
             return;
         }
-        let vector = register as u8;
-        let mark = APIC_ON | u32::from(vector);
+        let before = self.called.load(Ordering::SeqCst);
+        if before >> PASSAGES_SHIFT == passages {
+            return;
+        }
+        let mark = call_mark(vector, passages);
         let marked = self
             .called
-            .compare_exchange(0, mark, Ordering::SeqCst, Ordering::SeqCst);
+            .compare_exchange(before, mark, Ordering::SeqCst, Ordering::SeqCst);
         if marked.is_ok() {
             sender.call_out(self.apic_id.load(Ordering::SeqCst), vector);
         }
@@ -244,6 +269,70 @@ mod tests {
         assert!(sent.0.borrow().is_empty());
         // No mark is left that would swallow an interrupt of the guest's.
         assert!(!runner.is_call(0xFF));
+    }
+
+    /// The module answers PENDING_INTERRUPT before it flushes: whoever waits may take the wish for met, as
+    /// the guest does not run, and the entry that succeeds has to meet it.
+    #[test]
+    fn an_entry_that_is_refused_owes_its_flush_still() {
+        let runner = Runner::new();
+        runner.wish();
+        for _ in 0..2 {
+            let flush = runner.enter();
+            assert_eq!(flush, Flush::Ept);
+            runner.not_entered(flush);
+            runner.leave();
+            assert_eq!(runner.await_outside(), Ok(()));
+        }
+        assert_eq!(runner.enter(), Flush::Ept);
+        runner.leave();
+        let flush = runner.enter();
+        assert_eq!(flush, Flush::None);
+        runner.not_entered(flush);
+        runner.leave();
+        assert_eq!(runner.enter(), Flush::None);
+    }
+
+    /// Vectors below 32 are not sent on, as edk2's 0x0F: nobody would take the mark back.
+    #[test]
+    fn who_has_an_exceptions_vector_for_it_is_not_called() {
+        let [_, runner] = runners();
+        let sent = Sent::default();
+        runner.set_spurious(APIC_ON | 0x0F);
+        let _ = runner.enter();
+        runner.call_out(&&sent);
+        assert!(sent.0.borrow().is_empty());
+        assert!(!runner.is_call(0x0F));
+        runner.set_spurious(APIC_ON | 0xFF);
+        runner.call_out(&&sent);
+        assert_eq!(*sent.0.borrow(), [(7, 0xFF)]);
+        assert!(runner.is_call(0xFF));
+    }
+
+    /// The host loses a call: who has been outside since is called anew, and a call that was late only
+    /// is still no interrupt of the guest's.
+    #[test]
+    fn a_lost_call_keeps_nobody_from_the_next() {
+        let [_, runner] = runners();
+        let sent = Sent::default();
+        let _ = runner.enter();
+        runner.call_out(&&sent);
+        runner.call_out(&&sent);
+        assert_eq!(sent.0.borrow().len(), 1);
+        runner.leave();
+        let _ = runner.enter();
+        runner.call_out(&&sent);
+        assert_eq!(*sent.0.borrow(), [(7, 0xEF); 2]);
+        assert!(runner.is_call(0xEF));
+        assert!(!runner.is_call(0xEF));
+        // Again, by another vector.
+        runner.call_out(&&sent);
+        runner.leave();
+        runner.set_spurious(APIC_ON | 0x30);
+        let _ = runner.enter();
+        runner.call_out(&&sent);
+        assert_eq!(sent.0.borrow().last(), Some(&(7, 0x30)));
+        assert!(runner.is_call(0x30));
     }
 
     /// A processor that comes back inside at once has met the wish, and is not waited for.

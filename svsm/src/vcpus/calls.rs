@@ -74,6 +74,21 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         }
     }
 
+    fn count_unchanged(&self, VcpuIndex(index): VcpuIndex) {
+        if let Some(vcpu) = self.vcpus.get(index) {
+            // Nobody else writes it: no read-modify-write is needed.
+            let before = vcpu.unchanged.load(Ordering::Relaxed);
+            vcpu.unchanged
+                .store(before.wrapping_add(1), Ordering::Relaxed);
+        }
+    }
+
+    fn unchanged(&self) -> u64 {
+        let each = self.vcpus.iter();
+        each.map(|vcpu| vcpu.unchanged.load(Ordering::Relaxed))
+            .fold(0, u64::wrapping_add)
+    }
+
     fn has_apic_id(&self, apic_id: u32) -> bool {
         self.vcpus.iter().any(|vcpu| vcpu.apic_id == apic_id)
     }

@@ -623,3 +623,24 @@ fn i4_no_page_of_the_guest_is_touched_however_the_threads_meet() {
     });
     assert_eq!(world.shown(), [pair(0)]);
 }
+
+/// Design §10: who is told that nothing changes writes to nobody else's cache lines.
+#[test]
+fn each_processor_counts_requests_without_effect_in_lines_of_its_own() {
+    let world = world(3);
+    let registry = &world.registry;
+    for vcpu in [0, 2, 2] {
+        registry.count_unchanged(VcpuIndex(vcpu));
+    }
+    let counts: Vec<u64> = registry
+        .vcpus
+        .iter()
+        .map(|vcpu| vcpu.unchanged.load(Ordering::Relaxed))
+        .collect();
+    assert_eq!(counts, [1, 0, 2]);
+    assert_eq!(registry.unchanged(), 3);
+    // No processor of the VM.
+    registry.count_unchanged(VcpuIndex(3));
+    assert_eq!(registry.unchanged(), 3);
+    assert_eq!(align_of::<Vcpu>(), 128);
+}

@@ -100,6 +100,46 @@ pub fn guest_files(
 
 /// The shell command that gathers the evidence. Whatever fails is told, and shows in what is missing.
 pub fn command() -> String {
+    format!(
+        r#"{}
+ask services svsm ""
+ask own "" 1
+ask above "" ""
+dmesg | grep -i -e sev -e tsm
+"#,
+        preparation()
+    )
+}
+
+/// Entries of [`command_after_lies`] whose reports are asked for when the host lies; the last is the guest's own.
+pub const LIED_ABOUT: [&str; 3] = ["second", "third", "own"];
+
+/// The same where the host lies about all messages but the first: how reading each report ended is told.
+pub fn command_after_lies() -> String {
+    let [second, third, own] = LIED_ABOUT;
+    format!(
+        r#"{}
+ask services svsm ""
+attempt() {{
+    prepare $1 "$2" "$3" || return 1
+    if dd if=$entry/outblob of=/outblob bs=8192 2> /error
+    then echo "$1 read"
+    else echo "$1 failed: $(cat /error)"
+    fi
+    echo "$1 outblob $(base64 /outblob | tr -d '\n')"
+}}
+attempt {second} svsm ""
+attempt {third} svsm ""
+attempt {own} "" 1
+dmesg | grep -i -e sev -e tsm
+"#,
+        preparation()
+    )
+}
+
+/// Loads the modules, and says what it is to `prepare` an entry and to `ask` for a report and all that comes with
+/// it.
+fn preparation() -> String {
     let load: String = MODULES
         .iter()
         .map(|module| {
@@ -110,22 +150,20 @@ pub fn command() -> String {
         .collect();
     format!(
         r#"{load}mount -t configfs none /sys/kernel/config || exit 1
-ask() {{
+prepare() {{
     entry=/sys/kernel/config/tsm/report/$1
     mkdir $entry || return 1
     dd if=/{NONCE} of=$entry/inblob bs={NONCE_SIZE} count=1 2>/dev/null || return 1
     [ -z "$2" ] || echo $2 > $entry/service_provider || return 1
     [ -z "$3" ] || echo $3 > $entry/privlevel || return 1
+}}
+ask() {{
+    prepare $1 "$2" "$3" || return 1
     for blob in outblob auxblob manifestblob; do
         [ "$2$blob" = manifestblob ] || echo "$1 $blob $(base64 $entry/$blob | tr -d '\n')"
     done
     echo "$1 provider $(cat $entry/provider)"
-}}
-ask services svsm ""
-ask own "" 1
-ask above "" ""
-dmesg | grep -i -e sev -e tsm
-"#
+}}"#
     )
 }
 

@@ -86,7 +86,7 @@ impl Chip {
             return Ok(chip);
         }
         fs::create_dir_all(dir).with_context(|| format!("{}", dir.display()))?;
-        let made = Made::new().context("a chip for the emulated security processor")?;
+        let made = Made::new(RSA_BITS).context("a chip for the emulated security processor")?;
         image::write(&chip.ark, &made.ark)?;
         image::write(&chip.certificates, &made.table())?;
         // Written last: it says that the rest is complete.
@@ -96,18 +96,19 @@ impl Chip {
 }
 
 /// A chip and its certificates, DER.
-struct Made {
-    endorsement: Endorsement,
-    ark: Vec<u8>,
-    ask: Vec<u8>,
-    vcek: Vec<u8>,
+pub(crate) struct Made {
+    pub endorsement: Endorsement,
+    pub ark: Vec<u8>,
+    pub ask: Vec<u8>,
+    pub vcek: Vec<u8>,
 }
 
 impl Made {
-    fn new() -> Result<Made> {
+    /// A chip at random, below RSA keys of so many bits.
+    pub fn new(rsa_bits: usize) -> Result<Made> {
         // Side by side: each is a search for two primes.
-        let other = std::thread::spawn(rsa_key);
-        let ark_key = rsa_key()?;
+        let other = std::thread::spawn(move || rsa_key(rsa_bits));
+        let ark_key = rsa_key(rsa_bits)?;
         let ask_key = other.join().map_err(|_| anyhow!("no RSA key"))??;
         let (ark_name, ask_name) = (name("ARK-Test")?, name("SEV-Test")?);
         let ark = certify(Profile::Root, &ark_name, spki(&ark_key)?, &ark_key, &[])?;
@@ -143,7 +144,7 @@ impl Made {
     }
 
     /// The table as the host hands it out.
-    fn table(&self) -> Vec<u8> {
+    pub fn table(&self) -> Vec<u8> {
         let all = [(VCEK, &self.vcek), (ASK, &self.ask), (ARK, &self.ark)];
         let head = (all.len() + 1) * size_of::<CertificateEntry>();
         let mut table = Vec::new();
@@ -167,8 +168,8 @@ impl Made {
 
 type RsaSigner = BlindedSigningKey<Sha384>;
 
-fn rsa_key() -> Result<RsaSigner> {
-    Ok(RsaSigner::new(RsaPrivateKey::new(&mut OsRng, RSA_BITS)?))
+fn rsa_key(bits: usize) -> Result<RsaSigner> {
+    Ok(RsaSigner::new(RsaPrivateKey::new(&mut OsRng, bits)?))
 }
 
 fn spki(key: &RsaSigner) -> Result<SubjectPublicKeyInfoOwned> {

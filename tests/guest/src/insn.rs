@@ -451,6 +451,30 @@ pub fn wbinvd() -> Result<(), Trap> {
     trap::result(())
 }
 
+/// INVD.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn invd() -> Result<(), Trap> {
+    // SAFETY: the cases execute it where it is reflected, so no cache is dropped.
+    unsafe { guarded!("invd", options(nostack)) };
+    trap::result(())
+}
+
+/// MONITOR of its own code.
+///
+/// # Errors
+///
+/// The exception it raised.
+pub fn monitor() -> Result<(), Trap> {
+    // SAFETY: as for `mwait`; the address is one that can be read.
+    unsafe {
+        guarded!("monitor", in("rax") monitor as fn() -> _ as usize, in("ecx") 0, in("edx") 0, options(nostack));
+    }
+    trap::result(())
+}
+
 /// MWAIT.
 ///
 /// # Errors

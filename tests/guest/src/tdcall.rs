@@ -221,6 +221,8 @@ const TIMER_LVT: u64 = 0x832;
 const TIMER_COUNT: u64 = 0x838;
 /// Bit of the entry: it sends nothing.
 pub const TIMER_MASKED: u64 = 1 << 16;
+/// It begins anew each time it has come to its end.
+pub const TIMER_PERIODIC: u64 = 1 << 17;
 
 /// Starts the timer of this processor's APIC: `count` cycles of its clock, and what the entry of the local
 /// vector table says. None is the end of it.

@@ -28,6 +28,8 @@ pub const CODE_SELECTOR: u16 = 0x08;
 /// Selector of the data segment.
 pub const DATA_SELECTOR: u16 = 0x10;
 
+/// NMI.
+pub const NMI: u8 = 2;
 /// #UD.
 pub const INVALID_OPCODE: u8 = 6;
 /// #GP.
@@ -187,6 +189,15 @@ pub fn on_interrupt(hook: Option<fn(u8, u64)>) {
     HOOK.store(hook, Ordering::SeqCst);
 }
 
+/// Whether NMIs are expected; one that is not ends the program. How many came since this was asked last.
+pub fn expect_nmis(expected: bool) -> u32 {
+    NMIS_EXPECTED.store(expected, Ordering::SeqCst);
+    NMIS.swap(0, Ordering::SeqCst)
+}
+
+static NMIS_EXPECTED: AtomicBool = AtomicBool::new(false);
+static NMIS: AtomicU32 = AtomicU32::new(0);
+
 /// Whether interrupts are off behind an instruction that raised an exception with interrupts on.
 pub fn keep_interrupts_off(off: bool) {
     STAY_OFF.store(off, Ordering::SeqCst);
@@ -218,6 +229,10 @@ extern "C" fn on_exception(frame: &mut Frame) {
         call_hook(vector, frame.rip);
         // SAFETY: the interrupt came from this APIC, which is in x2APIC mode.
         unsafe { x86_64::registers::model_specific::Msr::new(X2APIC_EOI).write(0) };
+        return;
+    }
+    if vector == NMI && NMIS_EXPECTED.load(Ordering::SeqCst) {
+        NMIS.fetch_add(1, Ordering::SeqCst);
         return;
     }
     let has_address = vector == PAGE_FAULT

@@ -238,7 +238,6 @@ impl<P: PhysicalMemory> Platform<P> {
         if self.is_vmsa_in_use(gpa, size) {
             return Err(UpdateError::InUse);
         }
-        self.flushed_by_host();
         self.host.convert(&self.memory, &place, gpa, size, to)
     }
 

@@ -120,11 +120,11 @@ hostile! {
     /// An accepted page is removed and added again, when the test guest says so.
     ReAdd = "re-add",
     /// Guest requests are put off, dropped or said to have failed, when the test guest says so; and an
-    /// answer is changed.
+    /// answer is changed. Without `oracle=on` every answer but the first is.
     MessagesTampered = "messages-tampered",
-    /// The same, and an earlier answer comes back.
+    /// The same, with an earlier answer that comes back.
     MessagesReplayed = "messages-replayed",
-    /// The same, and an answer is lost.
+    /// The same, with an answer that is lost.
     MessagesLost = "messages-lost",
     /// MapGPA is answered with "again" and makes no progress.
     MapGpaRetry = "map-gpa-retry",

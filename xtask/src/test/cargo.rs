@@ -13,6 +13,9 @@ use crate::layout::{Layout, write};
 use crate::progress::Step;
 use crate::toolchain::{BareTarget, cargo};
 
+/// The fuzz target: a crate apart from the workspace.
+const FUZZ: &str = "igvm-build/fuzz/Cargo.toml";
+
 /// What cargo is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
@@ -64,16 +67,30 @@ impl Job {
             cargo
         };
         match self {
-            Job::Format => vec![host(&["fmt", "--all", "--check", "--", "--color=never"])],
+            Job::Format => {
+                let format = |which: &[&str]| {
+                    let mut cargo = host(&["fmt"]);
+                    cargo.args(which).args(["--check", "--", "--color=never"]);
+                    cargo
+                };
+                vec![format(&["--all"]), format(&["--manifest-path", FUZZ])]
+            }
             Job::LintHost => {
-                vec![host(&[
-                    "clippy",
-                    "--workspace",
-                    "--all-targets",
-                    "--",
-                    "-D",
-                    "warnings",
-                ])]
+                let clippy = |which: &[&str]| {
+                    let mut cargo = host(&["clippy"]);
+                    cargo.args(which).args(["--", "-D", "warnings"]);
+                    cargo
+                };
+                let mut fuzz = clippy(&[
+                    "--manifest-path",
+                    FUZZ,
+                    "--target-dir",
+                    "target",
+                    "--locked",
+                ]);
+                // Nothing is linked, so that there need be no fuzzer, and no C++ compiler to build one.
+                fuzz.env("CUSTOM_LIBFUZZER_PATH", layout.root.join("libfuzzer.a"));
+                vec![clippy(&["--workspace", "--all-targets"]), fuzz]
             }
             Job::LintBare => {
                 let clippy = |arguments: &[&str]| {

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha512};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::model::{AREA, BOOT, END, GUEST, GUEST_PAGES, LIST, OWN_PAGE, VMSA};
-use super::world::{World, in_world, in_world_that_accepts};
+use super::world::{World, in_world, in_world_that_accepts, validate_4k};
 use crate::attestation::channel::{SealedAnswer, SealedRequest};
 use crate::attestation::tests::{Host, ToModel, table};
 use crate::attestation::{self, CERTIFICATE_BYTES, Carrier};
@@ -174,9 +174,8 @@ fn the_manifest_tells_policy_and_totals() {
     };
     in_world_that_accepts(policy, |world| {
         world.accept_page_0();
-        let block = accept::Block::page(accept::Frame::containing(0));
-        let again = world.engine.accept(block, accept::OnNoChange::Fail);
-        assert!(again.is_err());
+        let again = world.pvalidate(&[validate_4k(0)]);
+        assert_eq!(again, (ResultCode::FAIL_NO_CHANGE, 0));
         let told = |world: &World<'_>| {
             let single = AttestationCall::SINGLE_SERVICE;
             let (code, _) = ask_at(world, single, LIST, SINGLE.as_bytes());

@@ -84,6 +84,7 @@ pub struct Machine {
     pub busy: RefCell<BTreeSet<u64>>,
     /// What processors are said to have done ahead of the guest.
     pub steps: Cell<Steps>,
+    unchanged: Cell<u64>,
 }
 
 impl Machine {
@@ -102,6 +103,7 @@ impl Machine {
             debt: RefCell::default(),
             busy: RefCell::default(),
             steps: Cell::default(),
+            unchanged: Cell::default(),
         }
     }
 
@@ -333,6 +335,14 @@ impl GuestMemory for &Machine {
 impl Vcpus for &Machine {
     fn steps(&self) -> Steps {
         self.steps.get()
+    }
+
+    fn count_unchanged(&self, _: VcpuIndex) {
+        self.unchanged.set(self.unchanged.get() + 1);
+    }
+
+    fn unchanged(&self) -> u64 {
+        self.unchanged.get()
     }
 
     fn has_apic_id(&self, apic_id: u32) -> bool {

@@ -5,9 +5,9 @@ use protocols::launch::{AcceptPolicy, Acceptance, Budget, BudgetUnit};
 use protocols::svsm::turnstile::{TurnstileCall, TurnstileCounter};
 use protocols::svsm::{CoreCall, ResultCode};
 
-use super::model::{AREA, END, Event, GUEST, LIST, OWN_PAGE};
+use super::model::{AREA, END, Event, GUEST, GUEST_PAGES, LIST, OWN_PAGE};
 use super::world::{
-    World, core_registers, in_world, in_world_that_accepts, rescind_2m, validate_2m,
+    World, core_registers, ignoring, in_world, in_world_that_accepts, rescind_2m, validate_2m,
 };
 use crate::protocol::{Answer, Registers, Steps};
 
@@ -24,11 +24,22 @@ fn ahead(budget: Budget, read_ahead: u32) -> Acceptance {
 }
 
 fn ask(world: &World<'_>, call: TurnstileCall, rcx: u64, rdx: u64) -> (ResultCode, Registers) {
+    ask_into(world, call, (rcx, rdx), (0, 0))
+}
+
+/// The same with a buffer.
+fn ask_into(
+    world: &World<'_>,
+    call: TurnstileCall,
+    (rcx, rdx): (u64, u64),
+    (r8, r9): (u64, u64),
+) -> (ResultCode, Registers) {
     let registers = Registers {
         rax: call.id().encode(),
         rcx,
         rdx,
-        ..Registers::default()
+        r8,
+        r9,
     };
     match world.call_raw(&registers) {
         Answer::Return(answer) => (ResultCode::decode(answer.rax), answer),
@@ -108,7 +119,7 @@ fn arguments_without_meaning_are_refused_as_they_are() {
             );
             assert_eq!((after.rcx, after.rdx), (rcx, rdx));
         }
-        let (code, _) = ask(world, TurnstileCall(5), 0, 0);
+        let (code, _) = ask(world, TurnstileCall(6), 0, 0);
         assert_eq!(code, ResultCode::UNSUPPORTED_CALL);
     });
 }
@@ -141,6 +152,127 @@ fn what_is_ready_is_counted_and_is_unaccepted_to_the_guest() {
         assert_eq!(counter(TurnstileCounter::STEPS), 2);
         assert_eq!(counter(TurnstileCounter::LONGEST_WAIT), 1);
         assert_eq!(counter(TurnstileCounter::FAILED_STEPS), 0);
+    });
+}
+
+/// Requests that change nothing are counted, and nothing else about them is written by the engine.
+#[test]
+fn requests_that_find_nothing_to_do_are_counted() {
+    in_world(|world| {
+        let counted = || {
+            let number = TurnstileCounter::NO_CHANGE.0;
+            ask(world, TurnstileCall::COUNTER, number, 0).1.rcx
+        };
+        assert_eq!(request_2m(world, REGION), ResultCode::SUCCESS);
+        assert_eq!(counted(), 0);
+        let written = world.engine.counters();
+        for expected in 1..4 {
+            assert_eq!(request_2m(world, REGION), ResultCode::FAIL_NO_CHANGE);
+            assert_eq!(counted(), expected);
+        }
+        assert_eq!(world.engine.counters(), written);
+        // Two blocks of a range, one of them new; a list that ignores it; what is out already.
+        let (code, _) = ask(world, TurnstileCall::ACCEPT, REGION, 2 * LARGE);
+        assert_eq!((code, counted()), (ResultCode::SUCCESS, 4));
+        let entries = [
+            ignoring(validate_2m(REGION)),
+            ignoring(rescind_2m(END - LARGE)),
+            rescind_2m(END - LARGE),
+        ];
+        let answer = world.pvalidate(&entries);
+        assert_eq!(answer, (ResultCode::FAIL_NO_CHANGE, 2));
+        assert_eq!(counted(), 7);
+    });
+}
+
+const TABLE: TurnstileCall = TurnstileCall::UNACCEPTED_TABLE;
+/// Where the guest has the table put, and what is there before.
+const BUFFER: u64 = GUEST + 0x4000;
+const BLANK: u8 = 0x5a;
+
+#[test]
+fn the_table_tells_which_units_of_a_range_are_unaccepted() {
+    in_world(|world| {
+        for region in [REGION, REGION + 2 * LARGE, REGION + 3 * LARGE] {
+            assert_eq!(request_2m(world, region), ResultCode::SUCCESS);
+        }
+        world.machine.fill(BUFFER, &[BLANK; 4096]);
+        let range = (REGION, END - REGION);
+        let (code, after) = ask_into(world, TABLE, range, (BUFFER, 4096));
+        assert_eq!((code, after.rcx), (ResultCode::SUCCESS, 24 + 3));
+        assert_eq!(
+            (after.rdx, after.r8, after.r9),
+            (END - REGION, BUFFER, 4096)
+        );
+        // Units 3 to 22: unit 2, 4 and 5 of memory are accepted.
+        let mut expected = std::vec![1, 0, 0, 0, 0, 0, 0x20, 0];
+        expected.extend_from_slice(&(3 * LARGE).to_le_bytes());
+        expected.extend_from_slice(&3_u64.to_le_bytes());
+        expected.extend_from_slice(&[0b1111_1001, 0xff, 0b1111]);
+        assert_eq!(world.machine.bytes(BUFFER, 27), expected);
+        assert!(world.machine.holds(BUFFER + 27, 4096 - 27, BLANK));
+        // Exactly as much as is needed, of a buffer that ends where the guest's memory does.
+        let last = GUEST + ((GUEST_PAGES - 1) << 12);
+        let (code, _) = ask_into(world, TABLE, range, (last, 27));
+        assert_eq!(code, ResultCode::SUCCESS);
+        assert_eq!(world.machine.bytes(last, 27), expected);
+        // No more is looked at than could be written.
+        let (code, _) = ask_into(world, TABLE, range, (last, 1 << 40));
+        assert_eq!(code, ResultCode::SUCCESS);
+        // Nothing is unaccepted there.
+        let (code, after) = ask_into(world, TABLE, (REGION, LARGE), (BUFFER, 24));
+        assert_eq!((code, after.rcx), (ResultCode::SUCCESS, 24));
+        assert!(world.machine.holds(BUFFER + 8, 16, 0));
+    });
+}
+
+#[test]
+fn a_buffer_too_small_for_the_table_is_told_what_is_needed() {
+    in_world(|world| {
+        for size in [0, 23, 24, 26] {
+            world.machine.fill(BUFFER, &[BLANK; 64]);
+            let range = (REGION, END - REGION);
+            let (code, after) =
+                world.nothing_changes(|| ask_into(world, TABLE, range, (BUFFER, size)));
+            assert_eq!((code, after.rcx), (ResultCode::INVALID_PARAMETER, 27));
+            assert!(world.machine.holds(BUFFER, 64, BLANK), "written");
+        }
+    });
+}
+
+#[test]
+fn i4_i7_the_table_goes_to_the_guest_s_own_memory_only() {
+    in_world(|world| {
+        let good = (REGION, END - REGION);
+        for (range, buffer, expected) in [
+            (good, (BUFFER + 8, 27), ResultCode::INVALID_PARAMETER),
+            (good, (!4095, 4097), ResultCode::INVALID_PARAMETER),
+            (good, (1 << 52, 27), ResultCode::INVALID_PARAMETER),
+            (
+                (REGION, 4096),
+                (BUFFER, 4096),
+                ResultCode::INVALID_PARAMETER,
+            ),
+            ((REGION, 0), (BUFFER, 4096), ResultCode::INVALID_PARAMETER),
+            (
+                (0, (64 << 30) + LARGE),
+                (BUFFER, 4096),
+                ResultCode::INVALID_PARAMETER,
+            ),
+            (good, (REGION, 27), ResultCode::INVALID_ADDRESS),
+            (good, (OWN_PAGE, 27), ResultCode::INVALID_ADDRESS),
+            (good, (AREA, 27), ResultCode::INVALID_ADDRESS),
+            (good, (END, 27), ResultCode::INVALID_ADDRESS),
+            (good, ((1 << 52) - 4096, 27), ResultCode::INVALID_ADDRESS),
+        ] {
+            let (code, after) = world.nothing_changes(|| ask_into(world, TABLE, range, buffer));
+            assert_eq!(code, expected, "{range:x?} {buffer:x?}");
+            assert_eq!((after.rcx, after.rdx), range);
+        }
+        // A table of 64 GiB may have more than a page: all of it must be the guest's.
+        let last = GUEST + ((GUEST_PAGES - 1) << 12);
+        let (code, _) = ask_into(world, TABLE, (0, 64 << 30), (last, 8192));
+        assert_eq!(code, ResultCode::INVALID_ADDRESS);
     });
 }
 

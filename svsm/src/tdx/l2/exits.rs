@@ -15,6 +15,10 @@ use super::{Domain, Next, Service};
 /// Bit of the access rights in an exit's CS that says "64-bit code", as a bit of the register.
 const CODE64: u64 = 1 << (16 + 13);
 
+/// The VMX instructions that have reasons in a row.
+const FIRST_VMX: u32 = ExitReason::VMCLEAR.0;
+const LAST_VMX: u32 = ExitReason::VMXON.0;
+
 impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// Answers an exit.
     pub fn handle(&self, vp: &mut Vp, exit: &Exit) -> Next {
@@ -60,6 +64,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             ExitReason::HLT
             | ExitReason::INVD
             | ExitReason::WBINVD
+            | ExitReason::PCONFIG
             | ExitReason::VMCALL
             | ExitReason::MWAIT
             | ExitReason::MONITOR => {
@@ -67,7 +72,12 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 Next::Resume
             }
             // What L1 keeps of these the guest may not change, and it has no extended state to switch on.
-            ExitReason::CR_ACCESS | ExitReason::XSETBV | ExitReason::RDPMC => {
+            // A switch of tasks exits always, wherever the guest's tables have a gate for one; to carry it
+            // out is the module's as little as ours, so the gate is one that there is not.
+            ExitReason::CR_ACCESS
+            | ExitReason::XSETBV
+            | ExitReason::RDPMC
+            | ExitReason::TASK_SWITCH => {
                 vp.general_protection();
                 Next::Resume
             }
@@ -79,6 +89,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                     information: exit.interruption as u32,
                     error: (exit.interruption >> 32) as u32,
                     length: 0,
+                    address: None,
                 });
                 Next::Resume
             }
@@ -87,8 +98,15 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             | ExitReason::NMI_WINDOW
             | ExitReason::TPR_BELOW_THRESHOLD
             | ExitReason::VIRTUALIZED_EOI => Next::Resume,
-            // VMX instructions, GETSEC and the like do not exist in a trust domain.
-            ExitReason(19..=27 | 50 | 53) => {
+            // These exit whatever L1 has set, at any privilege level, and do not exist in a trust domain.
+            ExitReason::GETSEC
+            | ExitReason::RSM
+            | ExitReason::INVEPT
+            | ExitReason::INVVPID
+            | ExitReason::ENCLS
+            | ExitReason::ENCLV
+            | ExitReason::SEAMCALL
+            | ExitReason(FIRST_VMX..=LAST_VMX) => {
                 vp.undefined_opcode();
                 Next::Resume
             }

@@ -1,6 +1,6 @@
 //! The guest's memory: acceptance, conversion, and accesses to pages that it has not accepted.
 
-use accept::{Backend, Block, Error, Frame, OnNoChange, PageSize, PageState};
+use accept::{Backend, Block, Error, Frame, OnNoChange, Operation, PageSize, PageState};
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE};
 use protocols::launch::{READ_AHEAD_LIMIT, Touch};
 use protocols::tdx::l2::{Exit, ExtendedType};
@@ -15,6 +15,7 @@ use super::tdcall::Done;
 use super::vp::{Debt, Vp};
 use super::{Domain, Next, Service};
 use crate::ahead::HostLied;
+use crate::memory::layout::largest_block;
 use crate::platform::tdx::map_gpa::{Answer, Conversion};
 
 /// How much one request converts at most; the guest asks for the rest again (I8).
@@ -71,7 +72,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             Err(Error::Owned | Error::OutOfRange | Error::NotAccepted) => Operand::RCX.into(),
             Err(Error::Busy) => busy(),
             Err(Error::HostLied) => Done::End(self.lie_about(block)),
-            Err(Error::Backend { status, .. }) => Status(status).into(),
+            Err(Error::Backend { operation, status }) => not_accepted(operation, Status(status)),
         }
     }
 
@@ -110,7 +111,7 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 return Done::End(TurnstileReason::NOT_VALIDATED);
             }
             Ok(Ok(mapping)) => mapping.level,
-            Ok(Err(status)) => return status.into(),
+            Ok(Err(status)) => return refused(status),
             Err(Error::Busy) => return busy(),
             // The first page is not: only small pages can be accepted one by one.
             Err(_) => 0,
@@ -144,6 +145,12 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
     /// An access that the secure EPT does not allow.
     pub(super) fn access(&self, vp: &mut Vp, exit: &Exit) -> Next {
         let gpa = exit.gpa;
+        let told = EptViolation::from_bits_retain(exit.qualification);
+        // Bits above the width are reserved in the guest's tables.
+        if gpa >= self.shared() << 1 && told.contains(EptViolation::LINEAR_ADDRESS) {
+            vp.reserved_bits(exit.gla, told, exit.cpl & 3 == 3);
+            return Next::Resume;
+        }
         if !is_private(gpa, self.shared()) {
             // A device: the guest's handler asks for the access.
             vp.virtualization(violation(exit));
@@ -237,7 +244,8 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
             if vp.debt.is_some() {
                 return Ok((HostStatus::RETRY, at));
             }
-            let block = block_at(at & !shared, stop - at);
+            let first = Frame::containing(at & !shared);
+            let block = largest_block(first, (stop - at) / PAGE_SIZE);
             let (status, done) = if alias == 0 {
                 self.to_private(block)?
             } else {
@@ -343,17 +351,25 @@ fn copied(result: Result<Result<(), super::Unreachable>, Error>, gpa: u64) -> Re
     }
 }
 
-fn busy() -> Done {
+pub(super) fn busy() -> Done {
     Done::Status(Status::OPERAND_BUSY.with(Operand::RCX.0))
 }
 
-/// The largest block at an address within so many bytes. The address is that of a page.
-const fn block_at(gpa: u64, bytes: u64) -> Block {
-    let frame = Frame::containing(gpa);
-    if gpa.is_multiple_of(LARGE_PAGE_SIZE) && bytes >= LARGE_PAGE_SIZE {
-        Block::region_around(frame)
-    } else {
-        Block::page(frame)
+/// Why L1 was refused a page, as the guest would hear it of the module: its entry was busy for longer than
+/// the paravisor asks (I12), the host's right of way or not, or it is no page.
+pub(super) fn refused(status: Status) -> Done {
+    if status.is_busy() {
+        return busy();
+    }
+    Operand::RCX.into()
+}
+
+/// An accept that was not carried out. Where the page is accepted but could not be given to the guest's VM,
+/// of which the guest knows nothing, the next request gives it: busy.
+fn not_accepted(operation: Operation, status: Status) -> Done {
+    match operation {
+        Operation::Grant => busy(),
+        _ => refused(status),
     }
 }
 

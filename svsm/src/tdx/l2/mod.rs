@@ -22,8 +22,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use accept::{Backend, Engine};
 use protocols::addr::Gpa;
 use protocols::launch::Touch;
-use protocols::tdx::Status;
 use protocols::tdx::metadata::{FieldId, TdControls};
+use protocols::tdx::{Status, TdAttributes};
 use protocols::terminate::TurnstileReason;
 
 use crate::ahead::Ahead;
@@ -130,10 +130,11 @@ pub struct GuestTd {
 }
 
 impl GuestTd {
-    /// As a trust domain starts whose pending pages raise #VE or, if `disabled`, do not.
+    /// As a trust domain with these attributes starts: they say whether its pending pages raise #VE.
     #[must_use]
-    pub fn new(disabled: bool) -> Self {
+    pub fn new(attributes: TdAttributes) -> Self {
         let mut controls = TdControls::empty();
+        let disabled = attributes.contains(TdAttributes::SEPT_VE_DISABLE);
         controls.set(TdControls::PENDING_VE_DISABLE, disabled);
         Self {
             controls: AtomicU64::new(controls.bits()),

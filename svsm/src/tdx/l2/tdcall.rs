@@ -8,7 +8,7 @@ use protocols::tdx::vmcall::register::{R8, R9, R10, R11, RAX, RCX, RDX};
 use protocols::tdx::{Leaf, MAPPING_PENDING, Operand, Status};
 use protocols::terminate::TurnstileReason;
 
-use super::memory::{PageOperand, is_private};
+use super::memory::{PageOperand, busy, is_private, refused};
 use super::vp::Vp;
 use super::{Domain, MEASUREMENT, Next, REPORT, REPORT_DATA, Service};
 
@@ -266,12 +266,12 @@ impl<B: Backend, D: Domain> Service<'_, B, D> {
                 vp.gprs()[RCX] = gpa.get() & !(size - 1) | u64::from(mapping.level) | pending;
                 Status::SUCCESS.into()
             }
-            Ok(Err(status)) => status.into(),
+            Ok(Err(status)) => refused(status),
             Err(accept::Error::NotAccepted) => {
                 vp.gprs()[RCX] = gpa.get() | MAPPING_PENDING;
                 Status::SUCCESS.into()
             }
-            Err(accept::Error::Busy) => Done::Status(Status::OPERAND_BUSY.with(Operand::RCX.0)),
+            Err(accept::Error::Busy) => busy(),
             Err(_) => Operand::RCX.into(),
         }
     }

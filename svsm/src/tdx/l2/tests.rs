@@ -13,10 +13,10 @@ use protocols::addr::Gpa;
 use protocols::launch::{Acceptance, Touch};
 use protocols::tdx::l2::{EnterState, Exit};
 use protocols::tdx::metadata::{FieldId, TdControls};
-use protocols::tdx::ve::ExitReason;
+use protocols::tdx::ve::{EptViolation, ExitReason};
 use protocols::tdx::vmcall::register::{R8, R9, R10, R11, R12, R13, RAX, RCX, RDX};
 use protocols::tdx::vmcall::{Status as HostStatus, SubFunction};
-use protocols::tdx::{Leaf, Operand, Status};
+use protocols::tdx::{Leaf, Operand, Status, TdAttributes};
 use protocols::terminate::TurnstileReason;
 
 use super::interrupts::VirtualApic;
@@ -30,6 +30,7 @@ use crate::ahead::Ahead;
 
 mod exits;
 mod policies;
+mod refusals;
 
 const SHARED: u64 = 1 << 47;
 /// Regions of the model's memory, from address 0. The last one is the paravisor's.
@@ -43,6 +44,9 @@ struct Sept {
     lies: bool,
     /// No flush is certain.
     others_stay: Cell<bool>,
+    /// What the module answers to an accept, to a grant; done without.
+    accept_fails: Cell<Option<Status>>,
+    grant_fails: Cell<Option<Status>>,
     accepted: RefCell<Vec<u64>>,
 }
 
@@ -51,6 +55,9 @@ impl Backend for &Sept {
     fn validate(&self, block: Block) -> Result<(), ValidateFault> {
         if self.lies {
             return Err(ValidateFault::AlreadyDone);
+        }
+        if let Some(status) = self.accept_fails.get() {
+            return Err(ValidateFault::Failed(status.0));
         }
         self.accepted.borrow_mut().push(block.gpa());
         Ok(())
@@ -62,7 +69,10 @@ impl Backend for &Sept {
         Ok(())
     }
     fn grant(&self, _: Block) -> Result<(), AdjustFault> {
-        Ok(())
+        match self.grant_fails.get() {
+            Some(status) => Err(AdjustFault::Failed(status.0)),
+            None => Ok(()),
+        }
     }
     fn revoke(&self, _: Block) -> Result<(), AdjustFault> {
         Ok(())
@@ -177,7 +187,7 @@ fn with_policy<T>(
     engine
         .record_launch(Frame::containing(OWNED), 512, PageState::Owned)
         .unwrap();
-    let td = GuestTd::new(false);
+    let td = GuestTd::new(TdAttributes::empty());
     let ahead = Ahead::new(acceptance, (REGIONS as u64) << 21);
     let service = Service {
         engine: &engine,
@@ -547,6 +557,8 @@ fn touch(service: &TestService<'_>, vp: &mut Vp, gpa: u64) -> Next {
 const VE: u32 = 0x8000_0314;
 const DOUBLE_FAULT: u32 = 0x8000_0B08;
 const GENERAL_PROTECTION: u32 = 0x8000_0B0D;
+const INVALID_OPCODE: u32 = 0x8000_0306;
+const PAGE_FAULT: u32 = 0x8000_0B0E;
 
 fn injected(vp: &Vp) -> Option<u32> {
     vp.injection.map(|injection| injection.information)
@@ -586,6 +598,53 @@ fn memory_that_is_not_accepted_is_a_fault_or_is_accepted() {
         assert_eq!(touch(service, vp, OWNED), Next::Resume);
         assert_eq!(injected(vp), Some(VE));
     });
+}
+
+/// Bits of an address above the width are reserved (facts: tdx §3), and a page fault tells where by CR2.
+#[test]
+fn an_address_beyond_the_width_is_a_page_fault() {
+    let (sept, model) = (Sept::default(), Model::default());
+    let told = EptViolation::LINEAR_ADDRESS | EptViolation::FINAL;
+    with(&sept, &model, Touch::ACCEPT, |service, vp| {
+        for (gpa, access, cpl, error) in [
+            (1 << 48, EptViolation::READ, 0, 0x9),
+            (1 << 51 | SHARED | 0x1000, EptViolation::WRITE, 3, 0xF),
+            (1 << 48 | 0x3000, EptViolation::FETCH, 0, 0x19),
+        ] {
+            let exit = Exit {
+                gpa,
+                cpl,
+                gla: 0xFFFF_8000_0000_1234,
+                qualification: (told | access).bits(),
+                ..Exit::new(ExitReason::EPT_VIOLATION)
+            };
+            assert_eq!(service.handle(vp, &exit), Next::Resume);
+            let event = vp.injection.unwrap();
+            assert_eq!(
+                (event.information, event.error, event.address),
+                (PAGE_FAULT, error, Some(exit.gla)),
+                "{gpa:#x}"
+            );
+            // Without a linear address it is no page fault.
+            let exit = Exit {
+                qualification: access.bits(),
+                ..exit
+            };
+            vp.ve = None;
+            assert_eq!(service.handle(vp, &exit), Next::Resume);
+            assert_eq!(injected(vp), Some(VE));
+        }
+        assert!(sept.accepted.borrow().is_empty());
+    });
+}
+
+/// TD_CTLS.PENDING_VE_DISABLE starts as ATTRIBUTES say (facts: tdx §3).
+#[test]
+fn the_attributes_say_whether_pending_pages_raise_an_exception() {
+    let others = TdAttributes::DEBUG | TdAttributes::MIGRATABLE;
+    assert_eq!(GuestTd::new(others).controls(), TdControls::empty());
+    let disabled = GuestTd::new(others | TdAttributes::SEPT_VE_DISABLE);
+    assert_eq!(disabled.controls(), TdControls::PENDING_VE_DISABLE);
 }
 
 /// I6: a page on record that is pending was exchanged; one that is not was accepted by another

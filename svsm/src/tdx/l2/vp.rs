@@ -2,9 +2,10 @@
 
 use accept::Withdrawn;
 use protocols::tdx::l2::EnterState;
-use protocols::tdx::ve::{self, ExitReason, VeInfo};
+use protocols::tdx::ve::{self, EptViolation, ExitReason, VeInfo};
 use protocols::tdx::vmcall::register::COUNT;
 use protocols::tdx::vmcs::interruption::{Event, Kind};
+use x86_64::structures::idt::PageFaultErrorCode;
 
 use super::interrupts::{IsException, VirtualApic};
 
@@ -14,6 +15,8 @@ const DOUBLE_FAULT: u8 = 8;
 const INVALID_OPCODE: u8 = 6;
 /// Vector of #GP.
 const GENERAL_PROTECTION: u8 = 13;
+/// Vector of #PF.
+const PAGE_FAULT: u8 = 14;
 
 /// An event to be delivered when the processor goes on: the fields of the entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +27,8 @@ pub struct Injection {
     pub error: u32,
     /// Length of the instruction that it is an event of; 0 if it is not an instruction's.
     pub length: u32,
+    /// CR2 from then on, if the event is a page fault. There is no field for it: the guest has L1's.
+    pub address: Option<u64>,
 }
 
 /// What is to become of a block that the guest has no access to any more.
@@ -117,6 +122,8 @@ impl Vp {
                     | Kind::SOFTWARE_EXCEPTION => length,
                     _ => 0,
                 },
+                // Its own page faults have set CR2.
+                address: None,
             });
         } else if event.kind == Kind::EXTERNAL {
             self.state.interrupt_status = self
@@ -144,6 +151,20 @@ impl Vp {
     /// #GP(0).
     pub(super) fn general_protection(&mut self) {
         self.raise(GENERAL_PROTECTION, Some(0));
+    }
+
+    /// #PF of an access to this linear address, whose translation has a reserved bit set.
+    pub(super) fn reserved_bits(&mut self, address: u64, access: EptViolation, user: bool) {
+        use PageFaultErrorCode as Error;
+        let mut error = Error::PROTECTION_VIOLATION | Error::MALFORMED_TABLE;
+        let is = |kind| access.contains(kind);
+        error.set(Error::CAUSED_BY_WRITE, is(EptViolation::WRITE));
+        error.set(Error::INSTRUCTION_FETCH, is(EptViolation::FETCH));
+        error.set(Error::USER_MODE, user);
+        self.raise(PAGE_FAULT, Some(error.bits() as u32));
+        if let Some(event) = &mut self.injection {
+            event.address = Some(address);
+        }
     }
 
     /// #VE, or #DF if the information of the one before was not asked for.
@@ -188,6 +209,7 @@ impl Vp {
             .encode(),
             error: error.unwrap_or(0),
             length: 0,
+            address: None,
         });
     }
 }

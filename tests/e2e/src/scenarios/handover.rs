@@ -8,13 +8,13 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use protocols::hob::IgvmDataKind;
-use protocols::launch::{Acceptance, Fault};
+use protocols::launch::{AcceptPolicy, Acceptance, Fault};
 use protocols::report::Outcome;
 
 use crate::attestation::{self, fresh_nonce, guest_files};
 use crate::guests::Kernel;
 use crate::image::{Item, Recipe};
-use crate::prediction::{Prediction, Signers};
+use crate::prediction::{Prediction, Signers, demand_both};
 use crate::scenario::{BOOT_LIMIT, Context, Findings, Scenario};
 use crate::vm::{Backing, Linux, Settings};
 
@@ -39,10 +39,7 @@ fn uki(context: &Context, kernel: Kernel) -> Result<Findings> {
     let files = guest_files(context, kernel, &nonce)?;
     let program = make_uki(context, context.linux_with(kernel, &command, &files)?)?;
     let program = fs::read(program)?;
-    let items = [Item {
-        kind: IgvmDataKind::KERNEL,
-        bytes: &program,
-    }];
+    let items = [Item::new(IgvmDataKind::KERNEL, &program)?];
     let image = context.dir.join("image.igvm");
     let sidecar = Recipe {
         paravisor: &artefacts.paravisor,
@@ -83,7 +80,8 @@ fn uki(context: &Context, kernel: Kernel) -> Result<Findings> {
             || format!("not in {} bytes of output", output.len()),
         );
     }
-    prediction.demand_both(&mut findings, &output, &artefacts.chip, &nonce)?;
+    let demands = prediction.demands(&artefacts.chip, AcceptPolicy::LAZY)?;
+    demand_both(&mut findings, &output, &demands, &nonce)?;
     Ok(findings)
 }
 

@@ -11,7 +11,7 @@ use protocols::report::Outcome;
 
 use crate::attestation::NONCE_SIZE;
 use crate::image::Recipe;
-use crate::prediction::{Prediction, Signers};
+use crate::prediction::{Prediction, Signers, demand_both};
 use crate::scenario::{Context, Findings, GUEST_LIMIT, Scenario};
 use crate::vm::{Backing, Config, Cores, Finished, Settings};
 
@@ -139,12 +139,7 @@ fn reported(
     let output = String::from_utf8_lossy(&finished.output).replace('\r', "");
     findings.equal("the guest's exit code", finished.report()?.code, 0);
 
-    let chip = &context.artefacts.chip;
-    let both = prediction.demand_both(findings, &output, chip, &nonce)?;
-    findings.equal(
-        "the policy of acceptance in the manifest",
-        AcceptPolicy(both.manifest.turnstile.policy),
-        image.acceptance.policy,
-    );
+    let demands = prediction.demands(&context.artefacts.chip, image.acceptance.policy)?;
+    demand_both(findings, &output, &demands, &nonce)?;
     Ok(())
 }

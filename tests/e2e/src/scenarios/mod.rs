@@ -16,6 +16,7 @@
 //! | [`policy`] | is memory accepted before the guest asks, unnoticed? |
 //! | [`stress`] | is nothing lost when memory and processors change all the time? |
 //! | [`attest`] | can a verifier believe what a Linux guest hands to it? |
+//! | [`attest_lies`] | what does a Linux guest do whose host lies about messages? |
 //! | [`disk`] | does a Debian on a disk boot, with devices that work by DMA? |
 //! | [`hostile`] | does a lying host meet a termination with a reason? |
 //! | [`faults`] | do the checks catch a paravisor that misbehaves? |
@@ -28,6 +29,7 @@
 //! | [`tools`] | what do the tools say to bad input? |
 
 mod attest;
+mod attest_lies;
 mod bench;
 mod boot;
 mod boot_memory;
@@ -84,6 +86,7 @@ pub fn all() -> Vec<Scenario> {
         matrix::scenarios(),
         stress::scenarios(),
         attest::scenarios(),
+        attest_lies::scenarios(),
         disk::scenarios(),
     ]
     .into_iter()

@@ -29,6 +29,9 @@ const LIES: [(&str, TurnstileReason); 6] = [
     ("map-gpa-retry", TurnstileReason::TD_MAP_GPA),
 ];
 
+/// A host that goes on with L1 although its guest has stopped for nothing: it may, so it must be survived.
+const EARLY_RETURN: &str = "early-return";
+
 /// The host removes a page of the guest's and adds another; what the guest does with it then, as the
 /// number of processors has the test guest choose, and the case that is its end.
 const RE_ADDED: [(&str, u32, &str); 3] = [
@@ -57,6 +60,11 @@ const ON_TOUCH: Acceptance = Acceptance {
 /// table as well.
 const POLICIES: [(&str, Acceptance); 3] = [("eager", EAGER), ("ahead", AHEAD), ("touch", ON_TOUCH)];
 
+/// When memory is accepted while the host lies, in the name of a scenario; behind the dash is the name of
+/// the guest's table.
+const WHEN: [(&str, Acceptance); 3] =
+    [("", Acceptance::LAZY), ("-eager", EAGER), ("-ahead", AHEAD)];
+
 pub fn scenarios() -> Vec<Scenario> {
     let good = Backing::BOTH.into_iter().map(|backing| {
         Scenario::new(format!("tdx_l2/{}", backing.name()), move |context| {
@@ -76,10 +84,28 @@ pub fn scenarios() -> Vec<Scenario> {
             }
         })
     });
-    let hostile = LIES.into_iter().map(|(lie, reason)| {
-        Scenario::new(format!("tdx_l2/hostile/{lie}"), move |context| {
-            meets(context, lie, reason)
+    let hostile = WHEN.into_iter().flat_map(|(suffix, acceptance)| {
+        LIES.into_iter().map(move |(lie, reason)| {
+            let name = format!("tdx_l2/hostile/{lie}{suffix}");
+            let scenario =
+                Scenario::new(name, move |context| meets(context, lie, reason, acceptance));
+            // Every day under lazy, as for SEV-SNP.
+            match suffix {
+                "" => scenario,
+                _ => scenario.only_in_full(),
+            }
         })
+    });
+    let early = WHEN.into_iter().map(|(suffix, acceptance)| {
+        let name = format!("tdx_l2/hostile/{EARLY_RETURN}{suffix}");
+        let table = suffix.strip_prefix('-');
+        let scenario = Scenario::new(name, move |context| {
+            resumed_for_nothing(context, acceptance, table)
+        });
+        match suffix {
+            "" => scenario,
+            _ => scenario.only_in_full(),
+        }
     });
     let re_added = RE_ADDED.into_iter().flat_map(|(how, vcpus, end)| {
         Backing::BOTH.into_iter().map(move |backing| {
@@ -106,6 +132,7 @@ pub fn scenarios() -> Vec<Scenario> {
     });
     good.chain(policies)
         .chain(hostile)
+        .chain(early)
         .chain(re_added)
         .chain(re_added_ahead)
         .collect()
@@ -186,15 +213,40 @@ fn judged(
 }
 
 /// The paravisor ends the machine with the reason that names the lie, and has accepted nothing twice.
-fn meets(context: &Context, lie: &str, reason: TurnstileReason) -> Result<Findings> {
+fn meets(
+    context: &Context,
+    lie: &str,
+    reason: TurnstileReason,
+    acceptance: Acceptance,
+) -> Result<Findings> {
     let settings = Settings {
         hostile: Some(lie.to_owned()),
         ..Settings::default()
     };
-    let (config, _) = machine(context, Acceptance::LAZY, settings, 2)?;
+    let (config, _) = machine(context, acceptance, settings, 2)?;
     let finished = config.run(GUEST_LIMIT, |_| {})?;
     let mut findings = Findings::default();
     ended_with(&mut findings, &finished, reason)?;
+    Ok(findings)
+}
+
+/// The guest's cases are as without it, however often L1 is resumed for nothing.
+fn resumed_for_nothing(
+    context: &Context,
+    acceptance: Acceptance,
+    table: Option<&'static str>,
+) -> Result<Findings> {
+    let settings = Settings {
+        hostile: Some(EARLY_RETURN.to_owned()),
+        table,
+        ..Settings::default()
+    };
+    let least = table.map_or(LEAST_CASES, |_| LEAST_SPECIAL_CASES);
+    let (mut findings, finished) = judged(context, acceptance, settings, least)?;
+    let counters = finished.report()?.counters.get(1);
+    let early = counters.and_then(|guest| guest.td_exits.get(EARLY_RETURN));
+    let early = early.copied().unwrap_or(0);
+    findings.check("L1 was resumed for nothing", early > 0, || "never".into());
     Ok(findings)
 }
 

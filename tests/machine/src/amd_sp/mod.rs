@@ -28,6 +28,27 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use crate::launch::digest::Digest;
 use crate::types::{Gpa, PAGE_SIZE};
 
+/// The firmware that this is.
+pub(crate) const FIRMWARE: Firmware = Firmware {
+    major: 1,
+    minor: 55,
+    build: 21,
+};
+
+/// A version of the firmware; major and minor are also those of its ABI.
+pub(crate) struct Firmware {
+    pub major: u8,
+    pub minor: u8,
+    build: u8,
+}
+
+impl Firmware {
+    /// As reports tell it.
+    const fn reported(&self) -> [u8; 4] {
+        [self.build, self.minor, self.major, 0]
+    }
+}
+
 /// Answer of the firmware, or the status of the command.
 pub type Answer = Result<Vec<u8>, FirmwareStatus>;
 

@@ -8,10 +8,8 @@ use protocols::amd_sp::report::{
 };
 use zerocopy::FromZeros;
 
-use super::SecurityProcessor;
+use super::{FIRMWARE, SecurityProcessor};
 
-/// Build, minor and major of the firmware that this is.
-const FIRMWARE: [u8; 4] = [21, 55, 1, 0];
 /// The lowest level there is.
 const LAST_VMPL: u32 = 3;
 
@@ -68,8 +66,8 @@ impl SecurityProcessor {
             cpuid_fms: guest.cpuid_fms,
             chip_id: chip.id,
             committed_tcb: chip.tcb,
-            current_firmware: FIRMWARE,
-            committed_firmware: FIRMWARE,
+            current_firmware: FIRMWARE.reported(),
+            committed_firmware: FIRMWARE.reported(),
             launch_tcb: chip.tcb,
             ..AttestationReport::new_zeroed()
         };

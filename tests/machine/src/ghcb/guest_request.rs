@@ -5,7 +5,8 @@
 //! nobody is asked. All pages are shared memory, which the guest and devices may change meanwhile, so each is
 //! copied once.
 //!
-//! With `hostile=messages-…` it lies when the test guest says so ([`Lie`]), once.
+//! With `hostile=messages-…` it lies when the test guest says so ([`Lie`]), once. Where there is none to say so it
+//! has the lie of its name for every message, once it has carried one answer honestly.
 
 use alloc::boxed::Box;
 use alloc::format;
@@ -22,6 +23,7 @@ use super::page::{Exchange, Failure};
 use crate::amd_sp::Answer;
 use crate::memory::PhysicalMemory;
 use crate::platform::Platform;
+use crate::settings::Hostile;
 use crate::types::{Gpa, PAGE_SIZE, Spa};
 
 /// Bytes of an empty table of certificates: its end mark.
@@ -104,7 +106,7 @@ impl<P: PhysicalMemory> Platform<P> {
         let mut page = [0; PAGE_SIZE as usize];
         self.memory.read(from, &mut page);
 
-        let lie = self.courier.lie.take();
+        let lie = self.courier.lie.take().or_else(|| self.habitual_lie());
         let outcome = match lie {
             Some(Lie::Busy) => GuestRequestOutcome::of_host(HostStatus::BUSY),
             Some(Lie::Drop) => GuestRequestOutcome::OK,
@@ -120,6 +122,21 @@ impl<P: PhysicalMemory> Platform<P> {
         };
         exchange.put(Field::EXIT_INFO_2, outcome.encode());
         Ok(Reply::Resume)
+    }
+
+    /// The lie of a host that nobody tells when to lie.
+    fn habitual_lie(&self) -> Option<Lie> {
+        if self.settings.oracle || self.courier.last.is_none() {
+            return None;
+        }
+        let is_host = |(host, lie)| self.settings.is_hostile(host).then_some(lie);
+        [
+            (Hostile::MessagesTampered, Lie::Tamper),
+            (Hostile::MessagesReplayed, Lie::Replay),
+            (Hostile::MessagesLost, Lie::Lose),
+        ]
+        .into_iter()
+        .find_map(is_host)
     }
 
     /// Has the message answered, and writes the answer to `to`.

@@ -16,6 +16,7 @@
 //! | [`hob`] | the same for the firmware of a trust domain |
 //! | [`pages`] | the secrets and CPUID pages |
 //! | [`plain`] | loading an image where nothing is confidential |
+//! | [`policy`] | which guest policies are |
 //! | [`vmsa`] | which processor states are taken |
 //! | [`digest`] | the launch digest |
 //! | [`id_block`] | whether the ID block is that of what was launched |
@@ -53,6 +54,7 @@ pub mod order;
 pub mod pages;
 pub mod parameters;
 pub mod plain;
+pub mod policy;
 pub mod vmsa;
 
 use digest::{Digest, LaunchDigest, Measurement, PageType};
@@ -60,13 +62,6 @@ use file::{Directive, File, FileError, PageKind, Parameter};
 
 /// Pages without RAM may lie in the ROM window of a PC.
 const ROM_WINDOW: Range<u64> = (1 << 32) - (16 << 20)..1 << 32;
-
-/// Bit of the launch policy that must be one (SNP ABI, guest policy).
-const POLICY_MUST_BE_ONE: u64 = 1 << 17;
-/// Bits of it that mean nothing.
-const POLICY_RESERVED: u64 = !0 << 26;
-/// The policy of a file that has none: QEMU's own, SMT allowed.
-const POLICY_DEFAULT: u64 = 1 << 16 | POLICY_MUST_BE_ONE;
 
 /// What the loader needs from the CPU side.
 pub struct Environment<'e> {
@@ -101,6 +96,8 @@ pub enum LaunchError {
     File(FileError),
     /// The policy lacks the bit that must be one, or has bits that mean nothing.
     Policy(u64),
+    /// The policy asks for this version of the firmware's ABI, and the firmware is older.
+    Abi(policy::AbiVersion),
     /// The ID block is not that of what was launched, or nobody vouches for it.
     IdBlock(id_block::Refusal),
     /// There is no RAM at this address and none can be put there.
@@ -152,6 +149,11 @@ impl fmt::Display for LaunchError {
             Self::Policy(policy) => write!(
                 f,
                 "policy {policy:#x}: bit 17 must be one and bits 63:26 zero for SEV-SNP, bits 63:3 zero for TDX"
+            ),
+            Self::Abi(asked) => write!(
+                f,
+                "policy: asks for firmware ABI {asked}, and this is {}: SNP_LAUNCH_START gives POLICY_FAILURE (0x07)",
+                policy::AbiVersion::OWN
             ),
             Self::IdBlock(refusal) => write!(f, "ID block: SNP_LAUNCH_FINISH gives {refusal}"),
             Self::NoMemory(gpa) => write!(f, "the image wants memory at {gpa:#x}; there is none"),
@@ -217,11 +219,8 @@ impl<P: PhysicalMemory> Platform<P> {
             PlatformKind::Tdx => true,
             PlatformKind::Native => return Err(LaunchError::NotConfidential),
         };
-        if !is_td
-            && let Some(policy) = file.policy
-            && (policy & POLICY_MUST_BE_ONE == 0 || policy & POLICY_RESERVED != 0)
-        {
-            return Err(LaunchError::Policy(policy));
+        if !is_td && let Some(policy) = file.policy {
+            policy::check(policy)?;
         }
         let contexts = file
             .directives
@@ -269,7 +268,7 @@ impl<P: PhysicalMemory> Platform<P> {
         // Trust domains have no such thing.
         let identity = match file.id_block.filter(|_| !is_td) {
             Some(block) => {
-                let policy = file.policy.unwrap_or(POLICY_DEFAULT);
+                let policy = file.policy.unwrap_or(policy::DEFAULT);
                 Some(id_block::check(&block, &digest, policy).map_err(LaunchError::IdBlock)?)
             }
             None => None,
@@ -280,7 +279,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 self.set_vmsa(VcpuId(0), Vmpl::VMPL0, vmsa);
                 let guest = amd_sp::Guest {
                     measurement: digest,
-                    policy: file.policy.unwrap_or(POLICY_DEFAULT),
+                    policy: file.policy.unwrap_or(policy::DEFAULT),
                     identity: identity.unwrap_or_default(),
                     vmpck: state.secrets.1,
                     secrets_page: state.secrets.0,

@@ -484,6 +484,13 @@ fn launches_that_no_host_could_do_are_refused() {
     let rows: &[(Spoil, LaunchError)] = &[
         (|h| h[1] = policy(1 << 16), LaunchError::Policy(1 << 16)),
         (
+            |h| h[1] = policy(0x3_FFFF),
+            LaunchError::Abi(policy::AbiVersion {
+                major: 255,
+                minor: 255,
+            }),
+        ),
+        (
             |h| h[9] = page_data(0x1_0000_0000, 0, 0, 0),
             LaunchError::NoMemory(elsewhere),
         ),

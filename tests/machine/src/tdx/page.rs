@@ -66,6 +66,7 @@ const fn level_of(size: PageSize) -> u32 {
 /// How an accept ends that changes nothing.
 enum Accept {
     Now,
+    Busy,
     Already(PageSize),
     Mismatch,
 }
@@ -82,16 +83,14 @@ impl<P: PhysicalMemory> Platform<P> {
             self.count_accept(size).invalid += 1;
             return Ok(Operand::RCX.invalid());
         };
-        if self.is_held(gpa, size) {
-            // Row 5.
-            self.count_accept(size).busy += 1;
-            return Ok(Status::OPERAND_BUSY.with(Operand::RCX.0));
-        }
+        let is_held = self.is_held(gpa, size);
         let settled = |walk: &Walk| match walk {
             // Row 3: a larger leaf that is accepted. A larger one that is not is row 4.
             Walk::Larger(entry) if State::of(entry) == State::Mapped => {
                 Some(Accept::Already(PageSize::Size2M))
             }
+            // Row 5: the walk has come to the entry, and asks for its lock.
+            Walk::Table | Walk::Leaf(_) if is_held => Some(Accept::Busy),
             Walk::Table => Some(Accept::Mismatch),
             Walk::Leaf(entry) => match State::of(entry) {
                 State::Mapped => Some(Accept::Already(size)),
@@ -102,6 +101,10 @@ impl<P: PhysicalMemory> Platform<P> {
             Walk::Larger(_) | Walk::Missing => None,
         };
         match self.walk_until(gpa, size, ACCEPT, settled)? {
+            (_, Accept::Busy) => {
+                self.count_accept(size).busy += 1;
+                Ok(Status::OPERAND_BUSY.with(Operand::RCX.0))
+            }
             (_, Accept::Mismatch) => {
                 self.count_accept(size).size_mismatch += 1;
                 Ok(Status::PAGE_SIZE_MISMATCH.with(level_of(PageSize::Size2M)))
@@ -176,10 +179,7 @@ impl<P: PhysicalMemory> Platform<P> {
         };
         let (_, entry) = self.walk_until(gpa, PageSize::Size4K, "attributes", settled)?;
         gprs[RCX] = mapping(gpa, &entry);
-        gprs[RDX] = L2Vm::ALL
-            .iter()
-            .map(|&vm| vm.field(attributes_of(&entry, vm)))
-            .sum();
+        gprs[RDX] = current_attributes(&entry);
         Ok(Status::SUCCESS.with(0))
     }
 
@@ -208,29 +208,28 @@ impl<P: PhysicalMemory> Platform<P> {
         let Some(size) = operand.size() else {
             return Ok(Status::PAGE_SIZE_MISMATCH.with(level::SIZE_1G as u32));
         };
-        if self.is_held(operand.gpa, size) {
-            return Ok(Status::OPERAND_BUSY.with(Operand::RCX.0));
-        }
+        let is_held = self.is_held(operand.gpa, size);
         let settled = |walk: &Walk| match walk {
-            Walk::Table => Some(None),
-            Walk::Leaf(entry) => usable(entry).map(Some),
+            Walk::Table | Walk::Leaf(_) if is_held => {
+                Some(Err(Status::OPERAND_BUSY.with(Operand::RCX.0)))
+            }
+            Walk::Table => Some(Err(Status::PAGE_SIZE_MISMATCH.with(operand.level as u32))),
+            Walk::Leaf(entry) => usable(entry).map(Ok),
             Walk::Larger(_) | Walk::Missing => None,
         };
-        let (place, leaf) = self.walk_until(operand.gpa, size, "attributes", settled)?;
-        let Some(entry) = leaf else {
-            return Ok(Status::PAGE_SIZE_MISMATCH.with(operand.level as u32));
+        let (place, entry) = match self.walk_until(operand.gpa, size, "attributes", settled)? {
+            (place, Ok(entry)) => (place, entry),
+            (_, Err(status)) => return Ok(status),
         };
         let changes =
             L2Vm::ALL.map(|vm| Change::of(&entry, vm, vm.attributes(new), vm.attributes(mask)));
-        gprs[RDX] = L2Vm::ALL
-            .iter()
-            .zip(&changes)
-            .map(|(vm, change)| vm.field(change.told))
-            .sum();
-        if changes.iter().any(|change| !change.legal) {
+        let [Some(first), Some(second), Some(third)] = changes else {
+            // None of the VMs has got anything, and RDX says what they have.
+            gprs[RDX] = current_attributes(&entry);
             return Ok(Status::PAGE_ATTR_INVALID.with(0));
-        }
-        for (vm, change) in L2Vm::ALL.into_iter().zip(changes) {
+        };
+        for (vm, change) in L2Vm::ALL.into_iter().zip([first, second, third]) {
+            gprs[RDX] |= vm.field(change.told);
             let level = vmpl_of(vm);
             if let Some(to) = change.to {
                 let had = entry.permissions(level);
@@ -266,18 +265,16 @@ struct Change {
     to: Option<Permissions>,
     /// The VM's field of RDX as it comes back.
     told: PageAttributes,
-    legal: bool,
 }
 
 impl Change {
-    fn of(entry: &Entry, vm: L2Vm, new: PageAttributes, mask: PageAttributes) -> Self {
-        let untouched = |told, legal| Self {
-            to: None,
-            told,
-            legal,
-        };
+    /// `None` if the attributes would be such that there are not together.
+    fn of(entry: &Entry, vm: L2Vm, new: PageAttributes, mask: PageAttributes) -> Option<Self> {
         if !new.contains(PageAttributes::VALID) {
-            return untouched(PageAttributes::empty(), true);
+            return Some(Self {
+                to: None,
+                told: PageAttributes::empty(),
+            });
         }
         let has = entry.permissions(vmpl_of(vm));
         let now = attributes_of(entry, vm);
@@ -286,24 +283,19 @@ impl Change {
         let wanted = (now - mask) | (new & mask) | PageAttributes::VALID;
         let access = wanted - PageAttributes::VALID;
         if (access & PageAttributes::ALL_ACCESS).is_empty() {
-            return Self {
+            return Some(Self {
                 to: (!has.is_none()).then_some(Permissions::NONE),
                 told: PageAttributes::VALID,
-                legal: true,
-            };
+            });
         }
         // W needs R; what else there is belongs to features that this processor does not have.
         let lone_write =
             access.contains(PageAttributes::WRITE) && !access.contains(PageAttributes::READ);
         let unknown = !(access - PageAttributes::ALL_ACCESS).is_empty();
-        if lone_write || unknown {
-            return untouched(now, false);
-        }
-        Self {
+        (!lone_write && !unknown).then(|| Self {
             to: Some(permissions(access)),
             told: wanted,
-            legal: true,
-        }
+        })
     }
 }
 
@@ -352,6 +344,14 @@ fn attributes_of(entry: &Entry, vm: L2Vm) -> PageAttributes {
         .into_iter()
         .filter(|&(_, permission)| has.contains(permission))
         .fold(PageAttributes::VALID, |all, (attribute, _)| all | attribute)
+}
+
+/// Those of all VMs, as RDX has them.
+fn current_attributes(entry: &Entry) -> u64 {
+    L2Vm::ALL
+        .iter()
+        .map(|&vm| vm.field(attributes_of(entry, vm)))
+        .sum()
 }
 
 fn permissions(attributes: PageAttributes) -> Permissions {

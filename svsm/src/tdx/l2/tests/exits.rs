@@ -51,6 +51,33 @@ fn tdcall_is_for_64_bit_code_at_level_0() {
     });
 }
 
+/// Whatever exits always, without a wish of L1's, has an answer: a program of the guest's must not end the
+/// machine by an instruction.
+#[test]
+fn what_exits_always_does_not_end_the_machine() {
+    let (sept, model) = (Sept::default(), Model::default());
+    let undefined = [11, 17, 50, 53, 60, 70, 76].into_iter().chain(19..=27);
+    let wanted = undefined
+        .map(|reason| (reason, INVALID_OPCODE))
+        .chain([9, 55].map(|reason| (reason, GENERAL_PROTECTION)))
+        .chain([13, 18, 65].map(|reason| (reason, VE)));
+    with(&sept, &model, Touch::FAULT, |service, vp| {
+        for (reason, event) in wanted {
+            for cpl in [0, 3] {
+                (vp.injection, vp.ve) = (None, None);
+                let exit = Exit {
+                    cpl,
+                    instruction: 3 << 32,
+                    ..Exit::new(ExitReason(reason))
+                };
+                assert_eq!(service.handle(vp, &exit), Next::Resume, "{reason}");
+                assert_eq!(injected(vp), Some(event), "{reason}");
+                assert_eq!(vp.state.rip, 0, "{reason}: the event is at the instruction");
+            }
+        }
+    });
+}
+
 #[test]
 fn cpuid_is_answered_or_raised() {
     let (sept, model) = (Sept::default(), Model::default());

@@ -6,10 +6,13 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use guest::harness::{Case, Finding, Verdict, case, expect};
 use guest::memory::{self, page_of, private};
-use guest::tdcall::{TIMER_MASKED, expect_accept, host_rdmsr, host_wrmsr, map_gpa, start_timer};
+use guest::tdcall::{
+    TIMER_MASKED, TIMER_PERIODIC, expect_accept, host_rdmsr, host_wrmsr, map_gpa, start_timer,
+};
 use guest::trap::Trap;
-use guest::{insn, trap};
+use guest::{insn, oracle, trap};
 use protocols::addr::{PAGE_SIZE, PageSize};
+use protocols::oracle::Counter;
 use protocols::tdx::ve::ExitReason;
 use protocols::tdx::vmcall::Status as HostStatus;
 
@@ -44,6 +47,11 @@ pub const CASES: &[Case] = &[
         "decision 026",
         call_is_hidden,
     ),
+    case(
+        "flush_meets_a_refused_entry",
+        "tdx.md §7 VP.ENTER check order",
+        flush_with_ticks,
+    ),
     case("spurious_vector_is_the_guests", "decision 026", spurious),
 ];
 
@@ -52,7 +60,6 @@ const SPURIOUS: u64 = 0x80F;
 const ISR: u32 = 0x810;
 const IRR: u32 = 0x820;
 const SELF_IPI: u32 = 0x83F;
-const PERIODIC: u64 = 1 << 17;
 
 const SHARED: u64 = 1 << 47;
 /// Vector of spurious interrupts, as the paravisor has set it.
@@ -254,7 +261,7 @@ fn timer() -> Verdict {
         }
     }
     trap::on_interrupt(Some(tick));
-    let verdict = start_timer(PERIODIC | 0x55, 25_000).and_then(|()| {
+    let verdict = start_timer(TIMER_PERIODIC | 0x55, 25_000).and_then(|()| {
         let mut looks = LOOKS;
         insn::open_interrupts_while(|| {
             looks -= 1;
@@ -371,7 +378,7 @@ fn both_accept() -> Verdict {
     second::set_operand(page_of(region, 1));
     trap::on_interrupt(Some(tick));
     let verdict = ask(work::ACCEPT).and_then(|()| {
-        start_timer(PERIODIC | 0x56, 50_000)?;
+        start_timer(TIMER_PERIODIC | 0x56, 50_000)?;
         let accepted = accept_every_other(region);
         let mut looks = LOOKS;
         insn::open_interrupts_while(|| {
@@ -388,9 +395,10 @@ fn both_accept() -> Verdict {
     expect("three ticks", TICKS.load(Ordering::SeqCst) >= 3, true)
 }
 
-/// Shares an accepted page while the second processor runs on and leaves by itself never; how often that
-/// was asked for again.
-fn share_beside(work: u32) -> Verdict {
+/// Shares accepted pages, one after the other, while the second processor runs on and never leaves by
+/// itself.
+fn share_beside(work: u32, pages: u64) -> Verdict {
+    let region = memory::fresh_region();
     ask(work)?;
     for _ in 0..LOOKS {
         if second::result() == work::RUNNING {
@@ -399,8 +407,8 @@ fn share_beside(work: u32) -> Verdict {
         hint::spin_loop();
     }
     expect("runs", second::result(), work::RUNNING)?;
-    let shared = (0..8).try_for_each(|_| {
-        let page = memory::fresh_page();
+    let shared = (0..pages).try_for_each(|index| {
+        let page = page_of(region, index);
         expect_accept(page, PageSize::Size4K, 0)?;
         memory::write(private(page), 7)?;
         // On a busy computer the other may take its time.
@@ -418,12 +426,21 @@ fn share_beside(work: u32) -> Verdict {
 }
 
 fn flush_calls_out() -> Verdict {
-    share_beside(work::SPIN)
+    share_beside(work::SPIN, 8)
+}
+
+/// The other's interrupts of its own keep it from being entered, again and again, when it owes a flush:
+/// the entry that succeeds has to carry that out.
+fn flush_with_ticks() -> Verdict {
+    let before = oracle::counter(Counter::STALE_TRANSLATION);
+    share_beside(work::SPIN_TICKING, 256)?;
+    let after = oracle::counter(Counter::STALE_TRANSLATION);
+    expect("stale translations", after, before)
 }
 
 fn call_is_hidden() -> Verdict {
     recorded(|| {
-        share_beside(work::SPIN_OPEN)?;
+        share_beside(work::SPIN_OPEN, 8)?;
         // Nothing was delivered to the guest.
         expect_order(0)
     })

@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use guest::harness::{Finding, Verdict, expect};
 use guest::memory::page_of;
-use guest::tdcall::{self, accept, host_wrmsr};
+use guest::tdcall::{self, TIMER_MASKED, TIMER_PERIODIC, accept, host_wrmsr, start_timer};
 use guest::{insn, trap};
 use protocols::addr::{Gpa, PageSize};
 use protocols::tdx::vmcall::SubFunction;
@@ -37,9 +37,15 @@ pub mod work {
 
     /// Do jobs of [`crate::pair`] until there is none left.
     pub const PAIR: u32 = 5;
+    /// As `SPIN_OPEN`, while a timer ticks so fast that interrupts of L1's meet its entries.
+    pub const SPIN_TICKING: u32 = 6;
 
     /// The vector of `SEND`.
     pub const SENT: u8 = 0x93;
+    /// The vector of `SPIN_TICKING`.
+    pub const TICK: u8 = 0x57;
+    /// Its timer's period, in cycles of 25 MHz.
+    pub const TICK_LENGTH: u64 = 1_000;
     /// Result of one that runs on.
     pub const RUNNING: u64 = 1;
 }
@@ -138,6 +144,9 @@ pub fn serve() -> ! {
                 RESULT.store(work::RUNNING, Ordering::SeqCst);
                 insn::open_interrupts_while(|| !is_stopped());
             }
+            work::SPIN_TICKING => {
+                let _ = tick_until_stopped();
+            }
             work::PAIR => pair::serve(),
             work::ACCEPT => {
                 let first = Gpa::new(OPERAND.load(Ordering::SeqCst));
@@ -147,6 +156,16 @@ pub fn serve() -> ! {
         }
         ANSWERED.store(1, Ordering::SeqCst);
     }
+}
+
+/// Runs with interrupts on, one of which is never far.
+fn tick_until_stopped() -> Verdict {
+    start_timer(TIMER_PERIODIC | u64::from(work::TICK), work::TICK_LENGTH)?;
+    RESULT.store(work::RUNNING, Ordering::SeqCst);
+    insn::open_interrupts_while(|| !is_stopped());
+    start_timer(TIMER_MASKED, 0)?;
+    insn::open_interrupts();
+    Ok(())
 }
 
 fn is_stopped() -> bool {

@@ -20,8 +20,8 @@ use protocols::svsm::{CallId, CoreCall, Protocol, ProtocolQuery, ResultCode};
 use zerocopy::{FromZeros, IntoBytes};
 
 use place::{
-    CERTIFICATE_PAGE, END_PAGE, MANIFEST, Place, REPORT, REPORT_PAGE, SEED, ask, buffer, pass,
-    pass_by, refused, sizes,
+    CERTIFICATE_PAGE, END_PAGE, MANIFEST, Place, REPORT, REPORT_PAGE, SEED, ask, buffer, nonce_of,
+    pass, pass_by, refused, sizes,
 };
 
 use crate::setup::{self, NO_MEMORY, unchanged};
@@ -61,6 +61,7 @@ pub const CASES: &[Case] = &[
         "docs/protocol.md §6",
         nonce_sizes,
     ),
+    case("attest_nonce_anywhere", "svsm.md §5", nonces_anywhere),
     case("attest_reserved_words", "svsm.md §5", reserved_words),
     case(
         "attest_bad_operations",
@@ -307,6 +308,12 @@ fn unaccepted_buffers() -> Verdict {
         ..place.operation()
     };
     refused(place, &operation, ResultCode::INVALID_ADDRESS)?;
+    // The nonce begins in an accepted page and ends in that one.
+    let operation = ServicesOperation {
+        nonce: buffer(Gpa::new(place.page(END_PAGE + 3).get() - 32), 64),
+        ..place.operation()
+    };
+    refused(place, &operation, ResultCode::INVALID_ADDRESS)?;
     setup::expect_not_accepted(page)
 }
 
@@ -389,6 +396,23 @@ fn nonce_sizes() -> Verdict {
             ..place.operation()
         };
         refused(place, &operation, ResultCode::INVALID_PARAMETER)?;
+    }
+    Ok(())
+}
+
+/// In a page, up to its end, and over it by some words and by all but one.
+fn nonces_anywhere() -> Verdict {
+    let place = Place::new()?;
+    for (number, offset) in (12..).zip([0, 0x7F8, 0xFC0, 0xFC8, 0xFF8]) {
+        let nonce = Gpa::new(place.0.get() + offset);
+        memory::put_bytes(nonce.get(), &nonce_of(number))?;
+        place.blank()?;
+        let operation = ServicesOperation {
+            nonce: buffer(nonce, 64),
+            ..place.operation()
+        };
+        expect("result", ask(&operation)?.0, ResultCode::SUCCESS)?;
+        place.expect_answer::<ServicesManifest>(number)?;
     }
     Ok(())
 }

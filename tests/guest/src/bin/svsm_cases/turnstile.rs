@@ -5,8 +5,12 @@ use guest::harness::{Case, Finding, Verdict, case, expect};
 use guest::memory::{self, page_of};
 use guest::svsm::{self, Answer, Registers, call};
 use protocols::addr::{Gpa, LARGE_PAGE_SIZE, PAGE_SIZE, PageSize};
-use protocols::svsm::turnstile::{LARGEST_LOOK, TurnstileCall, TurnstileCounter, VERSION};
+use protocols::efi::UnacceptedTable;
+use protocols::svsm::turnstile::{
+    LARGEST_LOOK, LOWEST_VERSION, TurnstileCall, TurnstileCounter, VERSION,
+};
 use protocols::svsm::{CallId, CoreCall, Protocol, ProtocolQuery, ResultCode};
+use zerocopy::{FromZeros, IntoBytes};
 
 use crate::setup::{
     self, NO_MEMORY, accepted_page, done, expect_guests, expect_zero_page, rescind, unchanged,
@@ -48,6 +52,17 @@ pub const CASES: &[Case] = &[
     ),
     case("turnstile_contains", "protocol.md §5", contains),
     case("turnstile_contains_bad", "protocol.md §5", contains_bad),
+    case("turnstile_table", "protocol.md §7", table_agrees),
+    case(
+        "turnstile_table_too_small",
+        "protocol.md §7",
+        table_too_small,
+    ),
+    case(
+        "turnstile_table_bad",
+        "protocol.md §7, design.md I4",
+        table_bad,
+    ),
 ];
 
 const PARAMETER: ResultCode = ResultCode::INVALID_PARAMETER;
@@ -92,7 +107,13 @@ fn refused(what: TurnstileCall, rcx: u64, rdx: u64, result: ResultCode) -> Verdi
 }
 
 fn query() -> Verdict {
-    for (version, available) in [(VERSION, u64::from(VERSION) << 32 | 1), (0, 0), (2, 0)] {
+    let both = u64::from(VERSION) << 32 | u64::from(LOWEST_VERSION);
+    for (version, available) in [
+        (LOWEST_VERSION, both),
+        (VERSION, both),
+        (0, 0),
+        (VERSION + 1, 0),
+    ] {
         let query = ProtocolQuery {
             protocol: Protocol::TURNSTILE,
             version,
@@ -106,7 +127,7 @@ fn query() -> Verdict {
 }
 
 fn unknown_calls() -> Verdict {
-    for number in [5, 0x100, u32::MAX] {
+    for number in [6, 0x100, u32::MAX] {
         let gpa = svsm::buffer().get();
         refused(
             TurnstileCall(number),
@@ -330,4 +351,107 @@ fn contains() -> Verdict {
 
 fn contains_bad() -> Verdict {
     looks_bad(TurnstileCall::CONTAINS_UNACCEPTED)
+}
+
+/// Asks for the table of a range, in the guest's buffer of `size` bytes at `buffer`.
+fn ask_table(range: (Gpa, u64), buffer: Gpa, size: u64) -> Result<Answer, Finding> {
+    let registers = Registers {
+        rcx: range.0.get(),
+        rdx: range.1,
+        r8: buffer.get(),
+        r9: size,
+    };
+    call(TurnstileCall::UNACCEPTED_TABLE.id(), registers)
+}
+
+/// A page of the guest, full of something.
+fn blank_page() -> Result<Gpa, Finding> {
+    let page = accepted_page()?;
+    memory::fill(memory::private(page), PAGE_SIZE, 0x7AB1E)?;
+    Ok(page)
+}
+
+/// What the table says of each unit of a range is what the census says, and it reaches from the
+/// lowest unaccepted unit to the highest.
+fn table_agrees() -> Verdict {
+    const UNITS: u64 = 20;
+    let base = memory::fresh_regions(UNITS);
+    let region = |unit| Gpa::new(base.get() + unit * LARGE_PAGE_SIZE);
+    // Units 0, 5 and 19 as a whole, of unit 7 a page, which makes it no unaccepted unit.
+    for unit in [0, 5, UNITS - 1] {
+        ask_well(TurnstileCall::ACCEPT, region(unit).get(), LARGE_PAGE_SIZE)?;
+    }
+    ask_well(TurnstileCall::ACCEPT, region(7).get(), PAGE_SIZE)?;
+
+    let buffer = blank_page()?;
+    let range = (base, UNITS * LARGE_PAGE_SIZE);
+    let answer = ask_table(range, buffer, PAGE_SIZE)?;
+    expect("result", answer.result(), ResultCode::SUCCESS)?;
+    let mut header = UnacceptedTable::new_zeroed();
+    memory::take_bytes(memory::private(buffer), header.as_mut_bytes())?;
+    let expected = UnacceptedTable {
+        version: 1,
+        unit_size: LARGE_PAGE_SIZE as u32,
+        phys_base: region(1).get(),
+        // Units 1 to 18.
+        size: 3,
+    };
+    expect("header", header, expected)?;
+    let length = size_of::<UnacceptedTable>() as u64 + header.size;
+    expect("bytes", answer.registers.rcx, length)?;
+    let bits = memory::read(memory::private(buffer) + size_of::<UnacceptedTable>() as u64)?;
+    for unit in 1..24 {
+        let [unaccepted, ahead, ..] = match unit {
+            1..UNITS => census(region(unit), LARGE_PAGE_SIZE)?,
+            _ => [0; 4],
+        };
+        let told = bits >> (unit - 1) & 1;
+        let expected = u64::from(unaccepted + ahead == LARGE_PAGE_SIZE);
+        expect("bit", (unit, told), (unit, expected))?;
+    }
+    let behind = length.next_multiple_of(64);
+    memory::expect_filled(
+        memory::private(buffer) + behind,
+        PAGE_SIZE - behind,
+        0x7AB1E,
+    )
+}
+
+fn table_too_small() -> Verdict {
+    let base = memory::fresh_regions(9);
+    let range = (base, 9 * LARGE_PAGE_SIZE);
+    let needed = size_of::<UnacceptedTable>() as u64 + 2;
+    let buffer = blank_page()?;
+    for size in [0, 24, needed - 1] {
+        let answer = ask_table(range, buffer, size)?;
+        expect("result", (size, answer.result()), (size, PARAMETER))?;
+        expect("bytes needed", answer.registers.rcx, needed)?;
+        memory::expect_filled(memory::private(buffer), PAGE_SIZE, 0x7AB1E)?;
+    }
+    let answer = ask_table(range, buffer, needed)?;
+    expect("exactly as needed", answer.result(), ResultCode::SUCCESS)
+}
+
+fn table_bad() -> Verdict {
+    let range = (memory::fresh_regions(2), 2 * LARGE_PAGE_SIZE);
+    let page = accepted_page()?;
+    let beyond = Gpa::new(1 << 52);
+    let address = ResultCode::INVALID_ADDRESS;
+    for (range, buffer, result) in [
+        (range, Gpa::new(page.get() + 8), PARAMETER),
+        (range, beyond, PARAMETER),
+        ((page_of(range.0, 1), range.1), page, PARAMETER),
+        ((range.0, PAGE_SIZE), page, PARAMETER),
+        (range, setup::paravisor().0, address),
+        (range, svsm::calling_area(), address),
+        (range, memory::fresh_page(), address),
+        (range, NO_MEMORY, address),
+    ] {
+        unchanged(&[svsm::calling_area(), range.0], || {
+            let answer = ask_table(range, buffer, PAGE_SIZE)?;
+            expect("result", (buffer, answer.result()), (buffer, result))?;
+            expect("RCX", answer.registers.rcx, range.0.get())
+        })?;
+    }
+    Ok(())
 }

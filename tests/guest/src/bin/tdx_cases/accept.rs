@@ -34,6 +34,12 @@ pub const CASES: &[Case] = &[
         "docs/machine.md, TDX: memory",
         legacy_hole,
     ),
+    case("accept_of_a_busy_entry", "tdx.md §2 row 5", busy),
+    case(
+        "the_walk_comes_before_the_lock",
+        "tdx.md §2 rows 3 to 5",
+        walk_first,
+    ),
     case("accept_level_2", "tdx.md §2 row 1 level", level_2),
     case(
         "accept_levels_3_to_7",
@@ -105,6 +111,7 @@ const DONE: u64 = 0;
 const fn already(level: u32) -> u64 {
     Status::PAGE_ALREADY_ACCEPTED.with(level)
 }
+const BUSY: u64 = Status::OPERAND_BUSY.with(Operand::RCX.0);
 const MISMATCH: u64 = Status::PAGE_SIZE_MISMATCH.with(1);
 
 /// A page that L1 has accepted, with a value in it.
@@ -207,6 +214,39 @@ fn large_over_small() -> Verdict {
     expect_accept(page_of(region, 511), PageSize::Size4K, DONE)?;
     expect_accept(region, PageSize::Size2M, MISMATCH)?;
     oracle::expect_validated(region, false)
+}
+
+fn busy() -> Verdict {
+    let region = memory::fresh_region();
+    let page = page_of(region, 3);
+    oracle::host_act(page, HostAct::HOLD)?;
+    expect_accept(page, PageSize::Size4K, BUSY)?;
+    oracle::expect_validated(page, false)?;
+    // Its neighbour's entry is another.
+    expect_accept(page_of(region, 4), PageSize::Size4K, DONE)?;
+    // Row 5 comes before row 6.
+    expect_accept(region, PageSize::Size2M, BUSY)?;
+    oracle::host_act(page, HostAct::HOLD)?;
+    expect_accept(region, PageSize::Size2M, MISMATCH)?;
+    expect_accept(page, PageSize::Size4K, DONE)
+}
+
+/// A walk that ends before the entry asks for no lock.
+fn walk_first() -> Verdict {
+    let block = accepted_block()?;
+    let page = page_of(block, 3);
+    oracle::host_act(page, HostAct::HOLD)?;
+    expect_accept(page, PageSize::Size4K, already(1))?;
+    oracle::host_act(page, HostAct::HOLD)?;
+    let region = memory::fresh_region();
+    oracle::host_act(region, HostAct::BACK_BY_2M)?;
+    let page = page_of(region, 3);
+    oracle::host_act(page, HostAct::HOLD)?;
+    let exits = oracle::counter(Counter::TD_EXIT);
+    expect_accept(page, PageSize::Size4K, BUSY)?;
+    expect("exits", oracle::counter(Counter::TD_EXIT) - exits, 1)?;
+    oracle::host_act(page, HostAct::HOLD)?;
+    expect_accept(page, PageSize::Size4K, DONE)
 }
 
 fn level_2() -> Verdict {

@@ -48,6 +48,12 @@ pub const CASES: &[Case] = &[
         wr_invalid_field,
     ),
     case("attr_wr_write_needs_read", "tdx.md §3 W⇒R", wr_lone_write),
+    case(
+        "attr_wr_refused_tells_what_there_is",
+        "tdx.md §3 PAGE_ATTR_INVALID",
+        wr_refused,
+    ),
+    case("attr_wr_of_a_busy_entry", "tdx.md §3 OPERAND_BUSY", wr_busy),
     case("attr_wr_sve", "tdx.md §3 SVE must be 0", wr_sve),
     case(
         "attr_wr_order",
@@ -204,6 +210,37 @@ fn wr_lone_write() -> Verdict {
     let after = write_attributes(page.get(), write, VM1.field(ALL))?;
     expect("ATTR.WR", after, (Status::PAGE_ATTR_INVALID.with(0), 0, 0))?;
     expect_rights(page, VM1, 0)
+}
+
+/// One VM's field is wrong: nothing changes for any, and RDX has what all of them have.
+fn wr_refused() -> Verdict {
+    let page = accepted_page(1)?;
+    let read = PageAttributes::READ | VALID;
+    let now = VM1.field(ALL | VALID) | L2Vm::Vm3.field(read);
+    let mask = VM1.field(ALL) | L2Vm::Vm2.field(ALL) | L2Vm::Vm3.field(ALL);
+    let done = (0, page.get(), now);
+    expect("ATTR.WR", write_attributes(page.get(), now, mask)?, done)?;
+    let lone_write = L2Vm::Vm2.field(PageAttributes::WRITE | VALID);
+    let wanted = VM1.field(read) | lone_write | L2Vm::Vm3.field(ALL | VALID);
+    let refused = (Status::PAGE_ATTR_INVALID.with(0), 0, now);
+    expect(
+        "ATTR.WR",
+        write_attributes(page.get(), wanted, mask)?,
+        refused,
+    )?;
+    expect("ATTR.RD", read_attributes(page.get())?, done)
+}
+
+fn wr_busy() -> Verdict {
+    let page = accepted_page(1)?;
+    let (all, mask) = all_to_vm1();
+    oracle::host_act(page, HostAct::HOLD)?;
+    let busy = (Status::OPERAND_BUSY.with(Operand::RCX.0), 0, 0);
+    expect("ATTR.WR", write_attributes(page.get(), all, mask)?, busy)?;
+    expect_rights(page, VM1, 0)?;
+    oracle::host_act(page, HostAct::HOLD)?;
+    let done = (0, page.get(), all);
+    expect("ATTR.WR", write_attributes(page.get(), all, mask)?, done)
 }
 
 fn wr_sve() -> Verdict {

@@ -3,8 +3,8 @@
 use guest::harness::{Case, Finding, Verdict, case, expect};
 use guest::insn;
 use guest::memory::{self, private, shared};
-use guest::tdcall::{call, ve_info, vm_rd, vm_wr};
-use guest::trap::Trap;
+use guest::tdcall::{call, host_rdmsr, host_wrmsr, ve_info, vm_rd, vm_wr};
+use guest::trap::{self, Trap};
 use protocols::addr::{Gpa, PAGE_SIZE};
 use protocols::tdx::metadata::{FieldId, TdControls};
 use protocols::tdx::ve::{EptViolation, ExitReason};
@@ -42,6 +42,8 @@ pub const CASES: &[Case] = &[
     case("msr_of_nobody", "tdx.md §5 MSRs #GP", msr_none),
     case("efer_has_no_svme", "tdx.md §5 EFER", efer),
     case("wbinvd", "tdx.md §5 WBINVD", wbinvd),
+    case("invd", "tdx.md §5 INVD", invd),
+    case("monitor", "tdx.md §5 MONITOR", monitor),
     case("mwait", "tdx.md §5 MWAIT", mwait),
     case("vmcall", "tdx.md §5 VMCALL", vmcall),
     case(
@@ -71,6 +73,7 @@ pub const CASES: &[Case] = &[
     ),
     case("second_ve_is_df", "tdx.md §5 VALID", second_ve),
     case("ve_info_is_read_once", "tdx.md §5 VALID", once),
+    case("nmi_waits_for_ve_info", "tdx.md §5 NMI", nmi_waits),
     case(
         "pending_ve_disable",
         "tdx.md §3 TD_CTLS.PENDING_VE_DISABLE",
@@ -196,13 +199,23 @@ fn msr_module() -> Verdict {
 }
 
 fn msr_none() -> Verdict {
-    // Of the last three the trust domain has not the feature.
-    [0x800, 0x804, 0x831, 0x8FF, 0x9B, 0xC1, 0x186, 0x6E0]
-        .into_iter()
-        .try_for_each(|number| {
-            expect("RDMSR", insn::rdmsr(number), Err(Trap::GP))?;
-            expect("WRMSR", insn::wrmsr(number, 0), Err(Trap::GP))
-        })
+    // SGXLEPUBKEYHASH, SMM_MONITOR_CTL, SMBASE, PASID; what x2APIC leaves out.
+    const OF_NO_TRUST_DOMAIN: [u32; 17] = [
+        0x8C, 0x8D, 0x8E, 0x8F, 0x9B, 0x9E, 0xD93, 0x800, 0x801, 0x804, 0x807, 0x829, 0x82E, 0x831,
+        0x840, 0x880, 0x8FF,
+    ];
+    // Registers of features that CPUID does not show: performance monitoring, UMWAIT, TSX_CTRL, XFD,
+    // processor trace, shadow stacks, TSC_DEADLINE, PKRS, user interrupts, architectural LBRs.
+    const WITHOUT_FEATURE: [u32; 17] = [
+        0xC1, 0x186, 0x1A6, 0x309, 0x38F, 0x3F1, 0x4C1, 0xE1, 0x122, 0x1C4, 0x560, 0x6A0, 0x6E0,
+        0x6E1, 0x985, 0x1200, 0x14CE,
+    ];
+    let all = OF_NO_TRUST_DOMAIN.into_iter().chain(WITHOUT_FEATURE);
+    all.chain([0x16FF]).try_for_each(|number| {
+        expect("RDMSR", insn::rdmsr(number), Err(Trap::GP))?;
+        expect("WRMSR", insn::wrmsr(number, 0), Err(Trap::GP))
+    })?;
+    expect("PERF_CAPABILITIES", insn::wrmsr(0x345, 0), Err(Trap::GP))
 }
 
 fn efer() -> Verdict {
@@ -214,6 +227,14 @@ fn efer() -> Verdict {
 
 fn wbinvd() -> Verdict {
     expect_ve(insn::wbinvd(), ExitReason::WBINVD, 0, 2)
+}
+
+fn invd() -> Verdict {
+    expect_ve(insn::invd(), ExitReason::INVD, 0, 2)
+}
+
+fn monitor() -> Verdict {
+    expect_ve(insn::monitor(), ExitReason::MONITOR, 0, 3)
 }
 
 fn mwait() -> Verdict {
@@ -287,6 +308,31 @@ fn once() -> Verdict {
     expect("exception", insn::halt_once(), Err(Trap::VE))?;
     take_info()?;
     expect("RAX", ve_info()?.0, Status::NO_VALID_VE_INFO.with(0))
+}
+
+/// While the information of a #VE waits, an NMI could come between it and the question, and raise another.
+fn nmi_waits() -> Verdict {
+    const ICR: u64 = 0x830;
+    const NMI: u64 = 4 << 8;
+    let send = || {
+        let (_, id) = host_rdmsr(APIC_ID.into())?;
+        expect("ICR", host_wrmsr(ICR, id << 32 | NMI)?, 0)
+    };
+    trap::expect_nmis(true);
+    let verdict = send().and_then(|()| {
+        expect("at other times", trap::expect_nmis(true), 1)?;
+        expect("exception", insn::halt_once(), Err(Trap::VE))?;
+        let sent = send();
+        // Each of these is a trip to the host and back.
+        let trips = (0..10).try_for_each(|_| host_rdmsr(APIC_ID.into()).map(|_| ()));
+        let early = trap::expect_nmis(true);
+        take_info()?;
+        let late = trap::expect_nmis(true);
+        sent.and(trips)?;
+        expect("before and after the question", (early, late), (0, 1))
+    });
+    trap::expect_nmis(false);
+    verdict
 }
 
 fn ve_disable() -> Verdict {

@@ -1,7 +1,10 @@
 //! `ghcb.md` §8: what the host carries, and what it says about it.
 
+use aes_gcm::aead::AeadInPlace;
+use aes_gcm::{Aes256Gcm, KeyInit};
 use protocols::amd_sp::certificates::{CertificateEntry, VCEK};
 use protocols::amd_sp::message::{MessageHeader, MessageType};
+use protocols::amd_sp::report::{KeySelect, ReportRequest, ReportResponse};
 use protocols::amd_sp::{FirmwareStatus, GuestRequestOutcome, HostStatus};
 use protocols::oracle::{Call, HostAct};
 use zerocopy::IntoBytes;
@@ -173,4 +176,52 @@ fn the_host_lies_once_and_only_if_it_is_such_a_host() {
         assert_eq!(outcome(&mut platform, &fields).0, first, "{settings}");
         assert_eq!(outcome(&mut platform, &fields).0, BAD);
     }
+}
+
+/// A request for a report as the guest seals it: number `sequence` under its key, which is zero.
+fn put_sealed(platform: &Platform<Sparse>, sequence: u64) {
+    let request = ReportRequest {
+        report_data: [0; 64],
+        vmpl: 1,
+        key_select: KeySelect::ANY,
+        reserved: [0; 24],
+    };
+    let mut payload = request.as_bytes().to_vec();
+    let size = payload.len() as u16;
+    let mut header = MessageHeader::new(MessageType::REPORT_REQUEST, size, 1, sequence);
+    let tag = Aes256Gcm::new(&[0; 32].into())
+        .encrypt_in_place_detached(&header.iv().into(), header.authenticated(), &mut payload)
+        .unwrap();
+    header.tag[..tag.len()].copy_from_slice(&tag);
+    put(platform, REQUEST, &[header.as_bytes(), &payload].concat());
+}
+
+#[test]
+fn without_a_test_guest_the_host_is_honest_once() {
+    const ANSWER: usize = MessageHeader::SIZE + size_of::<ReportResponse>();
+    let fields = [(CODE, PLAIN), (I1, REQUEST), (I2, RESPONSE)];
+    let answers = |settings: &str| {
+        let mut platform = launched(settings);
+        [1, 3, 5].map(|sequence| {
+            put_sealed(&platform, sequence);
+            put(&platform, RESPONSE, &[0; ANSWER]);
+            assert_eq!(outcome(&mut platform, &fields).0, GuestRequestOutcome::OK);
+            bytes(&platform, RESPONSE, ANSWER)
+        })
+    };
+    let honest = answers("");
+    let [first, second, third] = honest.clone();
+    let changed = |mut answer: Vec<u8>| {
+        answer[MessageHeader::SIZE + 1] ^= 1;
+        answer
+    };
+    let nothing = vec![0; ANSWER];
+    let tampered = [first.clone(), changed(second.clone()), changed(third)];
+    assert_eq!(answers("hostile=messages-tampered"), tampered);
+    let replayed = [first.clone(), first.clone(), second];
+    assert_eq!(answers("hostile=messages-replayed"), replayed);
+    let lost = [first, nothing.clone(), nothing];
+    assert_eq!(answers("hostile=messages-lost"), lost);
+    // Where there is one, it waits for the word.
+    assert_eq!(answers("oracle=on\nhostile=messages-tampered"), honest);
 }

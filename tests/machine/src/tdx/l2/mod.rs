@@ -168,15 +168,6 @@ impl Td {
 }
 
 impl<P: PhysicalMemory> Platform<P> {
-    /// The host has taken a page: it has made every processor drop its translations
-    /// (TDH.MEM.TRACK), those of L2 VMs among them.
-    pub(crate) fn flushed_by_host(&mut self) {
-        let Some(td) = self.td_mut() else { return };
-        for l2 in td.vps.iter_mut().flat_map(|vp| &mut vp.l2) {
-            l2.stale.clear();
-        }
-    }
-
     /// TDG.VP.ENTER of L1. `interrupted` says that an interrupt waits for L1.
     pub(super) fn vp_enter(
         &mut self,

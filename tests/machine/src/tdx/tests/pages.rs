@@ -224,3 +224,54 @@ fn attributes_are_checked_in_order() {
         );
     }
 }
+
+/// §3: what is wrong for one VM changes nothing for any, and RDX tells what all of them have.
+#[test]
+fn illegal_attributes_of_one_vm_leave_those_of_all() {
+    let mut td = td("");
+    let [one, two, three] = L2Vm::ALL;
+    let read = PageAttributes::READ | PageAttributes::VALID;
+    let now = full(one) | three.field(read);
+    let all = PageAttributes::ALL_ACCESS;
+    let mask = one.field(all) | two.field(all) | three.field(all);
+    td.accept_td(BLOCK, PageSize::Size4K);
+    let gprs = td.write_attributes(BLOCK, PageSize::Size4K, now, mask);
+    assert_eq!((gprs[RAX], gprs[RDX]), (OK, now));
+    let lone_write = PageAttributes::WRITE | PageAttributes::VALID;
+    let wanted = one.field(read) | two.field(lone_write) | full(three);
+    let gprs = td.write_attributes(BLOCK, PageSize::Size4K, wanted, mask);
+    let invalid = Status::PAGE_ATTR_INVALID.with(0);
+    assert_eq!((gprs[RAX], gprs[RCX], gprs[RDX]), (invalid, 0, now));
+    let gprs = td.call(Leaf::MEM_PAGE_ATTR_RD, &[(RCX, BLOCK.get())]);
+    assert_eq!(gprs[RDX], now);
+}
+
+/// §2: a walk that ends early (rows 3 and 4) never asks for the entry's lock (row 5), which comes before
+/// what the entry says (row 6).
+#[test]
+fn the_lock_is_asked_for_when_the_walk_is_over() {
+    let busy = Status::OPERAND_BUSY.with(Operand::RCX.0);
+    let page = Gpa::new(BLOCK.get() + 3 * PAGE_SIZE);
+    let mut accepted = td("backing=2m");
+    accepted.accept_td(BLOCK, PageSize::Size2M);
+    accepted.hold(page).unwrap();
+    assert_eq!(accepted.accept_td(page, PageSize::Size4K), already(1));
+    let mut pending = td("backing=2m");
+    pending.hold(page).unwrap();
+    assert_eq!(pending.accept_td(page, PageSize::Size4K), busy);
+    // The host has given the block and has split it.
+    assert_eq!(pending.counters.td_exits(L1), 2);
+    assert_eq!(pending.state(page), (State::Pending, PageSize::Size4K));
+    assert_eq!(pending.accept_td(BLOCK, PageSize::Size2M), busy);
+    pending.hold(page).unwrap();
+    assert_eq!(pending.accept_td(BLOCK, PageSize::Size2M), MISMATCH);
+    let accept = pending.counters.level(L1).accept;
+    assert_eq!((accept.size_4k.busy, accept.size_2m.busy), (1, 1));
+    let mut attributes = td("backing=2m");
+    attributes.accept_td(BLOCK, PageSize::Size2M);
+    attributes.hold(page).unwrap();
+    let all = full(L2Vm::Vm1);
+    let gprs = attributes.write_attributes(page, PageSize::Size4K, all, all);
+    assert_eq!((gprs[RAX], gprs[RDX]), (busy, 0));
+    assert_eq!(attributes.state(page), (State::Mapped, PageSize::Size4K));
+}

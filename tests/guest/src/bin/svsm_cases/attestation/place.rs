@@ -18,17 +18,22 @@ use crate::setup::{accepted_region, unchanged};
 pub const SEED: u64 = 0xB1A2_0000_0000;
 const BUSY_TRIES: u32 = 1_000_000;
 
-/// Buffers in a region: nonce in page 1, report in 2, manifest in 3, certificates in 4 to 7.
+/// Buffers in a region: the nonce from the end of page 0 into page 1, report in 2, manifest in 3, certificates in
+/// 4 to 7.
 #[derive(Clone, Copy)]
 pub struct Place(pub Gpa);
 
-pub const NONCE_PAGE: u64 = 1;
 pub const REPORT_PAGE: u64 = 2;
 pub const MANIFEST_PAGE: u64 = 3;
 pub const CERTIFICATE_PAGE: u64 = 4;
 pub const END_PAGE: u64 = 8;
-/// The nonce crosses into the next page's neighbour.
-pub const NONCE_OFFSET: u64 = 0x7F8;
+/// Half of the nonce lies in page 0, the other half in page 1.
+pub const NONCE_OFFSET: u64 = PAGE_SIZE - 32;
+
+/// The nonce of caller `number`; no two bytes of it are alike.
+pub fn nonce_of(number: u8) -> [u8; 64] {
+    core::array::from_fn(|index| number.wrapping_add(index as u8))
+}
 
 pub const fn buffer(gpa: Gpa, size: u32) -> Buffer {
     Buffer {
@@ -48,12 +53,12 @@ impl Place {
     }
 
     pub fn nonce(self) -> Gpa {
-        Gpa::new(self.page(NONCE_PAGE).get() + NONCE_OFFSET)
+        Gpa::new(self.0.get() + NONCE_OFFSET)
     }
 
     /// The nonce of caller `number`.
     pub fn put_nonce(self, number: u8) -> Verdict {
-        memory::put_bytes(self.nonce().get(), &[number; 64])
+        memory::put_bytes(self.nonce().get(), &nonce_of(number))
     }
 
     pub fn operation(self) -> ServicesOperation {
@@ -97,7 +102,7 @@ impl Place {
         expect_not("MEASUREMENT", report.measurement, [0; 48])?;
         let mut manifest: T = self.manifest()?;
         let data = Sha512::new()
-            .chain_update([number; 64])
+            .chain_update(nonce_of(number))
             .chain_update(manifest.as_mut_bytes())
             .finalize();
         expect("REPORT_DATA", report.report_data[..] == data[..], true)?;
