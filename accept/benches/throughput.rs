@@ -10,8 +10,8 @@
 //! one because the machine is busy is not counted; the time of all threads is that of the one that
 //! took longest. Each thread stays on a processor of its own. Rounds are short (64 MiB, some
 //! milliseconds for each candidate), and the candidates are interleaved: all orders of them are gone
-//! through, in a shuffled sequence ([`orders`]). A figure is the median over the rounds; beside it is the ratio of the best times of
-//! either side.
+//! through, in a shuffled sequence ([`orders`]). A figure is the median over the rounds; beside it is
+//! the ratio of the best times of either side.
 //!
 //! "Not slower" is judged by a control: the second baseline is measured twice in each round, and its
 //! times are compared with each other as the engine's are with a baseline's. How far these ratios
@@ -22,7 +22,7 @@
 //! Where a candidate's variables lie is part of the noise, too. A load waits for a store before it to an
 //! address with the same low 12 bits, and behind the fill of a page stores to many of them are under way.
 //! So each timing has its stacks at another place within a page ([`lower`]), and over [`PLACES`] rounds
-//! each candidate has been at all of them.
+//! each candidate has been at all of them, in a sequence of its own.
 //!
 //! With two threads the best time of a candidate with locks may be that of a round in which they
 //! did not run at the same time.
@@ -41,7 +41,7 @@ use accept::{
     Range, Region, RegionLock, RegionLocks, ValidateFault,
 };
 use figures::{Limit, figure, median, option, quantile, thread_time};
-use orders::Orders;
+use orders::{Shuffled, orders};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use spin::Mutex;
 
@@ -346,14 +346,13 @@ fn round(
     memory: &Memory,
     work: &[Vec<Block>],
     raw: &[Vec<Block>],
-    number: usize,
     order: [usize; CANDIDATES],
+    places: [usize; CANDIDATES],
 ) -> [f64; CANDIDATES] {
     let units = memory.units();
     let mut times = [0.0; CANDIDATES];
     for which in order {
-        // Both factors have no divisor in common with the number of places.
-        let place = (number * CANDIDATES + which) * 37 % PLACES;
+        let place = places[which];
         // What the threads share is on this stack.
         let taken = lower(place, &mut || match which {
             0 => time(&Raw, memory, raw, place),
@@ -410,10 +409,14 @@ fn main() {
                 Pattern::Colliding => &work[..1],
                 _ => &work[..],
             };
-            let times: Vec<_> = Orders::new()
+            let mut places: [_; CANDIDATES] =
+                std::array::from_fn(|which| Shuffled::new(which, (0..PLACES).collect()));
+            let times: Vec<_> = Shuffled::new(0, orders())
                 .take(rounds)
-                .enumerate()
-                .map(|(number, order)| round(&memory, &work, raw, number, order))
+                .map(|order| {
+                    let places = std::array::from_fn(|which| places[which].next().unwrap_or(0));
+                    round(&memory, &work, raw, order, places)
+                })
                 .collect();
             let ratios = |other: usize, of: usize| -> Vec<f64> {
                 times.iter().map(|times| times[other] / times[of]).collect()

@@ -107,6 +107,9 @@ pub struct Stage {
     /// Instructions of VMPL0 until then, if they are counted; else 0.
     #[serde(default)]
     pub instructions: u64,
+    /// Bytes validated by VMPL0 since the launch until then, minus those rescinded.
+    #[serde(default)]
+    pub validated_bytes: u64,
 }
 
 /// The stages that the machine can see.

@@ -13,11 +13,12 @@ fn a_line_names_its_event() {
         name: StageName::Paravisor,
         tsc: 7,
         instructions: 9,
+        validated_bytes: 11,
     }))
     .unwrap();
     assert_eq!(
         line,
-        r#"{"event":"stage","name":"paravisor","tsc":7,"instructions":9}"#
+        r#"{"event":"stage","name":"paravisor","tsc":7,"instructions":9,"validated_bytes":11}"#
     );
 }
 

@@ -207,6 +207,7 @@ impl<P: PhysicalMemory> Platform<P> {
                 name: stage,
                 tsc,
                 instructions,
+                validated_bytes: sample.validated_bytes,
             }));
         }
         self.vcpus.get_mut(vcpu.index()).ok_or(EnterError::NoVmsa)
@@ -472,6 +473,7 @@ mod tests {
                 name: StageName::Firmware,
                 tsc: 42,
                 instructions: 0,
+                validated_bytes: 0,
             })]
         );
         assert_eq!(platform.counters.level(Vmpl::VMPL1).world_switches, 1);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use protocols::launch::{AcceptPolicy, Acceptance, Fault, READ_AHEAD_LIMIT};
-use protocols::report::{Event, Outcome, Report, StageName};
+use protocols::report::{Outcome, Report};
 
 use crate::image::Recipe;
 use crate::scenario::Context;
@@ -139,11 +139,7 @@ impl Boot {
             report.reason,
             finished.dir.display()
         );
-        let started = finished.events.iter().find_map(|event| match event {
-            Event::Stage(stage) if stage.name == StageName::Firmware => Some(stage),
-            _ => None,
-        });
-        let started = started.context("the guest's start was not seen")?;
+        let started = finished.guest_start()?;
         let ended = report.samples.last().context("the end was not seen")?.tsc;
         Ok(Boot {
             policy,

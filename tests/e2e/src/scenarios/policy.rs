@@ -5,8 +5,9 @@
 //! timed.
 
 use anyhow::Result;
+use protocols::addr::PAGE_SIZE;
 use protocols::launch::{AcceptOrder, AcceptPolicy, Acceptance, Budget, BudgetUnit, Fault};
-use protocols::report::{Outcome, Report, VcpuCounters};
+use protocols::report::{self, Outcome, Report, VcpuCounters};
 use protocols::svsm::{CoreCall, Protocol};
 
 use super::cases;
@@ -216,7 +217,11 @@ fn boot(
     );
     let report = finished.report()?;
     starts_wait_a_step(&mut findings, report);
-    ready_before_asked(&mut findings, report);
+    let ready = match acceptance.policy {
+        AcceptPolicy::EAGER => Ready::before_the_guest(report, finished.guest_start()?),
+        _ => Ready::beyond_what_was_asked(report),
+    };
+    ready_before_asked(&mut findings, report, ready);
     others_at_work(&mut findings, report);
     if backing == Backing::Small {
         super::boot::no_mismatch_reaches_the_guest(&mut findings, report);
@@ -258,15 +263,46 @@ fn others_at_work(findings: &mut Findings, report: &Report) {
     );
 }
 
-/// Most of memory was validated by processors that nobody had asked to, and the host was told
-/// before.
-fn ready_before_asked(findings: &mut Findings, report: &Report) {
-    // On each processor, what it validated beyond all that the guest asked for there.
-    let unasked: u64 = report
-        .vcpus
-        .iter()
-        .map(|vcpu| validated(vcpu).saturating_sub(asked(vcpu)))
-        .sum();
+/// What was validated, by whether the guest had asked.
+struct Ready {
+    /// Pages, before it did.
+    unasked: u64,
+    /// Pages that may have been validated because it did.
+    at_request: u64,
+}
+
+impl Ready {
+    /// All that was there when the guest started.
+    fn before_the_guest(report: &Report, start: &report::Stage) -> Self {
+        let unasked = start.validated_bytes / PAGE_SIZE;
+        let all: u64 = report.vcpus.iter().map(validated).sum();
+        Self {
+            unasked,
+            at_request: all.saturating_sub(unasked),
+        }
+    }
+
+    /// On each processor, what it validated beyond all that the guest asked for there.
+    fn beyond_what_was_asked(report: &Report) -> Self {
+        let of = |vcpu| (validated(vcpu), asked(vcpu));
+        let both = report.vcpus.iter().map(of);
+        let (unasked, at_request) = both.fold((0, 0), |(unasked, at_request), (done, asked)| {
+            let unasked = unasked + done.saturating_sub(asked);
+            (unasked, at_request + done.min(asked))
+        });
+        Self {
+            unasked,
+            at_request,
+        }
+    }
+}
+
+/// Most of memory was validated before the guest asked, and the host was told before.
+fn ready_before_asked(findings: &mut Findings, report: &Report, ready: Ready) {
+    let Ready {
+        unasked,
+        at_request,
+    } = ready;
     let memory = report.memory.guest_pages;
     findings.check(
         "half of memory at least was ready before the guest asked",
@@ -274,13 +310,11 @@ fn ready_before_asked(findings: &mut Findings, report: &Report) {
         || format!("{unasked} of {memory} pages"),
     );
     // Claims of what is ready execute nothing: the guest asked for more than was validated for it.
-    let (asked, validated) = report.vcpus.iter().fold((0, 0), |(a, v), vcpu| {
-        (a + asked(vcpu), v + validated(vcpu).min(asked(vcpu)))
-    });
+    let asked: u64 = report.vcpus.iter().map(asked).sum();
     findings.check(
         "three of four pages that the guest asked for needed no PVALIDATE",
-        validated * 4 <= asked && asked > 0,
-        || format!("{validated} PVALIDATEs for {asked} pages"),
+        at_request * 4 <= asked && asked > 0,
+        || format!("{at_request} PVALIDATEs for {asked} pages"),
     );
     let private = report.counters.first().map(|level| level.psc_private_pages);
     findings.check(

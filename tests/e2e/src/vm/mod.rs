@@ -21,7 +21,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use protocols::report::{Event, Launch, Report, StageName};
+use protocols::report::{self, Event, Launch, Report, StageName};
 
 pub(crate) use config::option;
 pub use config::{Backing, Config, Console, Linux, Loader, Logs, Settings, Trace, Vc};
@@ -320,6 +320,15 @@ impl Finished {
     /// Whether the user left the machine by Ctrl-A X: QEMU says so as its last word.
     pub fn left_by_user(&self) -> bool {
         self.report.is_none() && self.console.trim_end().ends_with("QEMU: Terminated")
+    }
+
+    /// What the machine saw when the guest's first processor was entered for the first time.
+    pub fn guest_start(&self) -> Result<&report::Stage> {
+        let start = self.events.iter().find_map(|event| match event {
+            Event::Stage(stage) if stage.name == StageName::Firmware => Some(stage),
+            _ => None,
+        });
+        start.context("the guest's start was not seen")
     }
 
     /// The machine's report, or what can be said about its absence.
