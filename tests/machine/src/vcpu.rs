@@ -473,7 +473,8 @@ mod tests {
                 name: StageName::Firmware,
                 tsc: 42,
                 instructions: 0,
-                validated_bytes: 0,
+                // The page of the VMSA.
+                validated_bytes: PAGE_SIZE,
             })]
         );
         assert_eq!(platform.counters.level(Vmpl::VMPL1).world_switches, 1);
