@@ -147,6 +147,18 @@ pub struct Steps {
     pub longest_wait: u64,
 }
 
+/// A VMSA that a newer one has replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replaced {
+    /// This one.
+    Here(Frame),
+    /// There is none, and all places of the processor are taken: seen in the same look, because others may
+    /// fill and empty places between two.
+    None,
+    /// There is none at the moment: a place is free, or somebody is just filling or emptying it.
+    NotNow,
+}
+
 /// The registry of the guest's processors.
 ///
 /// It answers for the pages that are lent as VMSAs and calling areas: a page is on record until
@@ -194,10 +206,7 @@ pub trait Vcpus {
     fn return_area(&self, inherited: Inherited) -> Option<Taken>;
 
     /// Of the VMSAs of a processor that a newer one has replaced, the `nth` oldest.
-    fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame>;
-
-    /// Whether a place of a processor is just being filled or emptied by others.
-    fn is_changing(&self, apic_id: u32) -> bool;
+    fn replaced(&self, apic_id: u32, nth: usize) -> Replaced;
 
     /// Begins to delete: makes the VMSA impossible to run and hands out its pages. Until
     /// [`Vcpus::end_delete`] or [`Vcpus::undo_delete`] the VMSA can neither run nor be deleted by

@@ -46,8 +46,8 @@ use crate::ahead::{Ahead, HostLied};
 use crate::attestation::{Carrier, Line};
 
 pub use environment::{
-    Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Steps,
-    Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
+    Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Replaced,
+    Steps, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
 };
 
 /// The registers of a call (SVSM 5).

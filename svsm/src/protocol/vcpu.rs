@@ -12,8 +12,8 @@ use protocols::terminate::TurnstileReason;
 use protocols::vmsa::Efer;
 
 use super::environment::{
-    DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Unreachable,
-    VcpuIndex, VcpuPages, Vcpus, VmsaPages,
+    DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Replaced,
+    Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaPages,
 };
 use super::{Finished, LOST, Service, Stop, pending_flag, stop_for};
 use crate::attestation::Carrier;
@@ -148,15 +148,17 @@ impl<B: Backend, M: GuestMemory, V: Vcpus, P: VmsaPages, C: Carrier> Service<'_,
         let mut kept = 0;
         let mut code = ResultCode::INVALID_REQUEST;
         for _ in 0..REGISTER_TRIES {
-            let Some(old) = self.vcpus.replaced(apic_id, kept) else {
-                // Places that others are just filling or emptying are free again soon.
-                if self.vcpus.is_changing(apic_id) {
-                    code = ResultCode::BUSY;
+            let old = match self.vcpus.replaced(apic_id, kept) {
+                Replaced::Here(old) => old,
+                absent => {
+                    if absent == Replaced::NotNow {
+                        code = ResultCode::BUSY;
+                    }
+                    return Ok(match self.vcpus.register(apic_id, refused.0) {
+                        Ok(()) => Ok(()),
+                        Err(refused) => Err((refused, code)),
+                    });
                 }
-                return Ok(match self.vcpus.register(apic_id, refused.0) {
-                    Ok(()) => Ok(()),
-                    Err(refused) => Err((refused, code)),
-                });
             };
             if self.vcpus.runs_from(caller, old) {
                 kept += 1;

@@ -9,8 +9,8 @@ use protocols::vmsa::SevFeatures;
 use super::slot::{Kept, Slot};
 use super::{Loans, NONE, Presence, RECORDS_PER_VCPU, Record, Registry, STARTUP, VmsaControl};
 use crate::protocol::{
-    Debt, DeleteRefusal, Deletion, Inherited, NoRoom, NotPassedOn, Place, Steps, VcpuIndex,
-    VcpuPages, Vcpus,
+    Debt, DeleteRefusal, Deletion, Inherited, NoRoom, NotPassedOn, Place, Replaced, Steps,
+    VcpuIndex, VcpuPages, Vcpus,
 };
 
 /// How often a deletion is tried although somebody looks at the VMSA. Looks are short.
@@ -208,32 +208,38 @@ impl<C: VmsaControl> Vcpus for &Registry<'_, C> {
         left
     }
 
-    fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame> {
-        let owner = self.vcpus.iter().position(|vcpu| vcpu.apic_id == apic_id)?;
-        let made = self.vcpus.get(owner)?.made.load(Ordering::Relaxed);
+    fn replaced(&self, apic_id: u32, nth: usize) -> Replaced {
+        let owner = self.vcpus.iter().position(|vcpu| vcpu.apic_id == apic_id);
+        let Some((owner, vcpu)) = owner.and_then(|at| Some((at, self.vcpus.get(at)?))) else {
+            return Replaced::None;
+        };
+        let made = vcpu.made.load(Ordering::Relaxed);
         let mut by_age = [(0, NONE); RECORDS_PER_VCPU];
-        let mut count = 0;
-        let live = self
-            .records_of(owner)
-            .filter(|&(slot, record)| slot != STARTUP && record.slot.is_live());
-        for ((slot, record), place) in live.zip(&mut by_age) {
-            // The count of those made may wrap: what matters is how many came after this one.
-            *place = (made.wrapping_sub(record.age.load(Ordering::Relaxed)), slot);
-            count += 1;
+        let mut places = by_age.iter_mut();
+        let mut absent = Replaced::None;
+        for (slot, record) in self.records_of(owner) {
+            if !record.slot.is_live() {
+                absent = Replaced::NotNow;
+            } else if slot != STARTUP
+                && let Some(place) = places.next()
+            {
+                // The count of those made may wrap: what matters is how many came after this one.
+                *place = (made.wrapping_sub(record.age.load(Ordering::Relaxed)), slot);
+            }
         }
-        let by_age = by_age.get_mut(..count)?;
+        let free = places.len();
+        let by_age = by_age.get_mut(..RECORDS_PER_VCPU - free);
+        let by_age = by_age.unwrap_or_default();
         by_age.sort_unstable_by(|one, other| other.cmp(one));
         // The last is the newest, and not replaced.
-        let (_, slot) = by_age.split_last()?.1.get(nth)?;
-        self.shown_vmsa(*slot)
-    }
-
-    fn is_changing(&self, apic_id: u32) -> bool {
-        let owner = self.vcpus.iter().position(|vcpu| vcpu.apic_id == apic_id);
-        owner.is_some_and(|owner| {
-            self.records_of(owner)
-                .any(|(_, record)| record.slot.is_changing())
-        })
+        let older = by_age.split_last().map_or(&[][..], |(_, older)| older);
+        match older.get(nth) {
+            None => absent,
+            // It may have left in the meantime.
+            Some((_, slot)) => self
+                .shown_vmsa(*slot)
+                .map_or(Replaced::NotNow, Replaced::Here),
+        }
     }
 
     fn begin_delete(

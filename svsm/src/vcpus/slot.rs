@@ -126,11 +126,6 @@ impl Slot {
         self.0.load(Ordering::SeqCst) & OFFERED != 0
     }
 
-    /// Whether somebody fills it in or empties it at this moment: it will be free or live.
-    pub fn is_changing(&self) -> bool {
-        self.0.load(Ordering::SeqCst) & (DELETING | CLAIMED) != 0
-    }
-
     /// Whether it is on record, and not on its way out.
     pub fn is_live(&self) -> bool {
         self.glance() == Look::Here(())

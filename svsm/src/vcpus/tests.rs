@@ -12,7 +12,7 @@ use accept::{
 
 use super::*;
 use crate::protocol::{
-    DeleteRefusal, Deletion, Inherited, NotPassedOn, VcpuIndex, VcpuPages, Vcpus,
+    DeleteRefusal, Deletion, Inherited, NotPassedOn, Replaced, VcpuIndex, VcpuPages, Vcpus,
 };
 
 const VMSA: u64 = 0x10;
@@ -370,7 +370,7 @@ fn a_deletion_in_progress_keeps_its_processor_waiting() {
     // It may stay: a processor that took it for gone was never run again (svsm_cases,
     // smp_delete_while_running).
     assert_eq!(world.registry.presence(1), Presence::Leaving);
-    assert!((&world.registry).is_changing(1) && !(&world.registry).is_changing(0));
+    assert_eq!((&world.registry).replaced(1, 0), Replaced::NotNow);
     let slot = world.registry.slots_of(1).next().unwrap();
     assert!(matches!(
         world.registry.begin_service(1, slot),
@@ -409,15 +409,22 @@ fn a_full_table_gives_the_pages_back_and_changes_nothing() {
     // Which are the oldest, the newest never among them.
     let replaced = |nth| (&world.registry).replaced(1, nth);
     for nth in 0..RECORDS_PER_VCPU - 1 {
-        assert_eq!(replaced(nth), Some(vmsa(1 + nth as u64)));
+        assert_eq!(replaced(nth), Replaced::Here(vmsa(1 + nth as u64)));
     }
-    assert_eq!(replaced(RECORDS_PER_VCPU - 1), None);
-    assert_eq!((&world.registry).replaced(9, 0), None);
-    assert_eq!((&world.registry).replaced(0, 0), None, "nothing newer");
+    assert_eq!(replaced(RECORDS_PER_VCPU - 1), Replaced::None);
+    assert_eq!((&world.registry).replaced(9, 0), Replaced::None);
+    // Nothing newer than the startup VMSA, and there are places.
+    assert_eq!((&world.registry).replaced(0, 0), Replaced::NotNow);
+    // While somebody deletes one, it cannot be said that there is no room: it was, when the deletion had
+    // been given up before the next look (svsm_cases, smp_create_and_delete).
+    let deletion = world.begin(0, 2).unwrap();
+    assert_eq!(replaced(RECORDS_PER_VCPU - 2), Replaced::NotNow);
+    (&world.registry).undo_delete(VcpuIndex(0), deletion);
+    assert_eq!(replaced(RECORDS_PER_VCPU - 1), Replaced::None);
     // The place of one that went is taken again, and age goes on.
     assert_eq!(world.delete(0, 1), Ok(()));
     world.register(1, 9);
-    assert_eq!((&world.registry).replaced(1, 0), Some(vmsa(2)));
+    assert_eq!((&world.registry).replaced(1, 0), Replaced::Here(vmsa(2)));
 }
 
 #[test]

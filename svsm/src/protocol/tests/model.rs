@@ -13,8 +13,8 @@ use protocols::vmsa::{SevFeatures, Vmsa};
 use zerocopy::FromBytes;
 
 use crate::protocol::{
-    Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Steps,
-    Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
+    Debt, DeleteRefusal, Deletion, GuestMemory, Inherited, NoRoom, NotPassedOn, Place, Replaced,
+    Steps, Unreachable, VcpuIndex, VcpuPages, Vcpus, VmsaClaims, VmsaPages,
 };
 
 /// Memory of the machine: 48 MiB from 0, of which the last 2 MiB have no state in the map.
@@ -77,6 +77,8 @@ pub struct Machine {
     pub validate_fails_at: Cell<Option<u64>>,
     /// So many flushes are not certain.
     pub flush_fails: Cell<u32>,
+    /// Others fill and empty places of the processor.
+    pub others_are_at_it: Cell<bool>,
     /// How many VMSAs that the guest has made have room.
     pub room: Cell<usize>,
     debt: RefCell<Option<Debt>>,
@@ -99,6 +101,7 @@ impl Machine {
             adjust_fails: Cell::new(None),
             validate_fails_at: Cell::new(None),
             flush_fails: Cell::new(0),
+            others_are_at_it: Cell::new(false),
             room: Cell::new(8),
             debt: RefCell::default(),
             busy: RefCell::default(),
@@ -413,17 +416,19 @@ impl Vcpus for &Machine {
         }
     }
 
-    fn replaced(&self, apic_id: u32, nth: usize) -> Option<Frame> {
+    fn replaced(&self, apic_id: u32, nth: usize) -> Replaced {
         let records = self.records.borrow();
         let of_it: Vec<_> = records
             .iter()
             .filter(|r| r.apic_id == apic_id && !r.startup)
             .collect();
-        Some(of_it.split_last()?.1.get(nth)?.frame)
-    }
-
-    fn is_changing(&self, _: u32) -> bool {
-        false
+        let older = of_it.split_last().map_or(&[][..], |(_, older)| older);
+        let absent = if self.others_are_at_it.get() {
+            Replaced::NotNow
+        } else {
+            Replaced::None
+        };
+        older.get(nth).map_or(absent, |r| Replaced::Here(r.frame))
     }
 
     fn begin_delete(&self, _: VcpuIndex, vmsa: Frame) -> Result<Deletion, DeleteRefusal> {

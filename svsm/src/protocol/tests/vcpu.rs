@@ -210,6 +210,8 @@ fn a_create_that_fails_late_gives_both_pages_back() {
         assert_eq!(world.core(call, arguments), ResultCode::FAIL_INPUT);
         world.machine.room.set(0);
         assert_eq!(world.core(call, arguments), ResultCode::INVALID_REQUEST);
+        world.machine.others_are_at_it.set(true);
+        assert_eq!(world.core(call, arguments), ResultCode::BUSY);
         for gpa in [NEW_VMSA, NEW_AREA] {
             assert_eq!(world.state(gpa), Some(PageState::Accepted));
             assert!(world.machine.page(gpa).granted && !world.machine.page(gpa).vmsa);
