@@ -49,6 +49,8 @@ pub mod panic;
 pub mod platform;
 pub mod protocol;
 pub mod tdx;
+#[cfg(test)]
+mod testing;
 pub mod unaccepted;
 pub mod vcpus;
 

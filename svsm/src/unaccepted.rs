@@ -91,37 +91,13 @@ mod tests {
     use std::vec::Vec;
 
     use accept::{
-        AdjustFault, Block, Fault, Frame, GivenBack, Map, NotFlushed, OnNoChange, PageSize, Region,
-        RegionLock, RegionLocks, ValidateFault,
+        Block, Frame, GivenBack, Map, OnNoChange, PageSize, Region, RegionLock, RegionLocks,
     };
 
     use super::*;
+    use crate::testing::Willing;
 
     const LARGE: u64 = 2 << 20;
-
-    /// A platform on which everything works.
-    struct Willing;
-
-    impl Backend for Willing {
-        fn validate(&self, _: Block) -> Result<(), ValidateFault> {
-            Ok(())
-        }
-        fn rescind(&self, _: Block) -> Result<(), ValidateFault> {
-            Ok(())
-        }
-        fn scrub(&self, _: Block) -> Result<(), Fault> {
-            Ok(())
-        }
-        fn grant(&self, _: Block) -> Result<(), AdjustFault> {
-            Ok(())
-        }
-        fn revoke(&self, _: Block) -> Result<(), AdjustFault> {
-            Ok(())
-        }
-        fn flush(&self) -> Result<(), NotFlushed> {
-            Ok(())
-        }
-    }
 
     /// Runs `test` with an engine on these pieces of memory: address and bytes.
     fn with_memory(memory: &[(u64, u64)], test: impl FnOnce(&Engine<'_, Willing>)) {

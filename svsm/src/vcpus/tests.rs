@@ -5,42 +5,16 @@ use std::collections::BTreeSet;
 use std::sync::Mutex as StdMutex;
 use std::vec::Vec;
 
-use accept::{
-    AdjustFault, Backend, Block, Engine, Fault, Map, NotFlushed, PageState, Range, Region,
-    RegionLock, RegionLocks, Role, ValidateFault,
-};
+use accept::{Engine, Map, NotFlushed, PageState, Range, Region, RegionLock, RegionLocks, Role};
 
 use super::*;
 use crate::protocol::{
     DeleteRefusal, Deletion, Inherited, NotPassedOn, Replaced, VcpuIndex, VcpuPages, Vcpus,
 };
+use crate::testing::Willing;
 
 const VMSA: u64 = 0x10;
 const AREA: u64 = 0x40;
-
-/// A platform on which everything works.
-struct Willing;
-
-impl Backend for Willing {
-    fn validate(&self, _: Block) -> Result<(), ValidateFault> {
-        Ok(())
-    }
-    fn rescind(&self, _: Block) -> Result<(), ValidateFault> {
-        Ok(())
-    }
-    fn scrub(&self, _: Block) -> Result<(), Fault> {
-        Ok(())
-    }
-    fn grant(&self, _: Block) -> Result<(), AdjustFault> {
-        Ok(())
-    }
-    fn revoke(&self, _: Block) -> Result<(), AdjustFault> {
-        Ok(())
-    }
-    fn flush(&self) -> Result<(), NotFlushed> {
-        Ok(())
-    }
-}
 
 /// What was done to VMSAs, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
