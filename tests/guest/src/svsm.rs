@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use protocols::addr::Gpa;
 use protocols::exit_code::ExitCode;
 use protocols::ghcb::msr::{Request, Response};
-use protocols::svsm::{CallId, CallingArea, CoreCall, PvalidateEntry, ResultCode};
+use protocols::svsm::{CallId, CallingArea, CoreCall, PvalidateAction, PvalidateEntry, ResultCode};
 
 use crate::ghcb;
 use crate::harness::{Finding, Verdict, expect};
@@ -377,12 +377,20 @@ pub fn pvalidate_from(next: u16, entries: &[PvalidateEntry]) -> Result<Outcome, 
 ///
 /// # Errors
 ///
-/// A finding when the call was not taken, or INCOMPLETE brought no progress again and again: while a flush is
-/// owed that other processors delay, the last entry is not behind `next`.
+/// A finding when the call was not taken or an INCOMPLETE brought no progress. Only while a flush is owed that
+/// other processors delay is there none, so where pages are given back it may take some calls.
 pub fn pvalidate(entries: &[PvalidateEntry]) -> Result<Outcome, Finding> {
-    const PATIENCE: u32 = 1000;
-    let mut outcome = pvalidate_from(0, entries)?;
+    let gives_back = |entry: &PvalidateEntry| {
+        let request = entry.decode();
+        request.is_ok_and(|request| request.action == PvalidateAction::Rescind)
+    };
+    let patience = if entries.iter().any(gives_back) {
+        1000
+    } else {
+        0
+    };
     let mut waited = 0;
+    let mut outcome = pvalidate_from(0, entries)?;
     while outcome.result == ResultCode::INCOMPLETE {
         let before = outcome.next;
         let list = List::in_calling_area();
@@ -392,7 +400,7 @@ pub fn pvalidate(entries: &[PvalidateEntry]) -> Result<Outcome, Finding> {
         };
         let stays = outcome.result == ResultCode::INCOMPLETE && outcome.next <= before;
         waited = if stays { waited + 1 } else { 0 };
-        if waited > PATIENCE {
+        if waited > patience || outcome.next < before {
             return Err(Finding::new(format_args!(
                 "INCOMPLETE without progress at {before}"
             )));
